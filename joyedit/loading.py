@@ -1,0 +1,318 @@
+"""`joyedit.load`: which pipeline a folder, file or Hub repository holds, and in which layout.
+
+Layouts of whole checkpoints:
+  diffusers   model_index.json and one folder per part
+  original    transformer/transformer.pth, vae/<one file>, JoyAI-Image-Und/, infer_config.py
+  comfyui     diffusion_models/, text_encoders/ and vae/ with one file each, or such a file alone
+
+Files without a config beside them have the released one. Nothing of a repository is executed.
+"""
+
+import ast
+import importlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from joyedit.hub import Origin
+from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
+from joyedit.random_checkpoint import cached_random_checkpoint
+from joyedit.weights import (
+    LoadOptions,
+    Network,
+    TensorFiles,
+    load_network,
+    parse_dtype,
+    read_json,
+    replacing,
+    save_tensors,
+)
+
+log = logging.getLogger("joyedit")
+
+PIPELINES = {"JoyImageEditPipeline": "joyedit.pipelines.joyimage"}  # class -> module
+BUILT_IN = {"tiny-joyimage": "JoyImageEditPipeline"}
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+ORIGINAL_TEXT_ENCODER = "JoyAI-Image-Und"
+ORIGINAL_SHIFT = 4.0  # of jd-opensource/JoyAI-Image where infer_config.py does not say
+COMFYUI_FOLDERS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
+COMFYUI_SHIFT = 1.5  # what the published ComfyUI nodes use with these files
+
+
+def load(
+    name_or_path: str | Path = "tiny-joyimage",
+    *,
+    pipeline: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    variant: str | None = None,
+    offload: str = "none",
+    reference_quirks: bool = False,
+    **components: Any,
+) -> Any:
+    """Load a pipeline from a folder, a weight file, a Hub repository, or one of the built-in names.
+
+    pipeline: class name, where a checkpoint serves several. device: "auto" takes the accelerator if there is one.
+    dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16.
+    offload: "none", "model" or "sequential". components: parts to use instead (`transformer=`, `vae=`,
+    `scheduler=`, ...): an object, or the path or Hub name of one.
+
+    Returns the pipeline. Raises FileNotFoundError, ValueError or TypeError before any tensor is read.
+    """
+    check_offload(offload)
+    target = _device(device)
+    name = str(name_or_path)
+    if pipeline is not None and pipeline not in PIPELINES:
+        raise ValueError(f"pipeline={pipeline!r}: must be one of {', '.join(PIPELINES)}")
+    origin_options = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    if name in BUILT_IN and not Path(name).exists():
+        name = str(cached_random_checkpoint())
+    origin = Origin(name, **origin_options)
+    options = LoadOptions(dtype=parse_dtype(dtype), variant=variant, origin=origin_options)
+    listing = [] if Path(name).is_file() else origin.listing()
+    layout = layout_of(name, listing)
+    class_name = pipeline or _pipeline_class(origin, layout)
+    cls = getattr(importlib.import_module(PIPELINES[class_name]), class_name)
+    if unknown := set(components) - set(cls.parts):
+        raise TypeError(f"unknown argument {sorted(unknown)}; {class_name} has the parts {', '.join(cls.parts)}")
+    given = {part: _open_part(cls, part, value, options) for part, value in components.items()}
+    if layout == "diffusers":
+        keywords = {"dtype": options.dtype, "variant": variant, **origin_options}
+        pipe = cls.from_pretrained(name, reference_quirks=reference_quirks, **keywords, **given)
+    else:
+        opened = _open_original if layout == "original" else _open_comfyui
+        parts = opened(cls, origin, listing, options, given)
+        pipe = cls(**{**parts, **given}, reference_quirks=reference_quirks)
+    log.info("%s from %s (%s layout); licence of the weights: %s", class_name, name, layout, licence_of(origin, listing))
+    if offload == "none":
+        return pipe.to(target)
+    pipe.set_offload(offload, None if target.type == "cpu" else target)
+    return pipe
+
+
+# ------------------------------------------------------------------------------------------------- recognise
+def layout_of(name: str, listing: list[str]) -> str:
+    """"diffusers", "original" or "comfyui". Raises ValueError saying what was found."""
+    if not listing:
+        if name.endswith(WEIGHT_SUFFIXES):
+            return "comfyui"
+        raise ValueError(f"{name} is a file, but not of weights ({', '.join(WEIGHT_SUFFIXES)})")
+    if "model_index.json" in listing:
+        return "diffusers"
+    folders = {PurePosixPath(file).parts[0] for file in listing if "/" in file}
+    if ORIGINAL_TEXT_ENCODER in folders and "transformer" in folders:
+        return "original"
+    if COMFYUI_FOLDERS["transformer"] in folders:
+        return "comfyui"
+    found = ", ".join(sorted(folders | {file for file in listing if "/" not in file})[:12])
+    raise ValueError(
+        f"{name} is no checkpoint that joyedit knows: no model_index.json (Diffusers), no transformer/ with "
+        f"{ORIGINAL_TEXT_ENCODER}/ (original JoyAI), no diffusion_models/ (ComfyUI). It holds: {found or 'nothing'}"
+    )
+
+
+def _pipeline_class(origin: Origin, layout: str) -> str:
+    if layout != "diffusers":
+        return "JoyImageEditPipeline"
+    name = read_json(origin.fetch(["model_index.json"]) / "model_index.json").get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(f"{origin.name} holds a {name}; joyedit has {', '.join(PIPELINES)}")
+    return name
+
+
+def licence_of(origin: Origin, listing: list[str]) -> str:
+    """The licence that a checkpoint's own README.md states, "not stated" otherwise."""
+    if "README.md" in listing:
+        lines = (origin.fetch(["README.md"]) / "README.md").read_text(encoding="utf-8").splitlines()
+        if lines and lines[0].strip() == "---":
+            for line in lines[1:]:
+                if line.startswith("license:"):
+                    return line.removeprefix("license:").strip()
+                if line.strip() == "---":
+                    break
+    return "not stated"
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return accelerator_device() or torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r}: write 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: this PyTorch finds no CUDA or ROCm device")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------- parts
+def _open_part(cls: type[Pipeline], part: str, value: Any, options: LoadOptions) -> Any:
+    """A part given as an object, a weight file, or the folder or Hub name of a part or of a whole checkpoint."""
+    if not isinstance(value, (str, Path)):
+        return value
+    kind = cls.parts[part][0]
+    path = Path(value)
+    if path.is_file() and issubclass(kind, Network):
+        return open_file(kind, path, options.dtype)
+    inside = path.joinpath(part).is_dir() or not path.exists()
+    extra = {"dtype": options.dtype, "variant": options.variant} if issubclass(kind, Network) else {}
+    return kind.from_pretrained(str(value), subfolder=part if inside else None, **options.origin, **extra)  # type: ignore[attr-defined]
+
+
+def open_file(kind: type[Network], path: Path, dtype: torch.dtype | None) -> Any:
+    """A network from one weight file, with the config.json beside it, or the released config."""
+    beside = path.with_name("config.json")
+    config = kind.Config.from_dict(read_json(beside) if beside.is_file() else {})
+    return load_network(kind, config, TensorFiles([path]), dtype)
+
+
+def _only_file(origin: Origin, listing: list[str], folder: str, what: str) -> Path:
+    files = [f for f in listing if f.startswith(f"{folder}/") and f.endswith(WEIGHT_SUFFIXES) and "/." not in f]
+    if len(files) != 1:
+        raise FileNotFoundError(f"{origin.name}/{folder}: wanted exactly one weight file of the {what}, found {files or 'none'}")
+    extra = [f for f in (f"{folder}/config.json",) if f in listing]
+    return origin.fetch(files + extra) / files[0]
+
+
+def _open_original(cls: type, origin: Origin, listing: list[str], options: LoadOptions, given: Mapping) -> dict[str, Any]:
+    """The parts of a checkpoint in the layout of jd-opensource/JoyAI-Image."""
+    settings = {}
+    if "infer_config.py" in listing:
+        settings = read_infer_config(origin.fetch(["infer_config.py"]) / "infer_config.py")
+    missing = {name for name in cls.parts if name not in given}
+    files = {
+        name: _only_file(origin, listing, name, name) for name in ("transformer", "vae") if name in missing
+    }
+    kinds = {name: kinds[0] for name, kinds in cls.parts.items()}
+    parts: dict[str, Any] = {}
+    for name in ("tokenizer", "processor"):
+        if name in missing:
+            parts[name] = kinds[name].from_pretrained(origin.name, subfolder=ORIGINAL_TEXT_ENCODER, **options.origin)
+    if "scheduler" in missing:
+        parts["scheduler"] = kinds["scheduler"](
+            shift=settings.get("shift", ORIGINAL_SHIFT),
+            num_train_timesteps=settings.get("num_train_timesteps", 1000),
+            joyai_original=True,
+        )
+    if "transformer" in missing:
+        kind = kinds["transformer"]
+        config = kind.Config.from_dict(settings.get("params", {}))
+        parts["transformer"] = load_network(kind, config, TensorFiles([files["transformer"]]), options.dtype)
+    if "vae" in missing:
+        parts["vae"] = open_file(kinds["vae"], files["vae"], options.dtype)
+    if "text_encoder" in missing:
+        parts["text_encoder"] = kinds["text_encoder"].from_pretrained(
+            origin.name, subfolder=ORIGINAL_TEXT_ENCODER, dtype=options.dtype, **options.origin
+        )
+    return parts
+
+
+def read_infer_config(path: Path) -> dict[str, Any]:
+    """The literal settings of an original `infer_config.py`, read as text and never run.
+
+    Returns "params" (the transformer's) and, where stated, "shift" and "num_train_timesteps".
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable Python: {error}") from None
+    found: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        pairs: list[tuple[str, ast.expr]] = []
+        if isinstance(node, ast.Dict):
+            pairs = [(k.value, v) for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant)]
+        elif isinstance(node, ast.Call):
+            pairs = [(k.arg, k.value) for k in node.keywords if k.arg]
+        values = {}
+        for key, value in pairs:
+            try:
+                values[key] = ast.literal_eval(value)
+            except ValueError:
+                continue
+        if "hidden_size" in values:
+            found["params"] = values
+        for key in ("shift", "num_train_timesteps"):
+            if key in values:
+                found[key] = values[key]
+    return found
+
+
+def _open_comfyui(cls: type, origin: Origin, listing: list[str], options: LoadOptions, given: Mapping) -> dict[str, Any]:
+    """The parts of ComfyUI's single files; they hold no tokenizer, which must then be given."""
+    missing = {name for name in cls.parts if name not in given}
+    if "tokenizer" in missing and "processor" in given:
+        given = {**given, "tokenizer": given["processor"].tokenizer}
+    parts: dict[str, Any] = {}
+    wanted = [name for name in ("processor",) if name in missing]
+    if not listing:
+        wanted += [name for name in ("vae", "text_encoder") if name in missing]
+    if wanted:
+        example = "a Diffusers folder or Hub name such as 'jdopensource/JoyAI-Image-Edit-Diffusers'"
+        raise ValueError(f"{origin.name} holds no {' and no '.join(wanted)}: pass {wanted[0]}= ({example}), ...")
+    if "tokenizer" in missing:
+        parts["tokenizer"] = given["processor"].tokenizer
+    if "scheduler" in missing:
+        parts["scheduler"] = cls.parts["scheduler"][0](shift=COMFYUI_SHIFT)
+    for name, folder in COMFYUI_FOLDERS.items():
+        if name in missing:
+            path = _only_file(origin, listing, folder, name) if listing else Path(origin.name)
+            parts[name] = open_file(cls.parts[name][0], path, options.dtype)
+    return parts
+
+
+# --------------------------------------------------------------------------------------------------- convert
+def save_checkpoint(pipe: Any, folder: Path, to: str = "diffusers") -> None:
+    """Write a pipeline as "diffusers", "original" (JoyAI) or "comfyui" files. Raises FileExistsError for a folder
+    that holds something."""
+    if to not in ("diffusers", "original", "comfyui"):
+        raise ValueError(f"to={to!r}: must be 'diffusers', 'original' or 'comfyui'")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty")
+    if to == "diffusers":
+        pipe.save_pretrained(folder)
+    elif to == "comfyui":
+        for part, place in COMFYUI_FOLDERS.items():
+            network = pipe.components[part]
+            layout = _layout(network, "comfyui")
+            save_tensors(folder / place, f"{part}_joyimage", layout.invert(network.state_dict()), 10**15)
+    else:
+        _save_original(pipe, folder)
+
+
+def _save_original(pipe: Any, folder: Path) -> None:
+    for part, name in (("transformer", "transformer.pth"), ("vae", "Wan2.1_VAE.pth")):
+        network = pipe.components[part]
+        with replacing(folder / part / name) as temporary:
+            torch.save(_layout(network, "original").invert(network.state_dict()), temporary)
+    for part in ("text_encoder", "processor"):
+        pipe.components[part].save_pretrained(folder / ORIGINAL_TEXT_ENCODER)
+    config = pipe.transformer.config
+    names = {"num_attention_heads": "heads_num", "num_layers": "mm_double_blocks_depth", "text_dim": "text_states_dim"}
+    params = {names.get(key, key): value for key, value in config.to_dict().items()}
+    with replacing(folder / "infer_config.py") as temporary:
+        temporary.write_text(
+            "class JoyAIImageInferConfig:\n"
+            f"    dit_arch_config = {{'params': {params!r}}}\n"
+            f"    scheduler_arch_config = {{'params': {{'num_train_timesteps': "
+            f"{pipe.scheduler.config.num_train_timesteps}, 'shift': {pipe.scheduler.config.shift}}}}}\n",
+            encoding="utf-8",
+        )
+
+
+def _layout(network: Network, name: str) -> Any:
+    """The network's layout of that name; networks that have none keep their own names there."""
+    layouts = network.layouts()
+    return next((layout for layout in layouts if layout.name == name), layouts[0])

@@ -1,0 +1,1 @@
+"""Pipelines, one algorithm per file."""

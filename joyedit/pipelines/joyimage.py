@@ -1,0 +1,624 @@
+"""JoyAI-Image-Edit: an instruction and a photograph in, the edited photograph out; or text to image.
+
+The photograph is resized and cropped to the nearest bucket. Qwen3-VL reads it together with the instruction, the
+WAN VAE encodes it as a reference latent, and the MMDiT denoises the target latent beside that reference under
+classifier-free guidance whose norm is brought back to the conditional prediction's.
+
+What does not change during a run is computed once: the vision tower per picture, the prompt prefix that positive
+and negative share, text embedding, time modulation for all steps, rotary tables, reference tokens. The last block,
+the head, the guidance, the solver and the decoder see the target alone. Samples whose prompts differ in length run
+in groups of equal length, so that nothing is padded and each gets the image it would get alone.
+
+B images   L prompt tokens   D width   C latent channels   h, w latent height and width (pixels / 8)
+Source: diffusers `pipeline_joyimage_edit.py`; jd-opensource/JoyAI-Image.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from joyedit import images as im
+from joyedit import ops
+from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
+from joyedit.models.qwen3_vl import ImageFeatures, Qwen3VLForConditionalGeneration
+from joyedit.models.wan_vae import AutoencoderKLWan
+from joyedit.pipelines.pipeline import Generators, Pipeline, check_generators, randn
+from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
+from joyedit.tokenizers import Qwen2Tokenizer, Qwen3VLProcessor
+
+log = logging.getLogger("joyedit")
+
+# The defects of the reference that `reference_quirks` reproduces.
+GLOBAL_POSTERIOR = "global_posterior"  # the VAE posterior is drawn from the global generator, not the given one
+PADDED_PROMPTS = "padded_prompts"  # in a batch, shorter prompts are padded and the padding is attended to
+MISPAIRED_REFERENCES = "mispaired_references"  # num_images_per_prompt > 1 pairs prompts with other prompts' photos
+
+SYSTEM = (
+    "<|im_start|>system\n \\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n"
+)
+USER = "<|im_start|>user\n"
+VISION = "<|vision_start|><|image_pad|><|vision_end|>"
+DEFAULT_BASE = 1024
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+Picture = Image.Image | np.ndarray | Tensor
+
+
+class JoyImageEditPipelineOutput(NamedTuple):
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+class JoyImageEditPipeline(Pipeline):
+    """Edit images by instruction, or make them from text.
+
+    Parts: `scheduler`, `vae`, `text_encoder`, `tokenizer`, `transformer`, `processor`. `text_token_max_length` cuts
+    the prompt of text-to-image. `buckets` are the (height, width) sizes the model knows, 49 around 1024 x 1024 if
+    the checkpoint does not say otherwise; assign `joyedit.images.buckets(512)` to work at another base.
+    """
+
+    parts = {
+        "scheduler": (FlowMatchEulerDiscreteScheduler,),
+        "vae": (AutoencoderKLWan,),
+        "text_encoder": (Qwen3VLForConditionalGeneration,),
+        "tokenizer": (Qwen2Tokenizer,),
+        "transformer": (JoyImageEditTransformer3DModel,),
+        "processor": (Qwen3VLProcessor,),
+    }
+    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds"})
+    quirk_names = frozenset({GLOBAL_POSTERIOR, PADDED_PROMPTS, MISPAIRED_REFERENCES})
+    prompt_template_encode = {
+        "image": SYSTEM + USER + "{}<|im_end|>\n<|im_start|>assistant\n",
+        "multiple_images": SYSTEM + "{}<|im_start|>assistant\n",
+    }
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKLWan,
+        text_encoder: Qwen3VLForConditionalGeneration,
+        tokenizer: Qwen2Tokenizer,
+        transformer: JoyImageEditTransformer3DModel,
+        processor: Qwen3VLProcessor,
+        text_token_max_length: int = 2048,
+        buckets: Sequence[Sequence[int]] | None = None,
+        reference_quirks: bool | Sequence[str] = False,
+    ):
+        super().__init__(
+            reference_quirks,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            processor=processor,
+        )
+        self.scheduler: FlowMatchEulerDiscreteScheduler
+        self.vae: AutoencoderKLWan
+        self.text_encoder: Qwen3VLForConditionalGeneration
+        self.tokenizer: Qwen2Tokenizer
+        self.transformer: JoyImageEditTransformer3DModel
+        self.processor: Qwen3VLProcessor
+        self.text_token_max_length = text_token_max_length
+        self.buckets = [(int(h), int(w)) for h, w in buckets] if buckets else im.buckets(DEFAULT_BASE)
+        self.vae_scale_factor_spatial = vae.config.scale_factor_spatial
+        self.vae_scale_factor_temporal = vae.config.scale_factor_temporal
+        # The system turn and the user's <|im_start|> are not part of the embedding: 34 tokens in the real vocabulary.
+        self.num_dropped_tokens = len(tokenizer.encode(SYSTEM + "<|im_start|>"))
+        self.guidance_scale = 1.0
+        self.num_timesteps = 0
+
+    @classmethod
+    def settings(cls) -> tuple[str, ...]:
+        return ("buckets",)
+
+    def settings_to_save(self) -> dict[str, Any]:
+        default = self.buckets == im.buckets(DEFAULT_BASE)
+        return {} if default else {"buckets": [list(size) for size in self.buckets]}
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guidance_scale > 1
+
+    # ----------------------------------------------------------------------------------------------------- run
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Picture | list[Picture] | None = None,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 40,
+        timesteps: list[float] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 4.0,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 4096,
+        enable_denormalization: bool = True,
+    ) -> JoyImageEditPipelineOutput | tuple:
+        """Edit `image` as `prompt` says; without an image, make one from the prompt.
+
+        image: one photograph, or a list with one per prompt (PIL, uint8 or [0, 1] arrays and tensors); the first
+            one's shape chooses the bucket for all. height, width: both or neither, multiples of 16; the nearest
+            bucket by aspect ratio is used. guidance_scale: 1 or less turns guidance off.
+        generator: one for the whole batch, or a list with one per image. It draws the noise, then the posterior.
+        latents: starting noise (B, 1, C, 1, h, w). prompt_embeds (B, L, D) with prompt_embeds_mask (B, L) replace
+            the prompt, likewise the negative ones.
+        output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w),
+            normalised. max_sequence_length: prompt tokens kept, the last ones with an image, the first without.
+        callback_on_step_end(pipe, step, timestep, tensors) may return replacements; its `latents` are the target's.
+
+        Raises ValueError or TypeError before any work when an argument does not fit.
+        """
+        names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds_mask,
+            names,
+        )
+        batch = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else prompt_embeds.shape[0]
+        per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
+        _check_numbers(num_inference_steps, per_prompt, guidance_scale, max_sequence_length, output_type)
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("give timesteps or sigmas, not both")
+        photos = _one_per_prompt(None if image is None else im.to_pil_list(image, "image"), batch)
+        generator = check_generators(generator, batch * per_prompt)
+        height, width = self.choose_size(photos, height, width)
+        if latents is not None:
+            _check_latents(latents, self.latent_shape(batch * per_prompt, height, width))
+        pictures = None if photos is None else _each_once(photos, lambda p: im.resize_center_crop(p, height, width))
+
+        self.guidance_scale = guidance_scale
+        self._interrupt = False
+        device = self.device
+
+        if prompt_embeds is None or (self.do_classifier_free_guidance and negative_prompt_embeds is None):
+            wanted = [] if prompt_embeds is not None else _as_list(prompt, batch, "prompt")
+            if self.do_classifier_free_guidance and negative_prompt_embeds is None:
+                wanted += _as_list(negative_prompt or "", batch, "negative_prompt")
+            encoded = self._embed_prompts(wanted, pictures, batch, max_sequence_length)
+            if prompt_embeds is None:
+                prompt_embeds, prompt_embeds_mask = encoded.pop(0)
+            if encoded:
+                negative_prompt_embeds, negative_prompt_embeds_mask = encoded.pop(0)
+        prompt_embeds, prompt_embeds_mask = _repeat(prompt_embeds, prompt_embeds_mask, per_prompt, device)
+        if self.do_classifier_free_guidance:
+            negative_prompt_embeds, negative_prompt_embeds_mask = _repeat(
+                negative_prompt_embeds, negative_prompt_embeds_mask, per_prompt, device
+            )
+
+        count = num_inference_steps if timesteps is None and sigmas is None else None
+        self.scheduler.set_timesteps(count, device=device, timesteps=timesteps, sigmas=sigmas)
+        steps = self.scheduler.timesteps
+        self.num_timesteps = len(steps)
+        latents, image_latents = self.prepare_latents(
+            batch * per_prompt,
+            self.transformer.config.in_channels,
+            height,
+            width,
+            1,
+            prompt_embeds.dtype,
+            device,
+            generator,
+            latents,
+            pictures,
+            enable_denormalization,
+        )
+
+        with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
+            references = None if image_latents is None else transformer.embed_image(image_latents)
+            frames, *sides = transformer.token_grid(latents)
+            grid = (frames if references is None else 2 * frames, *sides)
+            rope = transformer.rope(grid, device)
+            modulation = transformer.embed_time(steps)  # (S, 6, D)
+            cond = self._branch(prompt_embeds, prompt_embeds_mask, references)
+            uncond = None
+            if self.do_classifier_free_guidance:
+                uncond = self._branch(negative_prompt_embeds, negative_prompt_embeds_mask, references)
+
+            for i, timestep in enumerate(steps):
+                if self.interrupt:
+                    break
+                target = transformer.embed_image(latents)  # (B, N, D)
+                velocity = self._velocity(target, cond, modulation[i : i + 1], rope, grid)
+                if uncond is not None:
+                    velocity_uncond = self._velocity(target, uncond, modulation[i : i + 1], rope, grid)
+                    velocity = ops.rescaled_guidance(velocity, velocity_uncond, guidance_scale, dim=1)
+                velocity = velocity[:, None].to(latents.dtype)
+                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+                tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                tensors["negative_prompt_embeds"] = negative_prompt_embeds
+                returned = self.call_back(callback_on_step_end, names, i, timestep, tensors)
+                latents = returned["latents"]
+                if returned["prompt_embeds"] is not prompt_embeds:
+                    prompt_embeds = returned["prompt_embeds"]
+                    cond = self._branch(prompt_embeds, prompt_embeds_mask, references)
+                if uncond is not None and returned["negative_prompt_embeds"] is not negative_prompt_embeds:
+                    negative_prompt_embeds = returned["negative_prompt_embeds"]
+                    uncond = self._branch(negative_prompt_embeds, negative_prompt_embeds_mask, references)
+                bar.update()
+
+        result = self._decode(latents[:, 0], output_type, enable_denormalization)
+        return JoyImageEditPipelineOutput(result) if return_dict else (result,)
+
+    def _velocity(self, target: Tensor, branch: list[tuple], vec: Tensor, rope: Any, grid: Any) -> Tensor:
+        """What the transformer predicts for the target latents, group by group. target (B, N, D) -> (B, C, 1, h, w)."""
+        if len(branch) == 1:
+            _, txt, references = branch[0]
+            return self.transformer.predict_target(target, references, txt, vec, rope, grid)
+        parts = [
+            self.transformer.predict_target(target[rows], references, txt, vec, rope, grid)
+            for rows, txt, references in branch
+        ]
+        order = torch.cat([rows for rows, _, _ in branch])
+        return torch.cat(parts)[order.argsort()]
+
+    def _branch(self, embeds: Tensor, mask: Tensor, references: Tensor | None) -> list[tuple]:
+        """Groups of samples with prompts of equal length: their rows, text tokens and reference tokens."""
+        if PADDED_PROMPTS in self.quirks:
+            mask = torch.ones_like(mask)
+        lengths = mask.sum(1)
+        groups = []
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            kept = embeds[rows][mask[rows].bool()].unflatten(0, (len(rows), length))  # (b, L, D)
+            txt = self.transformer.embed_text(kept)
+            groups.append((rows, txt, None if references is None else references[rows]))
+        return groups
+
+    def _decode(self, latents: Tensor, output_type: str, enable_denormalization: bool) -> Any:
+        """Latents (B, C, 1, h, w) to the output type."""
+        if output_type == "latent":
+            return latents[:, :, 0].float()
+        if enable_denormalization:
+            latents = self.denormalize_latents(latents)
+        with self.on_device(self.vae) as vae:
+            pixels = vae.decode(latents, return_dict=False)[0]
+        return im.to_output(pixels[:, :, 0], output_type)
+
+    # -------------------------------------------------------------------------------------------------- prompt
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        max_sequence_length: int = 1024,
+        template_type: str = "image",
+    ) -> tuple[Tensor, Tensor]:
+        """Embed prompts without pictures. Returns embeds (B, L, D) and mask (B, L), each prompt repeated
+        `num_images_per_prompt` times in a row; the first `max_sequence_length` tokens are kept."""
+        if template_type not in self.prompt_template_encode:
+            raise ValueError(f"template_type={template_type!r}: must be one of {sorted(self.prompt_template_encode)}")
+        if prompt_embeds is None:
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            states = self._read([self.prompt_template_encode[template_type].format(t) for t in texts], None)
+            prompt_embeds, prompt_embeds_mask = _pad(states)
+        kept = slice(None, max_sequence_length)
+        return _repeat(prompt_embeds[:, kept], prompt_embeds_mask[:, kept], num_images_per_prompt, device)
+
+    def encode_prompt_multiple_images(
+        self,
+        prompt: str | list[str],
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        images: Picture | list[Picture] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        template_type: str | None = "multiple_images",
+        max_sequence_length: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embed each prompt together with its picture. Returns embeds (B, L, D) and mask (B, L), each prompt repeated
+        `num_images_per_prompt` times in a row; the last `max_sequence_length` tokens are kept.
+
+        A literal "<image>" line in a prompt stands for a picture too, so the pictures must then be more than one
+        per prompt, which this checkpoint does not take: ValueError.
+        """
+        if template_type != "multiple_images":
+            raise ValueError(f"template_type={template_type!r}: must be 'multiple_images'")
+        if prompt_embeds is None:
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            pictures = _one_per_prompt(None if images is None else im.to_pil_list(images, "images"), len(texts))
+            states, mask = self._embed_prompts(texts, pictures, len(texts), max_sequence_length)[0]
+            prompt_embeds, prompt_embeds_mask = states, mask
+        return _repeat(prompt_embeds, prompt_embeds_mask, num_images_per_prompt, device)
+
+    def _embed_prompts(
+        self, prompts: list[str], pictures: list[Image.Image] | None, batch: int, max_sequence_length: int | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Embeds (B, L, D) and mask (B, L) for each `batch` prompts in a row; what they share is run once."""
+        if pictures is None:
+            texts = [self.prompt_template_encode["image"].format(p) for p in prompts]
+            kept = slice(None, max_sequence_length)
+        else:
+            if any("<image>\n" in p for p in prompts):
+                raise ValueError("a prompt holds '<image>' followed by a line break, which stands for a picture here")
+            texts = [self.prompt_template_encode["multiple_images"].format(f"{USER}{VISION}{p}<|im_end|>\n") for p in prompts]
+            pictures = pictures * (len(prompts) // batch)
+            kept = slice(-max_sequence_length if max_sequence_length else None, None)
+            if PADDED_PROMPTS in self.quirks:
+                return [
+                    self._read_padded(texts[i : i + batch], pictures[i : i + batch], kept)
+                    for i in range(0, len(texts), batch)
+                ]
+        states = [s[kept] for s in self._read(texts, pictures)]
+        return [_pad(states[i : i + batch]) for i in range(0, len(states), batch)]
+
+    def _read(self, texts: list[str], pictures: list[Image.Image] | None) -> list[Tensor]:
+        """What Qwen3-VL makes of each chat text, (L, D) before its final norm, the system turn dropped.
+
+        A picture goes through the vision tower once, and the tokens that its texts have in common at their start
+        go through the decoder once.
+        """
+        states: dict[int, Tensor] = {}
+        dropped = self.num_dropped_tokens
+        with self.on_device(self.text_encoder) as encoder:
+            for rows in _rows_by_picture(pictures, len(texts)):
+                seen = None if pictures is None else self._see(encoder, pictures[rows[0]])
+                ids = [self._token_ids(texts[row], seen) for row in rows]
+                shared = _common_prefix(ids)
+                prefix = None
+                if shared >= dropped:
+                    prefix = encoder.prefill(self._tensor(ids[0][:shared]), seen, keep_from=dropped)
+                done: dict[tuple, Tensor] = {}
+                for row, row_ids in zip(rows, ids, strict=True):
+                    key = tuple(row_ids)
+                    if key not in done and prefix is None:
+                        done[key] = encoder.hidden_states(self._tensor(row_ids), images=seen, keep_from=dropped)[0]
+                    elif key not in done:
+                        rest = encoder.hidden_states(self._tensor(row_ids[shared:]), prefix=prefix)
+                        done[key] = torch.cat((prefix.states[0], rest[0]))
+                    states[row] = done[key]
+        return [states[row] for row in range(len(texts))]
+
+    def _see(self, encoder: Qwen3VLForConditionalGeneration, picture: Image.Image) -> ImageFeatures:
+        inputs = self.processor.image_processor([picture])
+        return encoder.encode_images(inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device))
+
+    def _token_ids(self, text: str, seen: ImageFeatures | None) -> list[int]:
+        if seen is None:
+            ids = self.tokenizer.encode(text)
+            limit = self.text_token_max_length + self.num_dropped_tokens
+            if len(ids) > limit:
+                log.warning("a prompt of %d tokens was cut; lost: %r", len(ids), self.tokenizer.decode(ids[limit:]))
+            return ids[:limit]
+        tokens = len(seen.embeds)
+        return self.tokenizer.encode(text.replace("<|image_pad|>", "<|image_pad|>" * tokens))
+
+    def _tensor(self, ids: list[int]) -> Tensor:
+        return torch.tensor([ids], device=self.device)
+
+    def _read_padded(self, texts: list[str], pictures: list[Image.Image], kept: slice) -> tuple[Tensor, Tensor]:
+        """As the reference: one right-padded batch whose padding has states of its own. Embeds and mask."""
+        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
+        with self.on_device(self.text_encoder) as encoder:
+            grid = inputs["image_grid_thw"].to(self.device)
+            seen = encoder.encode_images(inputs["pixel_values"].to(self.device), grid)
+            states = encoder.hidden_states(ids, mask, seen)
+        dropped = self.num_dropped_tokens
+        return states[:, dropped:][:, kept], mask[:, dropped:][:, kept]
+
+    # ------------------------------------------------------------------------------------------------- latents
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        video_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Generators,
+        latents: Tensor | None = None,
+        image: list[Image.Image] | None = None,
+        enable_denormalization: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Starting noise (B, 1, C, T, h, w), and the encoded references (B, 1, C, T, h, w) or None.
+
+        `image`: pictures of the bucket's size; each serves `batch_size / len(image)` images in a row.
+        """
+        shape = self.latent_shape(batch_size, height, width, num_channels_latents, video_length)
+        generator = check_generators(generator, batch_size)
+        if latents is None:
+            latents = randn(shape, generator, device, dtype)
+        latents = latents.to(device, dtype)
+        if image is None:
+            return latents, None
+        if batch_size % len(image):
+            raise ValueError(f"{len(image)} pictures cannot be shared out evenly among {batch_size} images")
+        distinct = list({id(picture): picture for picture in image}.values())
+        with self.on_device(self.vae) as vae:
+            posterior = vae.encode(im.to_latent_input(distinct, dtype, device)).latent_dist
+        copies = batch_size // len(image)
+        rows = torch.tensor([distinct.index(picture) for picture in image], device=device)
+        rows = rows.repeat(copies) if MISPAIRED_REFERENCES in self.quirks else rows.repeat_interleave(copies)
+        source = None if GLOBAL_POSTERIOR in self.quirks else generator
+        mean, std = posterior.mean[rows], posterior.std[rows]  # (B, C, T, h, w)
+        reference = mean + std * randn(mean.shape, source, device, mean.dtype)
+        if enable_denormalization:
+            reference = self.normalize_latents(reference)
+        return latents, reference[:, None]
+
+    def latent_shape(
+        self, batch: int, height: int, width: int, channels: int | None = None, frames: int = 1
+    ) -> tuple[int, ...]:
+        """(B, 1, C, T, h, w) of the target latents."""
+        spatial, temporal = self.vae_scale_factor_spatial, self.vae_scale_factor_temporal
+        channels = self.transformer.config.in_channels if channels is None else channels
+        return (batch, 1, channels, (frames - 1) // temporal + 1, height // spatial, width // spatial)
+
+    def normalize_latents(self, latent: Tensor) -> Tensor:
+        """(latent - mean) / std per channel, the VAE config's statistics. latent (B, C, T, h, w)."""
+        mean, std = self._statistics(latent)
+        return (latent - mean) / std
+
+    def denormalize_latents(self, latent: Tensor) -> Tensor:
+        """latent * std + mean per channel: back to what `vae.decode` expects. latent (B, C, T, h, w)."""
+        mean, std = self._statistics(latent)
+        return latent * std + mean
+
+    def _statistics(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        mean, std = (torch.tensor(v).to(latent) for v in (config.latents_mean, config.latents_std))
+        return rearrange(mean, "c -> 1 c 1 1 1"), rearrange(std, "c -> 1 c 1 1 1")
+
+    # -------------------------------------------------------------------------------------------------- checks
+    def choose_size(
+        self, photos: list[Image.Image] | None, height: int | None, width: int | None
+    ) -> tuple[int, int]:
+        """The bucket (height, width): nearest by aspect ratio to the size asked for, else to the first photograph's."""
+        if height is not None and width is not None:
+            size = im.nearest_bucket(height, width, self.buckets)
+            if size != (height, width):
+                log.warning("height %d and width %d became the nearest bucket, %d x %d", height, width, *size)
+            return size
+        if photos is not None:
+            return im.nearest_bucket(photos[0].height, photos[0].width, self.buckets)
+        return im.nearest_bucket(1, 1, self.buckets)
+
+    def check_inputs(
+        self,
+        prompt: Any,
+        height: int | None,
+        width: int | None,
+        negative_prompt: Any = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+    ) -> None:
+        """Raises ValueError or TypeError for arguments that do not fit together."""
+        if unknown := set(callback_on_step_end_tensor_inputs or ()) - self.callback_tensors:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={sorted(unknown)}: only {sorted(self.callback_tensors)} exist"
+            )
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give exactly one of prompt and prompt_embeds")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text is not None and not isinstance(text, str):
+                if not isinstance(text, list) or not text or not all(isinstance(t, str) for t in text):
+                    raise TypeError(f"{name} must be a string or a non-empty list of strings, not {text!r}")
+        for name, embeds, mask in (
+            ("prompt_embeds", prompt_embeds, prompt_embeds_mask),
+            ("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask),
+        ):
+            if embeds is None:
+                continue
+            if mask is None:
+                raise ValueError(f"{name} needs {name}_mask")
+            width_wanted = self.transformer.config.text_dim
+            if embeds.ndim != 3 or embeds.shape[-1] != width_wanted or mask.shape != embeds.shape[:2]:
+                raise ValueError(
+                    f"{name} must be (B, L, {width_wanted}) and {name}_mask (B, L), "
+                    f"not {tuple(embeds.shape)} and {tuple(mask.shape)}"
+                )
+            if not mask.bool().any(1).all():
+                raise ValueError(f"{name}_mask leaves a prompt without a token")
+        if prompt_embeds is not None and negative_prompt_embeds is not None:
+            if prompt_embeds.shape[0] != negative_prompt_embeds.shape[0]:
+                raise ValueError(
+                    f"prompt_embeds are for {prompt_embeds.shape[0]} prompts, "
+                    f"negative_prompt_embeds for {negative_prompt_embeds.shape[0]}"
+                )
+        if (height is None) != (width is None):
+            raise ValueError(f"height={height}, width={width}: give both or neither")
+        multiple = self.vae_scale_factor_spatial * self.transformer.config.patch_size[-1]
+        for name, size in (("height", height), ("width", width)):
+            if size is not None and (not isinstance(size, int) or size <= 0 or size % multiple):
+                raise ValueError(f"{name}={size!r}: must be a positive multiple of {multiple}")
+
+
+# ---------------------------------------------------------------------------------------------------- functions
+def _check_numbers(steps: int, per_prompt: int, guidance: float, max_length: int, output_type: str | None) -> None:
+    counts = (("num_inference_steps", steps), ("num_images_per_prompt", per_prompt), ("max_sequence_length", max_length))
+    for name, value in counts:
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be a positive integer")
+    if not np.isfinite(guidance):
+        raise ValueError(f"guidance_scale={guidance}: must be finite")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
+
+
+def _check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted {shape} (B, 1, C, 1, h, w)")
+    if not latents.isfinite().all():
+        raise ValueError("latents hold NaN or infinite values")
+
+
+def _as_list(prompt: str | list[str] | None, batch: int, name: str) -> list[str]:
+    prompts = [prompt or ""] * batch if not isinstance(prompt, list) else list(prompt)
+    if len(prompts) != batch:
+        raise ValueError(f"{name} is a list of {len(prompts)}, but there are {batch} prompts")
+    return prompts
+
+
+def _one_per_prompt(photos: list[Image.Image] | None, batch: int) -> list[Image.Image] | None:
+    """A shorter list is repeated when that comes out even."""
+    if photos is None:
+        return None
+    if not photos or batch % len(photos):
+        raise ValueError(f"{len(photos)} images for {batch} prompts: give one image, or one per prompt")
+    return photos * (batch // len(photos))
+
+
+def _each_once(photos: list[Image.Image], change: Callable[[Image.Image], Image.Image]) -> list[Image.Image]:
+    """The changed photos; one that is in the list several times is changed once and stays one object."""
+    done = {id(photo): photo for photo in photos}
+    done = {key: change(photo) for key, photo in done.items()}
+    return [done[id(photo)] for photo in photos]
+
+
+def _rows_by_picture(pictures: list[Image.Image] | None, count: int) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for row in range(count):
+        groups.setdefault(0 if pictures is None else id(pictures[row]), []).append(row)
+    return list(groups.values())
+
+
+def _common_prefix(ids: list[list[int]]) -> int:
+    """How many tokens all sequences share at their start, at least one left over for each. Zero for a single one."""
+    if len(set(map(tuple, ids))) == 1:
+        return 0
+    shortest = min(len(i) for i in ids) - 1
+    return next((n for n in range(shortest) if len({i[n] for i in ids}) > 1), shortest)
+
+
+def _pad(states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """A list of (L, D) as one zero-padded (B, L, D) and its mask (B, L)."""
+    mask = torch.nn.utils.rnn.pad_sequence([s.new_ones(len(s), dtype=torch.long) for s in states], batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence(states, batch_first=True), mask
+
+
+def _repeat(embeds: Tensor, mask: Tensor, count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    return embeds.repeat_interleave(count, 0).to(device), mask.repeat_interleave(count, 0).to(device)

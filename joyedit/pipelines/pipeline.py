@@ -1,0 +1,316 @@
+"""What every pipeline has: its parts, loading and saving them, where they run, progress, and callbacks.
+
+A pipeline names its parts and the classes they may have; a Diffusers folder holds one subfolder per part and a
+`model_index.json` that lists them. The algorithm itself is in the pipeline's own file.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from joyedit.hub import Origin
+from joyedit.memory import BlockStreaming
+from joyedit.weights import LoadOptions, Network, read_json, write_json
+
+log = logging.getLogger("joyedit")
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class Pipeline:
+    """Parts by name, and what users do with all of them at once.
+
+    `reference_quirks`: True reproduces every listed defect of the reference, a collection of names only those.
+    """
+
+    parts: ClassVar[Mapping[str, tuple[type, ...]]]  # part -> the classes it may have, the default first
+    callback_tensors: ClassVar[frozenset[str]] = frozenset()  # what callbacks may ask for
+    quirk_names: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, reference_quirks: bool | Sequence[str] = False, **parts: Any):
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.quirks = self.quirk_names if reference_quirks is True else frozenset(reference_quirks or ())
+        if unknown := self.quirks - self.quirk_names:
+            raise ValueError(f"reference_quirks={sorted(unknown)}: known are {sorted(self.quirk_names)}")
+        self._interrupt = False
+        self._progress: dict[str, Any] = {}
+        self._offload_device: torch.device | None = None
+
+    # ------------------------------------------------------------------------------------------- load and save
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        offload: str = "none",
+        reference_quirks: bool | Sequence[str] = False,
+        **options: Any,
+    ) -> Self:
+        """Load a Diffusers folder or Hub repository.
+
+        Keyword arguments with the name of a part replace it; the others are those of `Network.from_pretrained`.
+        Raises FileNotFoundError for missing files, ValueError for files that do not fit, TypeError for unknown
+        arguments; all of it before a tensor is read.
+        """
+        check_offload(offload)
+        given = {name: options.pop(name) for name in cls.parts if name in options}
+        parsed = LoadOptions.parse(options, also=(*cls.parts, "offload", "reference_quirks"))
+        origin = Origin(str(name_or_path), **parsed.origin)
+        classes = {name: kinds[0] for name, kinds in cls.parts.items()}
+        settings = {}
+        if set(cls.parts) - set(given):
+            index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
+            if index.get("_class_name") != cls.__name__:
+                raise ValueError(f"{origin.name} holds a {index.get('_class_name')}, not a {cls.__name__}")
+            classes = {name: _class_of(cls, name, index) for name in cls.parts if name not in given}
+            settings = {key: index[key] for key in cls.settings() if key in index}
+        loaded = {}
+        for name, kind in classes.items():
+            if name not in given:
+                network = issubclass(kind, Network)
+                extra = {"dtype": parsed.dtype, "variant": parsed.variant, "use_safetensors": parsed.use_safetensors}
+                loaded[name] = kind.from_pretrained(  # type: ignore[attr-defined]
+                    origin.name, subfolder=name, **parsed.origin, **(extra if network else {})
+                )
+        pipe = cls(**loaded, **given, **settings, reference_quirks=reference_quirks)
+        pipe.set_offload(offload)
+        return pipe
+
+    @classmethod
+    def settings(cls) -> tuple[str, ...]:
+        """Constructor arguments beside the parts that `model_index.json` may carry."""
+        return ()
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB", variant: str | None = None) -> None:
+        """Write a Diffusers folder that opens equal here and in diffusers; `model_index.json` comes last."""
+        folder = Path(folder)
+        index: dict[str, Any] = {"_class_name": type(self).__name__}
+        for name, part in self.components.items():
+            if isinstance(part, Network):
+                part.save_pretrained(folder / name, max_shard_size=max_shard_size, variant=variant)
+            elif part is not None:
+                part.save_pretrained(folder / name)
+            index[name] = [None, None] if part is None else [part.library, type(part).__name__]
+        index.update(self.settings_to_save())
+        write_json(folder / "model_index.json", index)
+
+    def settings_to_save(self) -> dict[str, Any]:
+        return {}
+
+    # --------------------------------------------------------------------------------------------------- parts
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name; `Pipeline(**other.components)` shares them."""
+        return {name: getattr(self, name) for name in self.parts}
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        return {name: part for name, part in self.components.items() if isinstance(part, Network)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes."""
+        return self._offload_device or next(iter(self.networks.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the denoiser's weights."""
+        return self.networks["transformer" if "transformer" in self.networks else "unet"].dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`."""
+        for network in self.networks.values():
+            network.to(*args, **kwargs)
+        return self
+
+    # ------------------------------------------------------------------------------------------------- offload
+    def set_offload(self, offload: str, device: torch.device | str | None = None) -> None:
+        """"none", "model" (one network on the device at a time) or "sequential" (one block at a time)."""
+        check_offload(offload)
+        self.disable_offload()
+        if offload == "none":
+            return
+        accelerator = torch.device(device) if device is not None else accelerator_device()
+        if accelerator is None:
+            log.info("offload=%r has no effect without an accelerator", offload)
+            return
+        self._offload_device = accelerator
+        for network in self.networks.values():
+            network.to("cpu")
+            if offload == "sequential":
+                BlockStreaming.attach(network, accelerator)
+
+    def disable_offload(self) -> None:
+        """Leave the networks where they are, and keep them there."""
+        self._offload_device = None
+        for network in self.networks.values():
+            BlockStreaming.detach(network)
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep the networks in main memory and bring one at a time to the accelerator."""
+        self.set_offload("model", device if device is not None else gpu_device(gpu_id))
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep the networks in main memory and bring one block at a time to the accelerator: least memory, slowest."""
+        self.set_offload("sequential", device if device is not None else gpu_device(gpu_id))
+
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode a batch one image at a time."""
+        self.components["vae"].enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.components["vae"].disable_slicing()
+
+    def enable_vae_tiling(self, **sizes: int) -> None:
+        """Encode and decode in overlapping tiles; the result is close to, not equal to, the untiled one."""
+        self.components["vae"].enable_tiling(**sizes)
+
+    def disable_vae_tiling(self) -> None:
+        self.components["vae"].disable_tiling()
+
+    @contextlib.contextmanager
+    def on_device(self, network: Network) -> Iterator[Any]:
+        """The network, on the device that computes while the block runs."""
+        if self._offload_device is None or BlockStreaming.is_attached(network):
+            yield network
+            return
+        network.to(self._offload_device)
+        try:
+            yield network
+        finally:
+            network.to("cpu")
+
+    # -------------------------------------------------------------------------------------- progress, interrupt
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Keyword arguments for every progress bar, as tqdm takes them (`disable=True` turns them off)."""
+        self._progress = settings
+
+    def progress_bar(self, total: int) -> tqdm:
+        return tqdm(total=total, **{"disable": None, "desc": "denoising", **self._progress})
+
+    @property
+    def interrupt(self) -> bool:
+        """Set to True, from a callback say, to skip the remaining steps."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    # ----------------------------------------------------------------------------------------------- callbacks
+    def call_back(self, callback: Callable | None, names: Sequence[str], step: int, timestep: Tensor, tensors: dict) -> dict:
+        """Run a step callback; the tensors it asked for, replaced by those it returned."""
+        if callback is None:
+            return tensors
+        returned = callback(self, step, timestep, {name: tensors[name] for name in names})
+        if returned is None:
+            return tensors
+        if unknown := set(returned) - set(tensors):
+            raise ValueError(f"the callback returned {sorted(unknown)}; only {sorted(tensors)} can be replaced")
+        return {**tensors, **returned}
+
+    def check_callback(self, callback: Callable | None, names: Sequence[str]) -> Sequence[str]:
+        """The tensor names that a callback gets. Raises ValueError for one that cannot be had."""
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            names = callback.tensor_inputs
+        if unknown := set(names or ()) - self.callback_tensors:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={sorted(unknown)}: only {sorted(self.callback_tensors)} exist"
+            )
+        return tuple(names or ())
+
+
+class PipelineCallback:
+    """A step callback with its own list of tensors; subclasses define `tensor_inputs` and `callback_fn`.
+
+    `cutoff_step_ratio` (0 to 1) or `cutoff_step_index` tells `callback_fn` when to act.
+    """
+
+    def __init__(self, cutoff_step_ratio: float | None = 1.0, cutoff_step_index: int | None = None):
+        if (cutoff_step_ratio is None) == (cutoff_step_index is None):
+            raise ValueError("give exactly one of cutoff_step_ratio and cutoff_step_index; the other must be None")
+        if cutoff_step_ratio is not None and not 0.0 <= cutoff_step_ratio <= 1.0:
+            raise ValueError(f"cutoff_step_ratio={cutoff_step_ratio}: must be in [0, 1]")
+        self.cutoff_step_ratio = cutoff_step_ratio
+        self.cutoff_step_index = cutoff_step_index
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        raise NotImplementedError(f"{type(self).__name__} must define tensor_inputs")
+
+    def callback_fn(self, pipeline: Pipeline, step_index: int, timestep: Tensor, callback_kwargs: dict) -> dict:
+        raise NotImplementedError(f"{type(self).__name__} must define callback_fn")
+
+    def __call__(self, pipeline: Pipeline, step_index: int, timestep: Tensor, callback_kwargs: dict) -> dict:
+        return self.callback_fn(pipeline, step_index, timestep, callback_kwargs)
+
+
+class MultiPipelineCallbacks:
+    """Several `PipelineCallback`s, one after the other."""
+
+    def __init__(self, callbacks: Sequence[PipelineCallback]):
+        self.callbacks = list(callbacks)
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        return [name for callback in self.callbacks for name in callback.tensor_inputs]
+
+    def __call__(self, pipeline: Pipeline, step_index: int, timestep: Tensor, callback_kwargs: dict) -> dict:
+        for callback in self.callbacks:
+            callback_kwargs = callback(pipeline, step_index, timestep, callback_kwargs)
+        return callback_kwargs
+
+
+# ---------------------------------------------------------------------------------------------------- functions
+def randn(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Normal noise in the reference's order: one draw for the batch, or one of (1, ...) per listed generator.
+
+    A CPU generator draws on the CPU and the result is moved, so that a seed gives the same noise everywhere.
+    """
+    if isinstance(generator, Sequence):
+        return torch.cat([randn((1, *shape[1:]), g, device, dtype) for g in generator])
+    source = generator.device if generator is not None else device
+    return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+
+
+def check_generators(generator: Generators, count: int) -> Generators:
+    """Raises ValueError when a list of generators does not give one to each of `count` images."""
+    if isinstance(generator, Sequence) and len(generator) != count:
+        raise ValueError(f"generator is a list of {len(generator)}, but there are {count} images (one each)")
+    return generator[0] if isinstance(generator, Sequence) and count == 1 else generator
+
+
+def check_offload(offload: str) -> None:
+    if offload not in ("none", "model", "sequential"):
+        raise ValueError(f"offload={offload!r}: must be 'none', 'model' or 'sequential'")
+
+
+def accelerator_device() -> torch.device | None:
+    """The first CUDA or ROCm device, else Apple's, else none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps") if torch.backends.mps.is_available() else None
+
+
+def gpu_device(gpu_id: int | None) -> torch.device | None:
+    device = accelerator_device()
+    return device if device is None or gpu_id is None else torch.device(device.type, gpu_id)
+
+
+def _class_of(cls: type[Pipeline], name: str, index: Mapping[str, Any]) -> type:
+    kinds = cls.parts[name]
+    entry = index.get(name)
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2 or entry[1] is None:
+        raise ValueError(f"model_index.json lists no {name!r}: pass {name}= to {cls.__name__}")
+    for kind in kinds:
+        if entry[1].removesuffix("Fast") == kind.__name__:
+            return kind
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    raise ValueError(f"model_index.json: {name} is a {entry[1]}; {cls.__name__} takes {wanted}")

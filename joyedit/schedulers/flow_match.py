@@ -1,0 +1,301 @@
+"""Euler solver for flow matching (rectified flow).
+
+The path from noise to image is x = sigma * noise + (1 - sigma) * x0, and the network predicts its velocity
+dx/dsigma = noise - x0. A step is x += (sigma_next - sigma) * velocity, for sigmas that fall from 1 to 0.
+`timestep` = 1000 * sigma is what the network is fed.
+
+Two grids of N steps exist for the same weights. Diffusers: N sigmas from sigma_max down to sigma_min, both
+already shifted, are shifted once more, and a 0 is appended. The original JoyAI repository
+(`joyai_original=True` with shift 4): N + 1 even points from 1 to 0, shifted once; its step keeps the sample in fp32.
+
+Defaults are those of the class in Diffusers (shift 1): a scheduler serves many checkpoints, each of which
+brings its own file (JoyAI-Image-Edit: shift 1.5).
+
+Source: diffusers `scheduling_flow_match_euler_discrete.py`; arXiv 2403.03206, section 5.3.2; JoyAI-Image
+`FlowMatchDiscreteScheduler`.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from joyedit.schedulers.scheduler import (
+    Scheduler,
+    SchedulerConfig,
+    beta_sigmas,
+    draw_noise,
+    exponential_sigmas,
+    karras_sigmas,
+)
+
+log = logging.getLogger("joyedit")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatchEulerConfig(SchedulerConfig):
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float | None = 0.5  # base_*, max_*: for callers who compute `mu` from the number of tokens
+    max_shift: float | None = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    invert_sigmas: bool = False
+    shift_terminal: float | None = None
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    time_shift_type: str = "exponential"
+    stochastic_sampling: bool = False
+    joyai_original: bool = False
+
+    supported: ClassVar[Mapping[str, tuple]] = {"time_shift_type": ("exponential", "linear")}
+
+    def __post_init__(self):
+        super().__post_init__()
+        spacings = [n for n in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if self[n]]
+        if len(spacings) > 1:
+            raise ValueError(f"only one of {spacings} can be set")
+        if not self.shift > 0:
+            raise ValueError(f"shift={self.shift!r}: must be positive")
+
+
+class FlowMatchEulerDiscreteSchedulerOutput(NamedTuple):
+    prev_sample: Tensor
+
+
+class FlowMatchEulerDiscreteScheduler(Scheduler):
+    """Euler steps along the flow; see the module for the settings' meaning.
+
+    `sigmas` (N + 1,) and `timesteps` (N,) are fp32 tensors; before `set_timesteps` they hold the training
+    levels, without a final 0.
+    """
+
+    Config = FlowMatchEulerConfig
+    config: FlowMatchEulerConfig
+
+    def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
+        super().__init__(config, **settings)
+        count = self.config.num_train_timesteps
+        levels = torch.arange(count, 0, -1, dtype=torch.float32) / count
+        self._shift = self.config.shift
+        self.sigmas = levels if self.config.use_dynamic_shifting else shift_sigmas(levels, self.shift)
+        self.timesteps = self.sigmas * count
+        self.sigma_max, self.sigma_min = self.sigmas[0].item(), self.sigmas[-1].item()
+        self.num_inference_steps: int | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """Prepare for the first step of the current table."""
+        self._deltas = self.sigmas.diff()  # once per schedule, not per step
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Build the table of a run, and forget the previous one.
+
+        num_inference_steps: N; may be left out when `sigmas` or `timesteps` are given.
+        sigmas: N noise levels in (0, 1] before shifting, falling; a final 0 is added.
+        timesteps: N values for the network, used as given; without `sigmas` the noise levels are these / 1000
+            and then shifted.
+        mu: strength of the shift where the config has `use_dynamic_shifting`, without effect elsewhere.
+        Raises ValueError for lengths that do not match, values that are not finite, or a missing `mu`.
+        """
+        settings = self.config
+        given = {"sigmas": sigmas, "timesteps": timesteps}
+        given = {name: _levels(name, values) for name, values in given.items() if values is not None}
+        lengths = {name: len(values) for name, values in given.items()}
+        if num_inference_steps is not None:
+            lengths["num_inference_steps"] = num_inference_steps
+        if not lengths:
+            raise ValueError("one of num_inference_steps, sigmas or timesteps must be given")
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"these must agree: {lengths}")
+        steps = next(iter(lengths.values()))
+        if steps < 1:
+            raise ValueError(f"num_inference_steps={steps}: must be at least 1")
+        if settings.use_dynamic_shifting and mu is None:
+            raise ValueError("mu must be given: this scheduler has use_dynamic_shifting=True")
+
+        if "sigmas" in given:
+            levels = given["sigmas"]
+        elif "timesteps" in given:
+            _warn_timesteps_alone()
+            levels = given["timesteps"] / settings.num_train_timesteps
+        elif settings.joyai_original:
+            levels = np.linspace(1, 0, steps + 1)[:-1]
+        else:
+            scale = settings.num_train_timesteps  # not cancelled: the reference rounds here
+            levels = np.linspace(self.sigma_max * scale, self.sigma_min * scale, steps) / scale
+
+        if settings.use_dynamic_shifting:
+            strength = math.exp(mu) if settings.time_shift_type == "exponential" else mu
+            levels = strength / (strength + (1 / levels - 1))
+        else:
+            levels = shift_sigmas(levels, self.shift)
+        # A single step from pure noise has nothing to stretch (the reference divides 0 by 0).
+        if settings.shift_terminal and levels[-1] < 1:
+            levels = 1 - (1 - levels) / ((1 - levels[-1]) / (1 - settings.shift_terminal))
+
+        high, low = levels[0].item(), levels[-1].item()
+        if settings.use_karras_sigmas:
+            levels = karras_sigmas(high, low, steps)
+        elif settings.use_exponential_sigmas:
+            levels = exponential_sigmas(high, low, steps)
+        elif settings.use_beta_sigmas:
+            levels = beta_sigmas(high, low, steps)
+
+        table = torch.from_numpy(levels).to(dtype=torch.float32, device=device)
+        if settings.invert_sigmas:
+            table = 1 - table
+        self.timesteps = table * settings.num_train_timesteps
+        if "timesteps" in given and not settings.invert_sigmas:
+            self.timesteps = torch.from_numpy(given["timesteps"]).to(device)
+        self.sigmas = torch.cat([table, table.new_full((1,), float(settings.invert_sigmas))])
+        self.num_inference_steps = steps
+        self._start()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """One step: the sample at the next noise level, in the dtype of `model_output`.
+
+        model_output: velocity, of the shape of `sample`; for a part of the latents pass that part of both.
+        timestep: one of `timesteps`. It says where a run starts; after that, steps are counted.
+        per_token_timesteps: (B, N) for samples (B, N, C) whose tokens are at levels of their own; the result
+            is then fp32, and `model_output` the velocity with the opposite sign, as LTX feeds it.
+        s_churn, s_tmin, s_tmax, s_noise: no effect; they keep the reference's argument order.
+        Raises ValueError for an integer timestep or one that is not in the table, IndexError after the last
+        step.
+        """
+        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
+            raise ValueError(f"timestep={timestep!r}: pass one of scheduler.timesteps, not its index")
+        if self._step_index is None:
+            begin = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        i, count = self._step_index, len(self._deltas)
+        if i >= count:
+            raise IndexError(f"all {count} steps were taken; call set_timesteps before another run")
+        self._step_index += 1
+
+        sample = sample.to(torch.float32)
+        if self.config.joyai_original:
+            model_output = model_output.to(torch.float32)  # before the product, and so is the result
+        if per_token_timesteps is None:
+            sigma, sigma_next, delta = self.sigmas[i], self.sigmas[i + 1], self._deltas[i]
+        else:
+            sigma = (per_token_timesteps / self.config.num_train_timesteps)[..., None]
+            levels = self.sigmas.reshape(-1, *[1] * sigma.ndim)
+            sigma_next = (levels * (levels < sigma - 1e-6)).amax(dim=0)
+            delta = sigma - sigma_next
+
+        if self.config.stochastic_sampling:
+            x0 = sample - sigma * model_output
+            noise = draw_noise(sample.shape, generator, sample.device)
+            sample = (1 - sigma_next) * x0 + sigma_next * noise
+        else:
+            # `delta` has no dimensions, so in half precision the product is rounded, as in the reference.
+            sample = sample + delta * model_output
+        if per_token_timesteps is None:
+            sample = sample.to(model_output.dtype)
+        return FlowMatchEulerDiscreteSchedulerOutput(sample) if return_dict else (sample,)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """Noise a clean sample: sigma * noise + (1 - sigma) * sample, in the sample's dtype.
+
+        timestep: (B,) of `timesteps`; during a run the level of the current step is taken instead.
+        """
+        if self._begin_index is None:
+            indices = [self.index_for_timestep(t) for t in timestep.reshape(-1)]
+        else:
+            current = self._begin_index if self._step_index is None else self._step_index
+            indices = [current] * timestep.numel()
+        sigma = self.sigmas.to(sample.device, sample.dtype)[indices]
+        sigma = sigma.reshape(-1, *[1] * (sample.ndim - 1))
+        return sigma * noise + (1 - sigma) * sample
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Where a timestep stands in the table; the second place if it is there more than once, so that a run
+        that starts in the middle skips nothing. Raises ValueError when it is not there."""
+        table = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        if isinstance(timestep, Tensor):
+            timestep = timestep.to(table.device)
+        found = (table == timestep).nonzero()[:2]
+        if len(found) == 0:
+            raise ValueError(f"timestep {float(timestep)} is not one of scheduler.timesteps")
+        return found[-1].item()
+
+    @property
+    def shift(self) -> float:
+        return self._shift
+
+    def set_shift(self, shift: float) -> None:
+        """Use another shift from the next `set_timesteps` on; sigma_min stays."""
+        if not shift > 0:
+            raise ValueError(f"shift={shift!r}: must be positive")
+        self._shift = shift
+
+    @property
+    def step_index(self) -> int | None:
+        """The number of the next step; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the run at this step, whatever timestep the first `step` is given."""
+        self._begin_index = begin_index
+
+    def config_to_save(self) -> dict[str, Any]:
+        saved = super().config_to_save()
+        if not saved["joyai_original"]:  # a key that diffusers would warn about
+            del saved["joyai_original"]
+        return saved
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def shift_sigmas(sigmas: Any, shift: float) -> Any:
+    """Noise levels (array or tensor in [0, 1]) moved up if shift > 1. arXiv 2403.03206, equation 23."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+@functools.cache
+def _warn_timesteps_alone() -> None:
+    log.warning(
+        "timesteps without sigmas: they are used as given, but the noise levels derived from them are shifted"
+    )
+
+
+def _levels(name: str, values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values.tolist() if isinstance(values, Tensor) else values).astype(np.float32)
+    if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(f"{name} must be a list of finite numbers, got {values!r}")
+    return array

@@ -1,0 +1,191 @@
+"""What the solvers share: configs that survive a change of solver, noise levels, noise.
+
+A scheduler holds a table, built by `set_timesteps`, and takes one step per call of `step`. Unlike a network
+it is constructed with keywords, and a config is handed from one class to another, as in
+`DDIMScheduler.from_config(pndm.config)`: keys of another solver of the family are kept and saved again, but have
+no effect.
+
+Source: `scheduler_config.json` of Diffusers; Karras et al., arXiv 2206.00364; Lee et al., arXiv 2407.12173.
+"""
+
+import dataclasses
+import math
+import posixpath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from joyedit.hub import Origin
+from joyedit.weights import Config, LoadOptions, read_json, write_json
+
+FILE = "scheduler_config.json"
+
+# The settings of every solver that a published scheduler_config.json may have been written by.
+FAMILY = frozenset(
+    """
+    algorithm_type base_image_seq_len base_shift beta_end beta_schedule beta_start clip_sample
+    clip_sample_range corrector_order disable_corrector dynamic_thresholding_ratio euler_at_final
+    final_sigmas_type flow_shift interpolation_type invert_sigmas joyai_original lambda_min_clipped
+    lower_order_final max_image_seq_len max_shift num_train_timesteps original_inference_steps
+    predict_epsilon predict_x0 prediction_type predictor_order rescale_betas_zero_snr rho sample_max_value
+    scale_factors set_alpha_to_one set_alpha_to_zero shift shift_terminal sigma_data sigma_max sigma_min
+    sigma_schedule skip_prk_steps solver_order solver_p solver_type steps_offset stochastic_sampling
+    tau_func tensor_format thresholding time_shift_type timestep_scaling timestep_spacing timestep_type
+    trained_betas upscale_mode use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas
+    use_karras_sigmas use_lu_lambdas variance_type
+    """.split()
+)
+
+
+class SchedulerConfig(Config):
+    """Settings of a scheduler; keys of its relatives are kept for the round trip."""
+
+    keeps_unknown: ClassVar[bool] = True
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Read a published JSON mapping. Raises ValueError for a key that no scheduler of the family has."""
+        settings = {key: value for key, value in raw.items() if not key.startswith("_")}
+        strangers = sorted(settings.keys() - cls.names() - cls.aliases.keys() - FAMILY)
+        if strangers:
+            raise ValueError(
+                f"{cls.__name__}: no scheduler has {strangers}; this one has {sorted(cls.names())}"
+            )
+        return super().from_dict(settings)
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """The keys that have an effect."""
+        return {field.name for field in dataclasses.fields(cls)}
+
+
+class Scheduler:
+    """A solver: `set_timesteps` builds its table, `step` takes one step.
+
+    Settings are keywords; `config` is the config of this or another scheduler to start from.
+    Raises TypeError for a setting that the class does not have.
+    """
+
+    Config: ClassVar[type[SchedulerConfig]]
+    library: ClassVar[str] = "diffusers"  # under which model_index.json lists it
+    order: ClassVar[int] = 1  # calls of the network per step
+    init_noise_sigma: float = 1.0  # what unit noise is multiplied by to start from
+
+    def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
+        names = self.Config.names()
+        for name in settings:
+            if name not in names:
+                raise TypeError(f"{type(self).__name__} has no setting {name!r}; it has {sorted(names)}")
+        self.config = self.Config.from_dict({**(config or {}), **settings})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | str | Path, **changes: Any) -> Self:
+        """Build from a config mapping of any scheduler of the family, a scheduler_config.json or its folder.
+
+        Raises TypeError for a change that the class does not know, ValueError for a config that none does.
+        """
+        if isinstance(config, (str, Path)):
+            path = Path(config)
+            config = read_json(path / FILE if path.is_dir() else path)
+        return cls(config, **changes)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, subfolder: str | None = None, **options: Any
+    ) -> Self:
+        """Load scheduler_config.json from a folder or Hub repository.
+
+        Options: the settings of the class, to change them; revision, token, cache_dir, local_files_only,
+        force_download. Raises FileNotFoundError when there is no such file.
+        """
+        names = cls.Config.names()
+        changes = {name: options.pop(name) for name in list(options) if name in names}
+        origin = Origin(str(name_or_path), **LoadOptions.parse(options, also=names).origin)
+        file = posixpath.join(subfolder or "", FILE)
+        return cls.from_config(origin.fetch([file]) / file, **changes)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write scheduler_config.json, with the keys of relatives that this scheduler was built from."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, self.config_to_save())
+
+    def config_to_save(self) -> dict[str, Any]:
+        return {"_class_name": type(self).__name__, **self.config.to_dict()}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+def karras_sigmas(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """Noise levels evenly spaced in sigma^(1/rho), from high to low. arXiv 2206.00364, equation 5."""
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (high + np.linspace(0, 1, steps) * (low - high)) ** rho
+
+
+def exponential_sigmas(sigma_max: float, sigma_min: float, steps: int) -> np.ndarray:
+    """Noise levels evenly spaced in log sigma, from high to low. Raises ValueError unless all are positive."""
+    if min(sigma_max, sigma_min) <= 0:
+        raise ValueError(f"exponential sigmas run between positive values, not {sigma_max} and {sigma_min}")
+    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+
+
+def beta_sigmas(sigma_max: float, sigma_min: float, steps: int, a: float = 0.6, b: float = 0.6) -> np.ndarray:
+    """Noise levels at the quantiles of a Beta(a, b) distribution, from high to low. arXiv 2407.12173."""
+    return sigma_min + beta_ppf(1 - np.linspace(0, 1, steps), a, b) * (sigma_max - sigma_min)
+
+
+def beta_ppf(p: np.ndarray, a: float, b: float) -> np.ndarray:
+    """Quantiles of Beta(a, b): x in [0, 1] whose regularised incomplete beta function is p (any shape)."""
+    p = np.asarray(p, dtype=np.float64)
+    at_half = _beta_cdf(np.array(0.5), a, b)
+    return np.where(p <= at_half, _lower_half_ppf(p, a, b), 1 - _lower_half_ppf(1 - p, b, a))
+
+
+def _lower_half_ppf(p: np.ndarray, a: float, b: float) -> np.ndarray:
+    """`beta_ppf` where the answer is at most 1/2, by bisection to the last bit."""
+    low, high = np.zeros_like(p), np.full_like(p, 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = _beta_cdf(middle, a, b) < p
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return (low + high) / 2
+
+
+def _beta_cdf(x: np.ndarray, a: float, b: float) -> np.ndarray:
+    """Regularised incomplete beta function for x <= 1/2: the integrated binomial series of (1-t)^(b-1)."""
+    k = np.arange(1, 64)
+    series = np.cumprod((k - b) / k) / (a + k)
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    return x**a * (1 / a + x[..., None] ** k @ series) / math.exp(log_beta)
+
+
+def draw_noise(
+    shape: Sequence[int],
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Unit normal noise. One generator draws the batch at once; a list draws one sample of it each.
+
+    A CPU generator draws on the CPU whatever `device` is, so that a seed means one image on every machine.
+    Raises ValueError when the list is not as long as the batch, or a generator is of another accelerator.
+    """
+    device = torch.device(device)
+    if isinstance(generator, (list, tuple)):
+        if len(generator) not in (1, shape[0]):
+            raise ValueError(
+                f"{len(generator)} generators for a batch of {shape[0]}: give one each, or one for all"
+            )
+        if len(generator) > 1:
+            return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in generator])
+        generator = generator[0]
+    if generator is None:
+        return torch.randn(tuple(shape), device=device, dtype=dtype)
+    if generator.device.type not in ("cpu", device.type):
+        raise ValueError(f"a generator on {generator.device} cannot draw for {device}: use one on the CPU")
+    return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)
