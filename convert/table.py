@@ -45,7 +45,9 @@ def fuse(src: Sequence[str], dst: str, dim: int = 0) -> Rule:
     return Rule(tuple(src), (dst,), lambda t: [torch.cat(t, dim)], lambda t: list(t[0].chunk(parts, dim)))
 
 
-def reshape(src: str, dst: str, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Rule:
+def reshape(
+    src: str, dst: str, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
+) -> Rule:
     """One tensor, one tensor, another shape."""
     return Rule((src,), (dst,), lambda t: [forward(t[0])], lambda t: [backward(t[0])])
 
@@ -101,7 +103,9 @@ def _match(sides, keys: Sequence[str]) -> tuple[dict[str, Step], dict[str, str],
     unmatched: list[str] = []
     for key in keys:
         for number, (src, _, _, _) in enumerate(sides):
-            found = next(((i, m) for i, pattern in enumerate(src) if (m := _compiled(pattern).fullmatch(key))), None)
+            found = next(
+                ((i, m) for i, pattern in enumerate(src) if (m := _compiled(pattern).fullmatch(key))), None
+            )
             if found:
                 index, match = found
                 groups.setdefault((number, tuple(sorted(match.groupdict().items()))), {})[index] = key
@@ -165,7 +169,9 @@ def plan_conversion(
     for layout in layouts:
         steps, dropped, unmatched = layout.plan(list(found))
         missing = [name for name in wanted if name not in steps]
-        unexpected = unmatched + [s for name, step in steps.items() if name not in wanted for s in step.sources]
+        unexpected = unmatched + [
+            s for name, step in steps.items() if name not in wanted for s in step.sources
+        ]
         if not missing and not unexpected:
             _check_shapes(steps, found, wanted)
             return Plan(layout, {name: steps[name] for name in wanted}, dropped)
@@ -184,7 +190,9 @@ def _check_shapes(steps: Mapping[str, Step], found: Mapping, wanted: Mapping) ->
         sources = [torch.empty(found[s], device="meta") for s in step.sources]
         shape = tuple(step.transform(sources)[step.index].shape)
         if shape != tuple(wanted[name]):
-            raise ValueError(f"{', '.join(step.sources)} gives shape {shape} for {name}, wanted {tuple(wanted[name])}")
+            raise ValueError(
+                f"{', '.join(step.sources)} gives shape {shape} for {name}, wanted {tuple(wanted[name])}"
+            )
 
 
 def _sample(names: Sequence[str]) -> str:

@@ -4,8 +4,9 @@ diffusers   the published Diffusers folders and JD's `joy_image_edit_vae.safeten
 original    `Wan2.1_VAE.pth` of the WAN and JoyAI-Image repositories, and ComfyUI's `wan_2.1_vae.safetensors`
 comfyui-*   the original names under the prefix of a whole-model single file
 
-No layout splits, fuses or reshapes a tensor. The original counts the layers of all decoder stages in one list, so
-its numbers depend on the config: resnets 0, 1, 2, upsampler 3, resnets 4, 5, 6, ... for the released one.
+No layout splits, fuses or reshapes a tensor. The original counts the layers of all decoder stages in one
+list, so its numbers depend on the config: resnets 0, 1, 2, upsampler 3, resnets 4, 5, 6, ... for the released
+one.
 Source: WAN `wan/modules/vae.py`; diffusers `scripts/convert_wan_to_diffusers.py`.
 """
 

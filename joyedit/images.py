@@ -35,6 +35,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from joyedit import __version__
 from joyedit.weights import Config, replacing
 
 log = logging.getLogger("joyedit")
@@ -454,7 +455,6 @@ def save_png(
     *,
     force: bool = False,
     icc_profile: bytes | None = None,
-    software: str = "joyedit",
 ) -> Path:
     """Write a PNG file that says how it was made; returns its path.
 
@@ -474,7 +474,7 @@ def save_png(
     if metadata is not None:
         texts.add_itxt("joyedit", _storable(_to_json({"schema": 1, **metadata})))
         texts.add_itxt("parameters", _storable(parameters_text(metadata)))
-        texts.add_text("Software", f"{software} (AI-edited)")
+        texts.add_text("Software", f"joyedit {__version__} (AI-edited)")
     bare = image.copy()
     bare.info = {}
     with replacing(path) as temporary:

@@ -76,6 +76,8 @@ class TimestepEmbedder(nn.Module):
 def sinusoidal_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """[cos(t f), sin(t f)] with f_i = max_period ** (-2 i / dim), in fp32. timestep (B) -> (B, dim)."""
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(max_period) / half)
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) * (
+        -math.log(max_period) / half
+    )
     angle = timestep.float()[:, None] * exponent.exp()[None]
     return torch.cat((angle.cos(), angle.sin()), dim=-1)

@@ -87,7 +87,9 @@ def load(
     class_name = pipeline or _pipeline_class(origin, layout)
     cls = getattr(importlib.import_module(PIPELINES[class_name]), class_name)
     if unknown := set(components) - set(cls.parts):
-        raise TypeError(f"unknown argument {sorted(unknown)}; {class_name} has the parts {', '.join(cls.parts)}")
+        raise TypeError(
+            f"unknown argument {sorted(unknown)}; {class_name} has the parts {', '.join(cls.parts)}"
+        )
     given = {part: _open_part(cls, part, value, options) for part, value in components.items()}
     if layout == "diffusers":
         keywords = {"dtype": options.dtype, "variant": variant, **origin_options}
@@ -96,7 +98,13 @@ def load(
         opened = _open_original if layout == "original" else _open_comfyui
         parts = opened(cls, origin, listing, options, given)
         pipe = cls(**{**parts, **given}, reference_quirks=reference_quirks)
-    log.info("%s from %s (%s layout); licence of the weights: %s", class_name, name, layout, licence_of(origin, listing))
+    log.info(
+        "%s from %s (%s layout); licence of the weights: %s",
+        class_name,
+        name,
+        layout,
+        licence_of(origin, listing),
+    )
     if offload == "none":
         return pipe.to(target)
     pipe.set_offload(offload, None if target.type == "cpu" else target)
@@ -105,7 +113,7 @@ def load(
 
 # ------------------------------------------------------------------------------------------------- recognise
 def layout_of(name: str, listing: list[str]) -> str:
-    """"diffusers", "original" or "comfyui". Raises ValueError saying what was found."""
+    """ "diffusers", "original" or "comfyui". Raises ValueError saying what was found."""
     if not listing:
         if name.endswith(WEIGHT_SUFFIXES):
             return "comfyui"
@@ -180,14 +188,20 @@ def open_file(kind: type[Network], path: Path, dtype: torch.dtype | None) -> Any
 
 
 def _only_file(origin: Origin, listing: list[str], folder: str, what: str) -> Path:
-    files = [f for f in listing if f.startswith(f"{folder}/") and f.endswith(WEIGHT_SUFFIXES) and "/." not in f]
+    files = [
+        f for f in listing if f.startswith(f"{folder}/") and f.endswith(WEIGHT_SUFFIXES) and "/." not in f
+    ]
     if len(files) != 1:
-        raise FileNotFoundError(f"{origin.name}/{folder}: wanted exactly one weight file of the {what}, found {files or 'none'}")
+        raise FileNotFoundError(
+            f"{origin.name}/{folder}: wanted exactly one weight file of the {what}, found {files or 'none'}"
+        )
     extra = [f for f in (f"{folder}/config.json",) if f in listing]
     return origin.fetch(files + extra) / files[0]
 
 
-def _open_original(cls: type, origin: Origin, listing: list[str], options: LoadOptions, given: Mapping) -> dict[str, Any]:
+def _open_original(
+    cls: type, origin: Origin, listing: list[str], options: LoadOptions, given: Mapping
+) -> dict[str, Any]:
     """The parts of a checkpoint in the layout of jd-opensource/JoyAI-Image."""
     settings = {}
     if "infer_config.py" in listing:
@@ -200,7 +214,9 @@ def _open_original(cls: type, origin: Origin, listing: list[str], options: LoadO
     parts: dict[str, Any] = {}
     for name in ("tokenizer", "processor"):
         if name in missing:
-            parts[name] = kinds[name].from_pretrained(origin.name, subfolder=ORIGINAL_TEXT_ENCODER, **options.origin)
+            parts[name] = kinds[name].from_pretrained(
+                origin.name, subfolder=ORIGINAL_TEXT_ENCODER, **options.origin
+            )
     if "scheduler" in missing:
         parts["scheduler"] = kinds["scheduler"](
             shift=settings.get("shift", ORIGINAL_SHIFT),
@@ -233,7 +249,11 @@ def read_infer_config(path: Path) -> dict[str, Any]:
     for node in ast.walk(tree):
         pairs: list[tuple[str, ast.expr]] = []
         if isinstance(node, ast.Dict):
-            pairs = [(k.value, v) for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant)]
+            pairs = [
+                (k.value, v)
+                for k, v in zip(node.keys, node.values, strict=True)
+                if isinstance(k, ast.Constant)
+            ]
         elif isinstance(node, ast.Call):
             pairs = [(k.arg, k.value) for k in node.keywords if k.arg]
         values = {}
@@ -250,7 +270,9 @@ def read_infer_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def _open_comfyui(cls: type, origin: Origin, listing: list[str], options: LoadOptions, given: Mapping) -> dict[str, Any]:
+def _open_comfyui(
+    cls: type, origin: Origin, listing: list[str], options: LoadOptions, given: Mapping
+) -> dict[str, Any]:
     """The parts of ComfyUI's single files; they hold no tokenizer, which must then be given."""
     missing = {name for name in cls.parts if name not in given}
     if "tokenizer" in missing and "processor" in given:
@@ -261,7 +283,9 @@ def _open_comfyui(cls: type, origin: Origin, listing: list[str], options: LoadOp
         wanted += [name for name in ("vae", "text_encoder") if name in missing]
     if wanted:
         example = "a Diffusers folder or Hub name such as 'jdopensource/JoyAI-Image-Edit-Diffusers'"
-        raise ValueError(f"{origin.name} holds no {' and no '.join(wanted)}: pass {wanted[0]}= ({example}), ...")
+        raise ValueError(
+            f"{origin.name} holds no {' and no '.join(wanted)}: pass {wanted[0]}= ({example}), ..."
+        )
     if "tokenizer" in missing:
         parts["tokenizer"] = given["processor"].tokenizer
     if "scheduler" in missing:
@@ -300,7 +324,11 @@ def _save_original(pipe: Any, folder: Path) -> None:
     for part in ("text_encoder", "processor"):
         pipe.components[part].save_pretrained(folder / ORIGINAL_TEXT_ENCODER)
     config = pipe.transformer.config
-    names = {"num_attention_heads": "heads_num", "num_layers": "mm_double_blocks_depth", "text_dim": "text_states_dim"}
+    names = {
+        "num_attention_heads": "heads_num",
+        "num_layers": "mm_double_blocks_depth",
+        "text_dim": "text_states_dim",
+    }
     params = {names.get(key, key): value for key, value in config.to_dict().items()}
     with replacing(folder / "infer_config.py") as temporary:
         temporary.write_text(

@@ -16,7 +16,9 @@ class BlockStreaming:
     """Hooks that bring each block to a device before its forward and drop the copy after it."""
 
     def __init__(self, network: Network, device: torch.device):
-        self.blocks = [block for child in network.modules() if isinstance(child, nn.ModuleList) for block in child]
+        self.blocks = [
+            block for child in network.modules() if isinstance(child, nn.ModuleList) for block in child
+        ]
         inner = {id(m) for block in self.blocks for m in block.modules() if m is not block}
         self.blocks = [block for block in self.blocks if id(block) not in inner]
         self.masters: dict[nn.Parameter, torch.Tensor] = {}

@@ -39,14 +39,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0) -> Tensor:
-    """x (B, C_in, H, W), weight (C_out, C_in, kh, kw), bias (C_out) -> (B, C_out, H', W') in the dtype of x."""
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size | str = 0
+) -> Tensor:
+    """x (B, C_in, H, W), weight (C_out, C_in, kh, kw), bias (C_out) -> (B, C_out, H', W') in x's dtype."""
     return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0) -> Tensor:
-    """x (B, C_in, T, H, W), weight (C_out, C_in, kt, kh, kw), bias (C_out) -> (B, C_out, T', H', W') in the dtype of
-    x."""
+def conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size | str = 0
+) -> Tensor:
+    """x (B, C_in, T, H, W), weight (C_out, C_in, kt, kh, kw), bias (C_out) -> (B, C_out, T', H', W') in x's
+    dtype."""
     return F.conv3d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
 
 
@@ -85,7 +89,9 @@ def attention(
     return out.transpose(1, 2).contiguous()
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
     """LayerNorm over the last axis, statistics in fp32. x (..., D); weight, bias (D)."""
     out = F.layer_norm(
         x.float(),
@@ -99,7 +105,9 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
 def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift. x (B, N, D); shift, scale (B or 1, D)."""
-    if shift.shape[0] == 1:  # one for all samples: the modulation is the affine part of the norm, one pass over x
+    if (
+        shift.shape[0] == 1
+    ):  # one for all samples: the modulation is the affine part of the norm, one pass over x
         return F.layer_norm(x.float(), x.shape[-1:], 1 + scale[0].float(), shift[0].float(), eps).to(x.dtype)
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     return torch.addcmul(shift[:, None].float(), normed, 1 + scale[:, None].float()).to(x.dtype)
@@ -116,9 +124,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def channel_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """x / rms(x) * gamma over the channels of feature maps, in fp32 for narrower x. x (B, C, ...); gamma has C values.
+    """x / rms(x) * gamma over the channels of feature maps. x (B, C, ...); gamma has C values.
 
-    Where all channels of a position are zero the result is zero: |x| is at least 1e-12.
+    Half precision is computed in fp32. Where all channels of a position are zero the result is zero: |x| is taken
+    as at least 1e-12. Source: diffusers `WanRMS_norm`.
     """
     return _channel_rms_norm(x, gamma).to(x.dtype)
 
@@ -157,7 +166,9 @@ def qk_norm_rope(
     return rope(rms_norm(q, q_weight, eps), cos, sin), rope(rms_norm(k, k_weight, eps), cos, sin)
 
 
-def qk_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def qk_norm(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
     """RMSNorm of q and k per head, for tokens without a position. q, k (B, N, H, E); weights (E)."""
     return rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
 

@@ -78,7 +78,12 @@ def write_random_checkpoint(folder: Path, seed: int = 0, dtype: torch.dtype = to
         torch.manual_seed(seed)
         transformer = JoyImageEditTransformer3DModel(
             JoyImageEditConfig(
-                hidden_size=64, num_attention_heads=2, num_layers=3, mlp_width_ratio=2.0, text_dim=32, rope_dim_list=(8, 12, 12)
+                hidden_size=64,
+                num_attention_heads=2,
+                num_layers=3,
+                mlp_width_ratio=2.0,
+                text_dim=32,
+                rope_dim_list=(8, 12, 12),
             )
         )
         vae = AutoencoderKLWan(AutoencoderKLWanConfig(base_dim=8, num_res_blocks=1))
@@ -134,7 +139,11 @@ def _encoder_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
                 "num_key_value_heads": 2,
                 "head_dim": 16,
                 "rope_theta": 5000000.0,
-                "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]},
+                "rope_scaling": {
+                    "rope_type": "default",
+                    "mrope_interleaved": True,
+                    "mrope_section": [4, 2, 2],
+                },
                 "bos_token_id": ids["<|endoftext|>"],
                 "eos_token_id": ids["<|im_end|>"],
             },

@@ -6,7 +6,9 @@ from torch import Tensor
 
 def axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
     """position * theta ** (-2 j / dim), j = 0 .. dim/2 - 1, in fp32. positions (N) -> (N, dim / 2)."""
-    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)[: dim // 2] / dim)
+    frequency = 1.0 / theta ** (
+        torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)[: dim // 2] / dim
+    )
     return torch.outer(positions.float(), frequency)
 
 

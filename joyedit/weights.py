@@ -34,7 +34,9 @@ from joyedit.hub import Origin, choose_weight_files
 log = logging.getLogger("joyedit")
 
 HALF = (torch.float16, torch.bfloat16)
-AUTO_BF16_BYTES = 4 * 10**9  # fp32 files of a network larger than this load as bf16 when no dtype is asked for
+AUTO_BF16_BYTES = (
+    4 * 10**9
+)  # fp32 files of a network larger than this load as bf16 when no dtype is asked for
 
 
 # ------------------------------------------------------------------------------------------------- configs
@@ -48,7 +50,9 @@ class Config(Mapping):
     aliases: ClassVar[Mapping[str, str]] = {}  # older spelling -> field
     ignored: ClassVar[frozenset[str]] = frozenset()  # keys of old files that never changed the computation
     supported: ClassVar[Mapping[str, tuple]] = {}  # field -> the only values that this code computes
-    keeps_unknown: ClassVar[bool] = False  # True: keys without a field are kept for the round trip, not refused
+    keeps_unknown: ClassVar[bool] = (
+        False  # True: keys without a field are kept for the round trip, not refused
+    )
 
     _extra = types.MappingProxyType({})
 
@@ -56,7 +60,9 @@ class Config(Mapping):
         for name, allowed in self.supported.items():
             if self[name] not in allowed:
                 wanted = " or ".join(repr(value) for value in allowed)
-                raise ValueError(f"{type(self).__name__}: {name}={self[name]!r} is not supported, only {wanted}")
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={self[name]!r} is not supported, only {wanted}"
+                )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -74,7 +80,9 @@ class Config(Mapping):
             elif cls.keeps_unknown:
                 extra[key] = value
             elif not key.startswith("_") and key not in cls.ignored:
-                raise ValueError(f"{cls.__name__} has no {key!r}{_nearest(key, known)}; known: {sorted(known)}")
+                raise ValueError(
+                    f"{cls.__name__} has no {key!r}{_nearest(key, known)}; known: {sorted(known)}"
+                )
         config = cls(**values)
         object.__setattr__(config, "_extra", types.MappingProxyType(extra))
         return config
@@ -83,7 +91,9 @@ class Config(Mapping):
         """A copy with some values changed. Raises ValueError for a name that is not a key of this config."""
         for key in changes:
             if key not in self:
-                raise ValueError(f"{type(self).__name__} has no {key!r}{_nearest(key, self)}; known: {sorted(self)}")
+                raise ValueError(
+                    f"{type(self).__name__} has no {key!r}{_nearest(key, self)}; known: {sorted(self)}"
+                )
         return type(self).from_dict({**self, **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,7 +160,9 @@ class Network(nn.Module):
     table: ClassVar[str]  # module of joyedit.convert that knows the layouts of this network
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"  # transformers networks use "model"
     library: ClassVar[str] = "diffusers"  # under which model_index.json lists it
-    fp32_modules: ClassVar[frozenset[str]] = frozenset()  # path components whose parameters stay fp32 in half precision
+    fp32_modules: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # path components whose parameters stay fp32 in half precision
 
     def __init__(self, config: Any):
         super().__init__()
@@ -166,7 +178,9 @@ class Network(nn.Module):
         return cls(made.replace(**changes) if changes else made)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, subfolder: str | None = None, **options: Any) -> Self:
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, subfolder: str | None = None, **options: Any
+    ) -> Self:
         """Load from a Diffusers folder or Hub repository.
 
         Options: dtype (or torch_dtype), variant, use_safetensors, revision, token, cache_dir, local_files_only,
@@ -242,9 +256,19 @@ class LoadOptions:
     use_safetensors: bool | None = None
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    ORIGIN: ClassVar[tuple[str, ...]] = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+    ORIGIN: ClassVar[tuple[str, ...]] = (
+        "revision",
+        "token",
+        "cache_dir",
+        "local_files_only",
+        "force_download",
+    )
     DTYPES: ClassVar[tuple[str, ...]] = ("dtype", "torch_dtype", "mindspore_dtype")
-    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("low_cpu_mem_usage", "requires_safety_checker", "resume_download")
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (
+        "low_cpu_mem_usage",
+        "requires_safety_checker",
+        "resume_download",
+    )
 
     @classmethod
     def parse(cls, given: Mapping[str, Any], also: Iterable[str] = ()) -> Self:
@@ -256,7 +280,9 @@ class LoadOptions:
         for name in given:
             if name not in accepted:
                 known = accepted | set(also)
-                raise TypeError(f"unknown argument {name!r}{_nearest(name, known)}; accepted: {sorted(known)}")
+                raise TypeError(
+                    f"unknown argument {name!r}{_nearest(name, known)}; accepted: {sorted(known)}"
+                )
             if name in cls.WITHOUT_EFFECT:
                 log.info("%s has no effect here", name)
         dtypes = {name: parse_dtype(given[name]) for name in cls.DTYPES if name in given}
@@ -302,7 +328,9 @@ class TensorFiles(Mapping[str, Tensor]):
             for key, shape, dtype, read in opened:
                 name = key.removeprefix(prefix)
                 if name in self._where:
-                    raise ValueError(f"{path}: tensor {name!r} is in two of the files {[f.name for f in self.files]}")
+                    raise ValueError(
+                        f"{path}: tensor {name!r} is in two of the files {[f.name for f in self.files]}"
+                    )
                 self._where[name], self._shapes[name], self._dtypes[name] = read, shape, dtype
 
     def __getitem__(self, name: str) -> Tensor:
@@ -358,7 +386,9 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is not a safetensors file: its header is unreadable") from None
     end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
     if 8 + length + end != size:
-        raise ValueError(f"{path} was cut off or damaged: {size} bytes, its header promises {8 + length + end}")
+        raise ValueError(
+            f"{path} was cut off or damaged: {size} bytes, its header promises {8 + length + end}"
+        )
     return header
 
 
@@ -373,7 +403,12 @@ def _open_safetensors(path: Path):
             continue
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise ValueError(f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not supported")
-        yield key, tuple(entry["shape"]), _SAFETENSORS_DTYPES[entry["dtype"]], lambda key=key: opened.get_tensor(key)
+        yield (
+            key,
+            tuple(entry["shape"]),
+            _SAFETENSORS_DTYPES[entry["dtype"]],
+            lambda key=key: opened.get_tensor(key),
+        )
 
 
 def _open_pickle(path: Path):
@@ -394,9 +429,13 @@ def _open_pickle(path: Path):
         yield key, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor
 
 
-def open_weights(folder: Path, stem: str, variant: str | None = None, use_safetensors: bool | None = None) -> TensorFiles:
+def open_weights(
+    folder: Path, stem: str, variant: str | None = None, use_safetensors: bool | None = None
+) -> TensorFiles:
     """Open the weight files of one network in a Diffusers or transformers folder."""
-    name = choose_weight_files((p.name for p in folder.iterdir()), stem, variant, use_safetensors, str(folder))[0]
+    name = choose_weight_files(
+        (p.name for p in folder.iterdir()), stem, variant, use_safetensors, str(folder)
+    )[0]
     if not name.endswith(".json"):
         return TensorFiles([folder / name])
     shards = sorted(set(read_json(folder / name)["weight_map"].values()))
@@ -421,7 +460,9 @@ def load_folder(cls: type[Network], origin: Origin, subfolder: str, options: Loa
     return load_network(cls, config, files, options.dtype)
 
 
-def load_network(cls: type[Network], config: Config, files: TensorFiles, dtype: torch.dtype | None = None) -> Any:
+def load_network(
+    cls: type[Network], config: Config, files: TensorFiles, dtype: torch.dtype | None = None
+) -> Any:
     """Build `cls` on the meta device and fill it from `files`, whatever layout they are in.
 
     dtype None keeps what is stored, except that fp32 files above 4 GB become bf16; parameters that a network
@@ -483,7 +524,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def parse_size(size: int | str) -> int:
@@ -522,7 +565,11 @@ def save_tensors(
         names = [f"{stem}{tag}.safetensors"]
     for name, shard in zip(names, shards, strict=True):
         with replacing(folder / name) as temporary:
-            save_file({k: t.detach().contiguous() for k, t in shard.items()}, temporary, {"format": "pt", **(metadata or {})})
+            save_file(
+                {k: t.detach().contiguous() for k, t in shard.items()},
+                temporary,
+                {"format": "pt", **(metadata or {})},
+            )
     index = folder / f"{stem}.safetensors.index{tag}.json"
     if count > 1:
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}

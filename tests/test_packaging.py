@@ -225,10 +225,25 @@ def test_editable_install_reaches_the_links(environment, archive, tmp_path):
     assert str(source) not in run(environment, "-c", code, cwd=tmp_path)
 
 
-def test_references_import_beside_a_folder_named_kernels(archive, tmp_path):
+@pytest.fixture
+def checkout_with_kernels(archive, tmp_path) -> Path:
     source = tmp_path / "src"
     shutil.copytree(archive, source, symlinks=True)
     (source / "kernels").mkdir(exist_ok=True)
     (source / "kernels" / "some_op.py").touch()
+    return source
+
+
+def test_another_package_named_kernels_wins_in_the_checkout(checkout_with_kernels, tmp_path):
+    """transformers and diffusers import Hugging Face's `kernels` where it is installed."""
+    other = tmp_path / "other" / "kernels" / "__init__.py"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    code = "import kernels; print(kernels.__file__)"
+    assert python(code, cwd=checkout_with_kernels, PYTHONPATH=str(tmp_path / "other")) == str(other)
+
+
+@pytest.mark.slow
+def test_references_import_in_the_checkout(checkout_with_kernels):
     code = "from transformers import Qwen3VLForConditionalGeneration; from diffusers import AutoencoderKLWan"
-    python(code, cwd=source)
+    python(code, cwd=checkout_with_kernels)

@@ -9,7 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from joyedit.convert.table import IDENTITY, Layout, drop, fuse, plan_conversion, prefixed, rename, reshape, split
+from joyedit.convert.table import (
+    IDENTITY,
+    Layout,
+    drop,
+    fuse,
+    plan_conversion,
+    prefixed,
+    rename,
+    reshape,
+    split,
+)
 from joyedit.weights import (
     Config,
     LoadOptions,
@@ -131,7 +141,10 @@ def test_shards_with_an_index_load_equal(saved, tmp_path):
     assert len(set(index["weight_map"].values())) > 1
     assert torch.equal(Two.from_pretrained(folder).body.weight, network.body.weight)
     network.save_pretrained(folder)  # one file again: the old shards and their index are gone
-    assert [p.name for p in sorted(folder.iterdir())] == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert [p.name for p in sorted(folder.iterdir())] == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
 
 
 def test_variants_and_pickles(saved, tmp_path):
@@ -147,14 +160,19 @@ def test_variants_and_pickles(saved, tmp_path):
         Two.from_pretrained(folder, use_safetensors=True)
     network.save_pretrained(folder)
     assert torch.equal(Two.from_pretrained(folder).body.weight, network.body.weight)
-    assert torch.equal(Two.from_pretrained(folder, use_safetensors=False).body.weight, network.body.weight + 1)
+    assert torch.equal(
+        Two.from_pretrained(folder, use_safetensors=False).body.weight, network.body.weight + 1
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         (["model.fp16.safetensors", "model.safetensors"], "model.safetensors"),
-        (["model.safetensors.index.json", "model-00001-of-00002.safetensors"], "model.safetensors.index.json"),
+        (
+            ["model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+            "model.safetensors.index.json",
+        ),
         (["pytorch_model.bin"], "pytorch_model.bin"),
     ],
 )
@@ -198,7 +216,9 @@ def test_wrong_keys_give_the_two_sided_difference_and_wrong_shapes_both_shapes(s
     state = dict(network.state_dict())
     state["body.wieght"] = state.pop("body.weight")
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match=r"1 of 4 tensors missing \(body.weight\), 1 unknown \(body.wieght\)"):
+    with pytest.raises(
+        ValueError, match=r"1 of 4 tensors missing \(body.weight\), 1 unknown \(body.wieght\)"
+    ):
         Two.from_pretrained(folder)
     state = dict(network.state_dict())
     state["body.weight"] = torch.zeros(3, 5)
@@ -290,7 +310,9 @@ def converted(state):
         "head.weight": (2, 4),
         "a.b.c": (1,),
     }
-    plan = plan_conversion((Layout("diffusers", (IDENTITY,)), LAYOUT), {k: tuple(v.shape) for k, v in state.items()}, wanted)
+    plan = plan_conversion(
+        (Layout("diffusers", (IDENTITY,)), LAYOUT), {k: tuple(v.shape) for k, v in state.items()}, wanted
+    )
     return plan, {name: step.read(state) for name, step in plan.steps.items()}
 
 
@@ -317,7 +339,9 @@ def test_and_backwards():
 def test_a_rule_with_a_part_missing_counts_as_unknown():
     state = foreign_state()
     del state["layers.0.up.weight"]
-    with pytest.raises(ValueError, match=r"'foreign'.*blocks.0.ff.weight.*1 unknown \(layers.0.gate.weight\)"):
+    with pytest.raises(
+        ValueError, match=r"'foreign'.*blocks.0.ff.weight.*1 unknown \(layers.0.gate.weight\)"
+    ):
         converted(state)
 
 

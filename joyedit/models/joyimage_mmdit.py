@@ -149,11 +149,9 @@ class JoyImageEditTransformer3DModel(Network):
         items = items.roll(1, dims=1)  # the target goes first, to frame 0 of the rotary grid
         grid = self.token_grid(items)
         img = self.embed_image(items)
-        txt = self.embed_text(encoder_hidden_states)
+        txt, vec = self.embed_text(encoder_hidden_states), self.embed_time(timestep)
         rope = self.rope(grid, img.device)
-        out = self.denoise(
-            img, img.shape[1], txt, self.embed_time(timestep), rope, grid
-        )  # (B, C, I * T, H, W)
+        out = self.denoise(img, img.shape[1], txt, vec, rope, grid)  # (B, C, I * T, H, W)
         out = rearrange(out, "b c (i t) h w -> b i c t h w", i=items.shape[1]).roll(-1, dims=1)
         out = (out if hidden_states.ndim == 6 else out[:, 0]).to(hidden_states.dtype)
         return JoyImageTransformerOutput(out) if return_dict else (out,)

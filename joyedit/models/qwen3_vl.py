@@ -71,7 +71,7 @@ class Qwen3VLTextConfig(Config):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Also takes `rope_parameters` of transformers 5, which in turn reads the fields of 4.57 used here."""
+        """Also takes `rope_parameters` of transformers 5, which itself reads the fields of 4.57 used here."""
         values = {key: value for key, value in raw.items() if key != "rope_parameters"}
         rope = dict(raw.get("rope_parameters") or {})
         if "rope_theta" in rope:

@@ -1,22 +1,22 @@
 """WAN 2.1 variational autoencoder of images and videos.
 
-Eight times smaller in height and width, four times in time: T = 1 + 4k frames are 1 + k latent frames, and the first
-latent frame is the first frame alone. Everything is causal, so a video is coded in chunks (one frame, then four at a
-time; one latent frame at a time in the decoder), and each temporal convolution keeps the last frames of its input in
-a `Past` that the caller owns.
+Eight times smaller in height and width, four times in time: 1 + 4k frames are 1 + k latent frames, and the
+first latent frame is the first frame alone. Everything is causal, so a video is coded in chunks (one frame,
+then four at a time; one latent frame at a time in the decoder), and each temporal convolution keeps the last
+frames of its input in a `Past`, which is an argument of the encoder and the decoder.
 
-A first frame has only zeros before it, so of its 3x3x3 kernels only the last temporal slice meets data and the
-convolutions over time alone do nothing: it runs through 2-D convolutions, a third of the work. The slices are cut
-from the weights at each call, which costs less than a hundredth of the convolution at image sizes and cannot go
-stale when weights change. To change the convolutions, change `CausalConv3d`.
+A first frame has only zeros before it, so only the last temporal slice of a 3x3x3 kernel meets data, and the
+convolutions over time alone do nothing: a first frame takes 2-D convolutions, a third of the work. The slices
+are cut from the weights at every call. That is under 5 % of a 128 px picture and nothing at 1024 px, needs no
+second copy of the weights, and cannot go stale when they change. To change a convolution, see `CausalConv3d`.
 
-B batch   C channels   T frames   H, W height and width in pixels, or of a feature map   N = H * W positions
+B batch   C channels   T frames   H, W height and width of pictures or feature maps   N = H * W positions
 Source: diffusers `autoencoder_kl_wan.py`; WAN `wan/modules/vae.py`; arXiv 2503.20314.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from joyedit import ops
 from joyedit.weights import Config, Network
 
-Past = dict[
-    nn.Module, Tensor
-]  # temporal convolution -> the last frames of its input; tensors are never written to
+# Temporal convolution -> the last frames of its input. No tensor is ever written to: a copied dict is a fork.
+Past = dict[nn.Module, Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 CHUNK = 4  # frames that the encoder takes at a time after the first
@@ -36,10 +35,10 @@ CHUNK = 4  # frames that the encoder takes at a time after the first
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLWanConfig(Config):
-    """Settings of the VAE; the defaults are the released WAN 2.1 ones, which JoyAI-Image and ChronoEdit share.
+    """Settings of the VAE; the defaults are those of WAN 2.1, which JoyAI-Image and ChronoEdit share.
 
-    Raises ValueError for what this network does not compute (the WAN 2.2 variant among it), and for scale factors
-    that contradict the stages.
+    Raises ValueError for what this network does not compute (WAN 2.2 among it), and for scale factors that
+    contradict the stages.
     """
 
     base_dim: int = 96
@@ -77,8 +76,8 @@ class AutoencoderKLWanConfig(Config):
         halvings = len(self.dim_mult) - 1
         if len(self.temperal_downsample) != halvings:
             raise ValueError(
-                f"temperal_downsample={self.temperal_downsample!r}: one value for each of the {halvings} stages of "
-                f"dim_mult={self.dim_mult!r} but the last"
+                f"temperal_downsample={self.temperal_downsample!r}: dim_mult={self.dim_mult!r} needs "
+                f"{halvings} values, one for each stage but the last"
             )
         for name, factor in (
             ("scale_factor_spatial", 2**halvings),
@@ -103,8 +102,8 @@ class DecoderOutput(NamedTuple):
 class AutoencoderKLWan(Network):
     """Encoder and decoder of images (T = 1) and videos.
 
-    `enable_slicing` codes one sample of a batch at a time; `enable_tiling` codes larger pictures in overlapping
-    tiles that are blended, which needs less memory and does not give quite the same picture.
+    `enable_slicing`: one sample of a batch at a time. `enable_tiling`: pictures larger than a tile in
+    overlapping tiles that are blended, which takes less memory and does not give quite the same picture.
     """
 
     Config = AutoencoderKLWanConfig
@@ -129,7 +128,7 @@ class AutoencoderKLWan(Network):
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput:
         """x (B, C, T, H, W) in [-1, 1] -> the posterior of latents (B, z_dim, 1 + (T - 1) / 4, H / 8, W / 8).
 
-        The result is a 1-tuple with a name, so it serves both values of `return_dict`. Raises ValueError unless
+        The result is a named 1-tuple, so it serves both values of `return_dict`. Raises ValueError unless
         T = 1 + 4k and height and width are multiples of 8.
         """
         self._check_pixels(x)
@@ -138,7 +137,7 @@ class AutoencoderKLWan(Network):
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput:
         """z (B, z_dim, T, h, w), not normalised -> pixels (B, C, 1 + 4 (T - 1), 8 h, 8 w) in [-1, 1].
 
-        The result is a 1-tuple with a name, so it serves both values of `return_dict`.
+        The result is a named 1-tuple, so it serves both values of `return_dict`.
         """
         _check_video("z", z, self.config.z_dim)
         return DecoderOutput(self._code(self._decode, z).clamp_(-1, 1))
@@ -150,7 +149,7 @@ class AutoencoderKLWan(Network):
         return_dict: bool = True,
         generator: Generators = None,
     ) -> DecoderOutput:
-        """Encode and decode, through the mean of the posterior or a sample of it. sample: as x of `encode`."""
+        """Encode and decode, through the posterior's mean or a sample of it. sample: as x of `encode`."""
         posterior = self.encode(sample).latent_dist
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
 
@@ -167,7 +166,7 @@ class AutoencoderKLWan(Network):
         tile_sample_stride_height: int | None = None,
         tile_sample_stride_width: int | None = None,
     ) -> None:
-        """Code pictures larger than a tile in tiles of `min` pixels, one every `stride` pixels; None keeps a size.
+        """Code pictures larger than a tile in tiles of `min` pixels, one every `stride`; None keeps a size.
 
         Raises ValueError unless the sizes are multiples of 8 and 0 < stride <= min.
         """
@@ -193,7 +192,7 @@ class AutoencoderKLWan(Network):
         self.use_tiling = False
 
     def encode_frames(self, x: Tensor) -> Tensor:
-        """One tile or whole picture, x (B, C, T, H, W), to mean and logvar (B, 2 z_dim, 1 + (T - 1) / 4, H / 8, W / 8)."""
+        """Pictures or tiles of them, x (B, C, T, H, W), to mean and logvar (B, 2 z_dim, T', H / 8, W / 8)."""
         if x.shape[2] == 1:
             return self.quant_conv(self.encoder(x, None))
         past: Past = {}
@@ -201,7 +200,7 @@ class AutoencoderKLWan(Network):
         return self.quant_conv(torch.cat([self.encoder(chunk, past) for chunk in chunks], dim=2))
 
     def decode_frames(self, z: Tensor) -> Tensor:
-        """One tile or whole picture, z (B, z_dim, T, h, w), to unclamped pixels (B, C, 1 + 4 (T - 1), 8 h, 8 w)."""
+        """Pictures or tiles of them, z (B, z_dim, T, h, w), to unclamped pixels (B, C, T', 8 h, 8 w)."""
         z = self.post_quant_conv(z)
         if z.shape[2] == 1:
             return self.decoder(z, None)
@@ -215,7 +214,7 @@ class AutoencoderKLWan(Network):
         return frames
 
     def _code(self, code: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`code` on the batch, or with slicing on one sample at a time; a fresh contiguous tensor in x's dtype."""
+        """`code` on the batch, or one sample at a time; the result is fresh, contiguous, in x's dtype."""
         dtype = ops.compute_dtype(self.dtype, x.device)
         inner = x.to(dtype).contiguous(memory_format=fastest_layout(x.device))
         parts = inner.split(1) if self.use_slicing else (inner,)
@@ -228,7 +227,7 @@ class AutoencoderKLWan(Network):
         return self._tiled(self.decode_frames, z, self.config.scale_factor_spatial, 1)
 
     def _tiled(self, code: Callable[[Tensor], Tensor], x: Tensor, step_in: int, step_out: int) -> Tensor:
-        """`code` on the whole of x, or on tiles of it. A position of x is `step_in` pixels wide, of the result
+        """`code` on the whole of x, or on tiles of it. One position of x is `step_in` pixels, of the result
         `step_out`."""
         tile_h, tile_w = self.tile_sample_min_height // step_in, self.tile_sample_min_width // step_in
         if not self.use_tiling or (x.shape[3] <= tile_h and x.shape[4] <= tile_w):
@@ -259,8 +258,8 @@ class AutoencoderKLWan(Network):
 class DiagonalGaussian:
     """The posterior of latents: independent normals.
 
-    parameters (B, 2 C, T, h, w): mean, then logvar, which is clamped to [-30, 20]. `mean`, `logvar` and `std` are
-    (B, C, T, h, w).
+    parameters (B, 2 C, T, h, w): mean, then logvar, which is clamped to [-30, 20]. `mean`, `logvar` and `std`
+    are (B, C, T, h, w).
     """
 
     def __init__(self, parameters: Tensor):
@@ -272,7 +271,7 @@ class DiagonalGaussian:
     def sample(self, generator: Generators = None) -> Tensor:
         """One draw (B, C, T, h, w), from one generator for the batch or a list of one for each sample.
 
-        A CPU generator draws on the CPU and the noise is moved, so that a seed gives the same sample everywhere.
+        A CPU generator draws on the CPU and the noise is moved: a seed gives the same sample everywhere.
         Raises ValueError for a list of another length.
         """
         if isinstance(generator, Sequence) and len(generator) != len(self.mean):
@@ -310,9 +309,9 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(dim, 2 * config.z_dim)
 
     def forward(self, x: Tensor, past: Past | None) -> Tensor:
-        """x (B, C, T, H, W): the frames after those in `past` -> mean and logvar (B, 2 z_dim, T', H / 8, W / 8).
+        """x (B, C, T, H, W), the frames after those in `past` -> mean and logvar (B, 2 z_dim, T', h, w).
 
-        `past` is filled: give the same dict for the next frames. None: x is a lone frame, and nothing is kept.
+        `past` is filled: give the same dict for the next frames. None: a lone frame, of which nothing is kept.
         """
         x = self.conv_in(x, past)
         for block in self.down_blocks:
@@ -338,10 +337,10 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
     def forward(self, z: Tensor, past: Past | None) -> Tensor:
-        """z (B, z_dim, 1, h, w): the latent frame after those in `past` -> pixels (B, C, 1 or 4, 8 h, 8 w).
+        """z (B, z_dim, 1, h, w), the latent frame after those in `past` -> pixels (B, C, 1 or 4, 8 h, 8 w).
 
-        `past` is filled: give the same dict for the next frame, or a copy of it to try several. None: z is a lone
-        frame, and nothing is kept.
+        `past` is filled: give the same dict for the next frame, or copies of it to try several. None: a lone
+        frame, of which nothing is kept.
         """
         x = self.conv_in(z, past)
         x = self.mid_block(x, past)
@@ -489,8 +488,8 @@ class HalveFrames(CausalConv3d):
 
 
 class DoubleFrames(CausalConv3d):
-    """Two frames for each, one in either half of the channels; the first frame passes, and later ones see zeros in
-    its place."""
+    """Two frames for each, one in either half of the channels; the first frame passes as it is, and later
+    ones see zeros in its place."""
 
     def forward(self, x: Tensor, past: Past | None) -> Tensor:
         if past is None:
@@ -571,8 +570,8 @@ def fastest_layout(device: torch.device) -> torch.memory_format:
 def join_tiles(rows: list[list[Tensor]], overlap: tuple[int, int], keep: tuple[int, int]) -> Tensor:
     """One picture of overlapping tiles (B, C, T, h, w), row by row; overlap and keep: height, width.
 
-    Each tile is blended into the one above, then into the one at its left, as those are after their own blending,
-    and gives its first `keep` rows and columns. Writes to the tiles.
+    Each tile is blended with the one above, then with the one at its left, as those are after their own
+    blending, and gives its first `keep` rows and columns. Writes to the tiles.
     """
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):

@@ -28,16 +28,21 @@ from joyedit import ops
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
 from joyedit.models.qwen3_vl import ImageFeatures, Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
-from joyedit.pipelines.pipeline import Generators, Pipeline, check_generators, randn
+from joyedit.noise import Generators, draw_noise
+from joyedit.pipelines.pipeline import Pipeline, check_generators
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.tokenizers import Qwen2Tokenizer, Qwen3VLProcessor
 
 log = logging.getLogger("joyedit")
 
 # The defects of the reference that `reference_quirks` reproduces.
-GLOBAL_POSTERIOR = "global_posterior"  # the VAE posterior is drawn from the global generator, not the given one
+GLOBAL_POSTERIOR = (
+    "global_posterior"  # the VAE posterior is drawn from the global generator, not the given one
+)
 PADDED_PROMPTS = "padded_prompts"  # in a batch, shorter prompts are padded and the padding is attended to
-MISPAIRED_REFERENCES = "mispaired_references"  # num_images_per_prompt > 1 pairs prompts with other prompts' photos
+MISPAIRED_REFERENCES = (
+    "mispaired_references"  # num_images_per_prompt > 1 pairs prompts with other prompts' photos
+)
 
 SYSTEM = (
     "<|im_start|>system\n \\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -179,17 +184,26 @@ class JoyImageEditPipeline(Pipeline):
             negative_prompt_embeds_mask,
             names,
         )
-        batch = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else prompt_embeds.shape[0]
+        batch = (
+            len(prompt)
+            if isinstance(prompt, list)
+            else 1
+            if prompt_embeds is None
+            else prompt_embeds.shape[0]
+        )
         per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
         _check_numbers(num_inference_steps, per_prompt, guidance_scale, max_sequence_length, output_type)
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")
         photos = _one_per_prompt(None if image is None else im.to_pil_list(image, "image"), batch)
+        _check_placeholders([prompt, negative_prompt], photos)
         generator = check_generators(generator, batch * per_prompt)
         height, width = self.choose_size(photos, height, width)
         if latents is not None:
             _check_latents(latents, self.latent_shape(batch * per_prompt, height, width))
-        pictures = None if photos is None else _each_once(photos, lambda p: im.resize_center_crop(p, height, width))
+        pictures = (
+            None if photos is None else _each_once(photos, lambda p: im.resize_center_crop(p, height, width))
+        )
 
         self.guidance_scale = guidance_scale
         self._interrupt = False
@@ -314,7 +328,9 @@ class JoyImageEditPipeline(Pipeline):
         """Embed prompts without pictures. Returns embeds (B, L, D) and mask (B, L), each prompt repeated
         `num_images_per_prompt` times in a row; the first `max_sequence_length` tokens are kept."""
         if template_type not in self.prompt_template_encode:
-            raise ValueError(f"template_type={template_type!r}: must be one of {sorted(self.prompt_template_encode)}")
+            raise ValueError(
+                f"template_type={template_type!r}: must be one of {sorted(self.prompt_template_encode)}"
+            )
         if prompt_embeds is None:
             texts = [prompt] if isinstance(prompt, str) else prompt
             states = self._read([self.prompt_template_encode[template_type].format(t) for t in texts], None)
@@ -336,29 +352,36 @@ class JoyImageEditPipeline(Pipeline):
         """Embed each prompt together with its picture. Returns embeds (B, L, D) and mask (B, L), each prompt repeated
         `num_images_per_prompt` times in a row; the last `max_sequence_length` tokens are kept.
 
-        A literal "<image>" line in a prompt stands for a picture too, so the pictures must then be more than one
-        per prompt, which this checkpoint does not take: ValueError.
+        Raises ValueError when pictures and prompts do not match, or a prompt names a picture of its own.
         """
         if template_type != "multiple_images":
             raise ValueError(f"template_type={template_type!r}: must be 'multiple_images'")
         if prompt_embeds is None:
             texts = [prompt] if isinstance(prompt, str) else prompt
-            pictures = _one_per_prompt(None if images is None else im.to_pil_list(images, "images"), len(texts))
+            pictures = _one_per_prompt(
+                None if images is None else im.to_pil_list(images, "images"), len(texts)
+            )
+            _check_placeholders([texts], pictures)
             states, mask = self._embed_prompts(texts, pictures, len(texts), max_sequence_length)[0]
             prompt_embeds, prompt_embeds_mask = states, mask
         return _repeat(prompt_embeds, prompt_embeds_mask, num_images_per_prompt, device)
 
     def _embed_prompts(
-        self, prompts: list[str], pictures: list[Image.Image] | None, batch: int, max_sequence_length: int | None
+        self,
+        prompts: list[str],
+        pictures: list[Image.Image] | None,
+        batch: int,
+        max_sequence_length: int | None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Embeds (B, L, D) and mask (B, L) for each `batch` prompts in a row; what they share is run once."""
         if pictures is None:
             texts = [self.prompt_template_encode["image"].format(p) for p in prompts]
             kept = slice(None, max_sequence_length)
         else:
-            if any("<image>\n" in p for p in prompts):
-                raise ValueError("a prompt holds '<image>' followed by a line break, which stands for a picture here")
-            texts = [self.prompt_template_encode["multiple_images"].format(f"{USER}{VISION}{p}<|im_end|>\n") for p in prompts]
+            texts = [
+                self.prompt_template_encode["multiple_images"].format(f"{USER}{VISION}{p}<|im_end|>\n")
+                for p in prompts
+            ]
             pictures = pictures * (len(prompts) // batch)
             kept = slice(-max_sequence_length if max_sequence_length else None, None)
             if PADDED_PROMPTS in self.quirks:
@@ -389,7 +412,9 @@ class JoyImageEditPipeline(Pipeline):
                 for row, row_ids in zip(rows, ids, strict=True):
                     key = tuple(row_ids)
                     if key not in done and prefix is None:
-                        done[key] = encoder.hidden_states(self._tensor(row_ids), images=seen, keep_from=dropped)[0]
+                        done[key] = encoder.hidden_states(
+                            self._tensor(row_ids), images=seen, keep_from=dropped
+                        )[0]
                     elif key not in done:
                         rest = encoder.hidden_states(self._tensor(row_ids[shared:]), prefix=prefix)
                         done[key] = torch.cat((prefix.states[0], rest[0]))
@@ -398,14 +423,18 @@ class JoyImageEditPipeline(Pipeline):
 
     def _see(self, encoder: Qwen3VLForConditionalGeneration, picture: Image.Image) -> ImageFeatures:
         inputs = self.processor.image_processor([picture])
-        return encoder.encode_images(inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device))
+        return encoder.encode_images(
+            inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device)
+        )
 
     def _token_ids(self, text: str, seen: ImageFeatures | None) -> list[int]:
         if seen is None:
             ids = self.tokenizer.encode(text)
             limit = self.text_token_max_length + self.num_dropped_tokens
             if len(ids) > limit:
-                log.warning("a prompt of %d tokens was cut; lost: %r", len(ids), self.tokenizer.decode(ids[limit:]))
+                log.warning(
+                    "a prompt of %d tokens was cut; lost: %r", len(ids), self.tokenizer.decode(ids[limit:])
+                )
             return ids[:limit]
         tokens = len(seen.embeds)
         return self.tokenizer.encode(text.replace("<|image_pad|>", "<|image_pad|>" * tokens))
@@ -413,7 +442,9 @@ class JoyImageEditPipeline(Pipeline):
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self.device)
 
-    def _read_padded(self, texts: list[str], pictures: list[Image.Image], kept: slice) -> tuple[Tensor, Tensor]:
+    def _read_padded(
+        self, texts: list[str], pictures: list[Image.Image], kept: slice
+    ) -> tuple[Tensor, Tensor]:
         """As the reference: one right-padded batch whose padding has states of its own. Embeds and mask."""
         inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
         ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
@@ -446,7 +477,7 @@ class JoyImageEditPipeline(Pipeline):
         shape = self.latent_shape(batch_size, height, width, num_channels_latents, video_length)
         generator = check_generators(generator, batch_size)
         if latents is None:
-            latents = randn(shape, generator, device, dtype)
+            latents = draw_noise(shape, generator, device, dtype)
         latents = latents.to(device, dtype)
         if image is None:
             return latents, None
@@ -460,7 +491,7 @@ class JoyImageEditPipeline(Pipeline):
         rows = rows.repeat(copies) if MISPAIRED_REFERENCES in self.quirks else rows.repeat_interleave(copies)
         source = None if GLOBAL_POSTERIOR in self.quirks else generator
         mean, std = posterior.mean[rows], posterior.std[rows]  # (B, C, T, h, w)
-        reference = mean + std * randn(mean.shape, source, device, mean.dtype)
+        reference = mean + std * draw_noise(mean.shape, source, device, mean.dtype)
         if enable_denormalization:
             reference = self.normalize_latents(reference)
         return latents, reference[:, None]
@@ -558,8 +589,14 @@ class JoyImageEditPipeline(Pipeline):
 
 
 # ---------------------------------------------------------------------------------------------------- functions
-def _check_numbers(steps: int, per_prompt: int, guidance: float, max_length: int, output_type: str | None) -> None:
-    counts = (("num_inference_steps", steps), ("num_images_per_prompt", per_prompt), ("max_sequence_length", max_length))
+def _check_numbers(
+    steps: int, per_prompt: int, guidance: float, max_length: int, output_type: str | None
+) -> None:
+    counts = (
+        ("num_inference_steps", steps),
+        ("num_images_per_prompt", per_prompt),
+        ("max_sequence_length", max_length),
+    )
     for name, value in counts:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a positive integer")
@@ -574,6 +611,16 @@ def _check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted {shape} (B, 1, C, 1, h, w)")
     if not latents.isfinite().all():
         raise ValueError("latents hold NaN or infinite values")
+
+
+def _check_placeholders(prompts: list[str | list[str] | None], pictures: list[Image.Image] | None) -> None:
+    """A prompt that names a picture would take the place of the one it comes with."""
+    refused = ["<|image_pad|>"] + ["<image>\n"] * (pictures is not None)
+    for text in [t for p in prompts if p is not None for t in ([p] if isinstance(p, str) else p)]:
+        if found := [word for word in refused if word in text]:
+            raise ValueError(
+                f"a prompt holds {found[0]!r}, which stands for a picture; give the picture as image="
+            )
 
 
 def _as_list(prompt: str | list[str] | None, batch: int, name: str) -> list[str]:
@@ -616,7 +663,9 @@ def _common_prefix(ids: list[list[int]]) -> int:
 
 def _pad(states: list[Tensor]) -> tuple[Tensor, Tensor]:
     """A list of (L, D) as one zero-padded (B, L, D) and its mask (B, L)."""
-    mask = torch.nn.utils.rnn.pad_sequence([s.new_ones(len(s), dtype=torch.long) for s in states], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [s.new_ones(len(s), dtype=torch.long) for s in states], batch_first=True
+    )
     return torch.nn.utils.rnn.pad_sequence(states, batch_first=True), mask
 
 

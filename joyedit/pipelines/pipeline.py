@@ -16,11 +16,10 @@ from tqdm.auto import tqdm
 
 from joyedit.hub import Origin
 from joyedit.memory import BlockStreaming
+from joyedit.noise import Generators
 from joyedit.weights import LoadOptions, Network, read_json, write_json
 
 log = logging.getLogger("joyedit")
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class Pipeline:
@@ -75,7 +74,11 @@ class Pipeline:
         for name, kind in classes.items():
             if name not in given:
                 network = issubclass(kind, Network)
-                extra = {"dtype": parsed.dtype, "variant": parsed.variant, "use_safetensors": parsed.use_safetensors}
+                extra = {
+                    "dtype": parsed.dtype,
+                    "variant": parsed.variant,
+                    "use_safetensors": parsed.use_safetensors,
+                }
                 loaded[name] = kind.from_pretrained(  # type: ignore[attr-defined]
                     origin.name, subfolder=name, **parsed.origin, **(extra if network else {})
                 )
@@ -88,7 +91,9 @@ class Pipeline:
         """Constructor arguments beside the parts that `model_index.json` may carry."""
         return ()
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB", variant: str | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, max_shard_size: int | str = "5GB", variant: str | None = None
+    ) -> None:
         """Write a Diffusers folder that opens equal here and in diffusers; `model_index.json` comes last."""
         folder = Path(folder)
         index: dict[str, Any] = {"_class_name": type(self).__name__}
@@ -132,7 +137,7 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------------- offload
     def set_offload(self, offload: str, device: torch.device | str | None = None) -> None:
-        """"none", "model" (one network on the device at a time) or "sequential" (one block at a time)."""
+        """ "none", "model" (one network on the device at a time) or "sequential" (one block at a time)."""
         check_offload(offload)
         self.disable_offload()
         if offload == "none":
@@ -153,11 +158,15 @@ class Pipeline:
         for network in self.networks.values():
             BlockStreaming.detach(network)
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
         """Keep the networks in main memory and bring one at a time to the accelerator."""
         self.set_offload("model", device if device is not None else gpu_device(gpu_id))
 
-    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
         """Keep the networks in main memory and bring one block at a time to the accelerator: least memory, slowest."""
         self.set_offload("sequential", device if device is not None else gpu_device(gpu_id))
 
@@ -205,7 +214,9 @@ class Pipeline:
         self._interrupt = value
 
     # ----------------------------------------------------------------------------------------------- callbacks
-    def call_back(self, callback: Callable | None, names: Sequence[str], step: int, timestep: Tensor, tensors: dict) -> dict:
+    def call_back(
+        self, callback: Callable | None, names: Sequence[str], step: int, timestep: Tensor, tensors: dict
+    ) -> dict:
         """Run a step callback; the tensors it asked for, replaced by those it returned."""
         if callback is None:
             return tensors
@@ -213,7 +224,9 @@ class Pipeline:
         if returned is None:
             return tensors
         if unknown := set(returned) - set(tensors):
-            raise ValueError(f"the callback returned {sorted(unknown)}; only {sorted(tensors)} can be replaced")
+            raise ValueError(
+                f"the callback returned {sorted(unknown)}; only {sorted(tensors)} can be replaced"
+            )
         return {**tensors, **returned}
 
     def check_callback(self, callback: Callable | None, names: Sequence[str]) -> Sequence[str]:
@@ -235,7 +248,9 @@ class PipelineCallback:
 
     def __init__(self, cutoff_step_ratio: float | None = 1.0, cutoff_step_index: int | None = None):
         if (cutoff_step_ratio is None) == (cutoff_step_index is None):
-            raise ValueError("give exactly one of cutoff_step_ratio and cutoff_step_index; the other must be None")
+            raise ValueError(
+                "give exactly one of cutoff_step_ratio and cutoff_step_index; the other must be None"
+            )
         if cutoff_step_ratio is not None and not 0.0 <= cutoff_step_ratio <= 1.0:
             raise ValueError(f"cutoff_step_ratio={cutoff_step_ratio}: must be in [0, 1]")
         self.cutoff_step_ratio = cutoff_step_ratio
@@ -245,7 +260,9 @@ class PipelineCallback:
     def tensor_inputs(self) -> list[str]:
         raise NotImplementedError(f"{type(self).__name__} must define tensor_inputs")
 
-    def callback_fn(self, pipeline: Pipeline, step_index: int, timestep: Tensor, callback_kwargs: dict) -> dict:
+    def callback_fn(
+        self, pipeline: Pipeline, step_index: int, timestep: Tensor, callback_kwargs: dict
+    ) -> dict:
         raise NotImplementedError(f"{type(self).__name__} must define callback_fn")
 
     def __call__(self, pipeline: Pipeline, step_index: int, timestep: Tensor, callback_kwargs: dict) -> dict:
@@ -269,17 +286,6 @@ class MultiPipelineCallbacks:
 
 
 # ---------------------------------------------------------------------------------------------------- functions
-def randn(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Normal noise in the reference's order: one draw for the batch, or one of (1, ...) per listed generator.
-
-    A CPU generator draws on the CPU and the result is moved, so that a seed gives the same noise everywhere.
-    """
-    if isinstance(generator, Sequence):
-        return torch.cat([randn((1, *shape[1:]), g, device, dtype) for g in generator])
-    source = generator.device if generator is not None else device
-    return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
-
-
 def check_generators(generator: Generators, count: int) -> Generators:
     """Raises ValueError when a list of generators does not give one to each of `count` images."""
     if isinstance(generator, Sequence) and len(generator) != count:

@@ -6,7 +6,8 @@ dx/dsigma = noise - x0. A step is x += (sigma_next - sigma) * velocity, for sigm
 
 Two grids of N steps exist for the same weights. Diffusers: N sigmas from sigma_max down to sigma_min, both
 already shifted, are shifted once more, and a 0 is appended. The original JoyAI repository
-(`joyai_original=True` with shift 4): N + 1 even points from 1 to 0, shifted once; its step keeps the sample in fp32.
+(`joyai_original=True` with shift 4): N + 1 even points from 1 to 0, shifted once; its step keeps the sample
+in fp32.
 
 Defaults are those of the class in Diffusers (shift 1): a scheduler serves many checkpoints, each of which
 brings its own file (JoyAI-Image-Edit: shift 1.5).
@@ -26,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.noise import Generators, draw_noise
 from joyedit.schedulers.scheduler import (
     Scheduler,
     SchedulerConfig,
     beta_sigmas,
-    draw_noise,
     exponential_sigmas,
     karras_sigmas,
 )
@@ -128,8 +129,6 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         steps = next(iter(lengths.values()))
         if steps < 1:
             raise ValueError(f"num_inference_steps={steps}: must be at least 1")
-        if settings.use_dynamic_shifting and mu is None:
-            raise ValueError("mu must be given: this scheduler has use_dynamic_shifting=True")
 
         if "sigmas" in given:
             levels = given["sigmas"]
@@ -143,6 +142,8 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
             levels = np.linspace(self.sigma_max * scale, self.sigma_min * scale, steps) / scale
 
         if settings.use_dynamic_shifting:
+            if mu is None:
+                raise ValueError("mu must be given: this scheduler has use_dynamic_shifting=True")
             strength = math.exp(mu) if settings.time_shift_type == "exponential" else mu
             levels = strength / (strength + (1 / levels - 1))
         else:
@@ -178,7 +179,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         s_tmin: float = 0.0,
         s_tmax: float = float("inf"),
         s_noise: float = 1.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
@@ -247,7 +248,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         found = (table == timestep).nonzero()[:2]
         if len(found) == 0:
             raise ValueError(f"timestep {float(timestep)} is not one of scheduler.timesteps")
-        return found[-1].item()
+        return int(found[-1])
 
     @property
     def shift(self) -> float:

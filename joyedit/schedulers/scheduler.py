@@ -1,9 +1,9 @@
-"""What the solvers share: configs that survive a change of solver, noise levels, noise.
+"""What the solvers share: configs that survive a change of solver, spacings of noise levels.
 
 A scheduler holds a table, built by `set_timesteps`, and takes one step per call of `step`. Unlike a network
 it is constructed with keywords, and a config is handed from one class to another, as in
-`DDIMScheduler.from_config(pndm.config)`: keys of another solver of the family are kept and saved again, but have
-no effect.
+`DDIMScheduler.from_config(pndm.config)`: keys of another solver of the family are kept and saved again, but
+have no effect.
 
 Source: `scheduler_config.json` of Diffusers; Karras et al., arXiv 2206.00364; Lee et al., arXiv 2407.12173.
 """
@@ -11,13 +11,11 @@ Source: `scheduler_config.json` of Diffusers; Karras et al., arXiv 2206.00364; L
 import dataclasses
 import math
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from joyedit.hub import Origin
 from joyedit.weights import Config, LoadOptions, read_json, write_json
@@ -60,7 +58,7 @@ class SchedulerConfig(Config):
     @classmethod
     def names(cls) -> set[str]:
         """The keys that have an effect."""
-        return {field.name for field in dataclasses.fields(cls)}
+        return {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
 class Scheduler:
@@ -128,7 +126,7 @@ def karras_sigmas(sigma_max: float, sigma_min: float, steps: int, rho: float = 7
 
 
 def exponential_sigmas(sigma_max: float, sigma_min: float, steps: int) -> np.ndarray:
-    """Noise levels evenly spaced in log sigma, from high to low. Raises ValueError unless all are positive."""
+    """Noise levels evenly spaced in log sigma, from high to low. Raises ValueError if one is not positive."""
     if min(sigma_max, sigma_min) <= 0:
         raise ValueError(f"exponential sigmas run between positive values, not {sigma_max} and {sigma_min}")
     return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
@@ -162,30 +160,3 @@ def _beta_cdf(x: np.ndarray, a: float, b: float) -> np.ndarray:
     series = np.cumprod((k - b) / k) / (a + k)
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
     return x**a * (1 / a + x[..., None] ** k @ series) / math.exp(log_beta)
-
-
-def draw_noise(
-    shape: Sequence[int],
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Unit normal noise. One generator draws the batch at once; a list draws one sample of it each.
-
-    A CPU generator draws on the CPU whatever `device` is, so that a seed means one image on every machine.
-    Raises ValueError when the list is not as long as the batch, or a generator is of another accelerator.
-    """
-    device = torch.device(device)
-    if isinstance(generator, (list, tuple)):
-        if len(generator) not in (1, shape[0]):
-            raise ValueError(
-                f"{len(generator)} generators for a batch of {shape[0]}: give one each, or one for all"
-            )
-        if len(generator) > 1:
-            return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in generator])
-        generator = generator[0]
-    if generator is None:
-        return torch.randn(tuple(shape), device=device, dtype=dtype)
-    if generator.device.type not in ("cpu", device.type):
-        raise ValueError(f"a generator on {generator.device} cannot draw for {device}: use one on the CPU")
-    return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)

@@ -15,7 +15,12 @@ from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer as ReferenceTokenizer
 from transformers import Qwen3VLForConditionalGeneration as ReferenceEncoder
 
-from joyedit.pipelines.joyimage import GLOBAL_POSTERIOR, MISPAIRED_REFERENCES, PADDED_PROMPTS, JoyImageEditPipeline
+from joyedit.pipelines.joyimage import (
+    GLOBAL_POSTERIOR,
+    MISPAIRED_REFERENCES,
+    PADDED_PROMPTS,
+    JoyImageEditPipeline,
+)
 from joyedit.random_checkpoint import write_random_checkpoint
 
 BUCKETS = [(64, 96), (96, 64), (64, 64)]
@@ -72,7 +77,9 @@ def reference(checkpoint):
     pipe = ReferencePipeline(
         scheduler=ReferenceScheduler.from_pretrained(checkpoint, subfolder="scheduler"),
         vae=ReferenceVAE.from_pretrained(checkpoint, subfolder="vae"),
-        text_encoder=ReferenceEncoder.from_pretrained(checkpoint / "text_encoder", dtype=torch.float32).eval(),
+        text_encoder=ReferenceEncoder.from_pretrained(
+            checkpoint / "text_encoder", dtype=torch.float32
+        ).eval(),
         tokenizer=ReferenceTokenizer.from_pretrained(checkpoint / "tokenizer"),
         transformer=ReferenceTransformer.from_pretrained(checkpoint, subfolder="transformer"),
         processor=None,
@@ -117,7 +124,9 @@ def assert_same_run(ours, reference):
 
 
 CALLS = {
-    "edit": dict(image=picture(150, 100, 0), prompt="Make the coffee red.", num_inference_steps=4, guidance_scale=4.0),
+    "edit": dict(
+        image=picture(150, 100, 0), prompt="Make the coffee red.", num_inference_steps=4, guidance_scale=4.0
+    ),
     "tall, own negative": dict(
         image=picture(90, 140, 1),
         prompt="你好 add snow",
@@ -128,8 +137,12 @@ CALLS = {
     "no guidance": dict(image=picture(64, 64, 2), prompt="a", num_inference_steps=2, guidance_scale=1.0),
     "text to image": dict(prompt="a cat on a bench", height=96, width=64, num_inference_steps=3),
     "own sigmas": dict(image=picture(96, 64, 5), prompt="x", sigmas=[1.0, 0.7, 0.2], guidance_scale=3.0),
-    "raw latents": dict(image=picture(96, 64, 5), prompt="x", num_inference_steps=2, enable_denormalization=False),
-    "short": dict(image=picture(96, 64, 5), prompt="Make it night", num_inference_steps=2, max_sequence_length=16),
+    "raw latents": dict(
+        image=picture(96, 64, 5), prompt="x", num_inference_steps=2, enable_denormalization=False
+    ),
+    "short": dict(
+        image=picture(96, 64, 5), prompt="Make it night", num_inference_steps=2, max_sequence_length=16
+    ),
     "short text": dict(prompt="a cat on a bench", num_inference_steps=2, max_sequence_length=5),
 }
 
@@ -193,7 +206,9 @@ def test_each_sample_of_a_batch_is_the_reference_alone(ours, reference):
     """Unequal prompts, two images each, one generator per image: every result is that of a single reference run."""
     seeds = [21, 22, 23, 24]
     batch = run_ours(
-        ours, generator=[torch.Generator().manual_seed(s) for s in seeds], **dict(BATCH, num_images_per_prompt=2)
+        ours,
+        generator=[torch.Generator().manual_seed(s) for s in seeds],
+        **dict(BATCH, num_images_per_prompt=2),
     )
     for row, seed in enumerate(seeds):
         alone = dict(BATCH, image=BATCH["image"][row // 2], prompt=BATCH["prompt"][row // 2])
@@ -215,7 +230,9 @@ def test_prompt_embeddings_equal_the_reference(ours, reference):
     theirs, mask = reference.encode_prompt(prompts, max_sequence_length=20)
     embeds, our_mask = ours.encode_prompt(prompts, max_sequence_length=20)
     assert torch.equal(mask, our_mask)
-    assert distance(embeds, theirs) <= 1e-5 * float(theirs.abs().max())  # here the padding is zeros on both sides
+    assert distance(embeds, theirs) <= 1e-5 * float(
+        theirs.abs().max()
+    )  # here the padding is zeros on both sides
 
 
 def test_saved_checkpoint_opens_in_the_reference(ours, tmp_path):

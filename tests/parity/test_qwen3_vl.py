@@ -64,7 +64,17 @@ SHAPES = {
         dict(hidden_size=72, num_heads=1, depth=5, deepstack_visual_indexes=[1, 4], out_hidden_size=48),
     ),
     # no more decoder layers than DeepStack features: the last feature comes after the state that is read
-    "shallow": (dict(num_hidden_layers=2, rms_norm_eps=1e-5), dict(rope_parameters=dict(rope_theta=100.0))),
+    # and small thetas, so that the last frequencies turn: some of them by the time only
+    "shallow": (
+        dict(
+            num_hidden_layers=2,
+            rms_norm_eps=1e-5,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=50.0, mrope_interleaved=True, mrope_section=[6, 1, 1]
+            ),
+        ),
+        dict(rope_parameters=dict(rope_type="axial", rope_theta=100.0)),
+    ),
     # the depths of the 8B
     "deep": (
         dict(num_hidden_layers=36, num_attention_heads=2, num_key_value_heads=1),
