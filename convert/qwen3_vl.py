@@ -1,8 +1,8 @@
-"""Qwen3-VL checkpoints: the names of transformers since 4.52, and the flat ones of before.
+"""Qwen3-VL checkpoints: the published names, and the flat ones in the manner of Qwen2-VL.
 
 The published files, the Diffusers folders and the ComfyUI single file all spell `model.visual.*` and
-`model.language_model.*`. Exports made for inference engines, and saves in the manner of Qwen2-VL, put the
-vision tower at the top and the language model directly under `model`.
+`model.language_model.*`. Flat files, which training and inference engines export, have the vision tower at
+the top and the language model directly under `model`, as transformers had both before 4.52.
 """
 
 from collections.abc import Mapping

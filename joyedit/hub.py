@@ -57,6 +57,28 @@ class Origin:
         """
         return list(self._files)
 
+    @property
+    def commit(self) -> str | None:
+        """The commit that a Hub repository's files are of; None for a local folder."""
+        if self.is_local:
+            return None
+        return self._root.name if self._offline else self._info.sha
+
+    def sizes(self, files: Iterable[str]) -> dict[str, int]:
+        """The bytes of each of these listed files."""
+        if self._offline:
+            return {name: (self._root / name).stat().st_size for name in files}
+        return {name: self._sizes[name] for name in files}
+
+    def find(self, name: str) -> Path | None:
+        """Where a listed file is on this disk; None when it would have to be downloaded."""
+        if self._offline:
+            return self._root / name
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.name, name, self.cache_dir, self._info.sha)
+        return Path(found) if isinstance(found, str) else None
+
     def fetch(self, files: Sequence[str]) -> Path:
         """The root folder, with these of the listed files in it. Nothing of a local folder is copied."""
         missing = [name for name in files if name not in self._files]

@@ -14,6 +14,7 @@ Source: diffusers `pipelines/joyimage/image_processor.py`, `utils/loading_utils.
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -43,6 +44,8 @@ log = logging.getLogger("joyedit")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 BUCKET_BASES = (256, 512, 768, 1024)
 EXIF_ORIENTATION = 0x0112
+DOWNLOAD_SECONDS = 30.0
+DOWNLOAD_BYTES = 200_000_000
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -50,8 +53,8 @@ def load_image(
     image: str | Path | Image,
     convert_method: Callable[[Image], Image] | None = None,
     *,
-    timeout: float = 30.0,
-    max_bytes: int = 200_000_000,
+    timeout: float = DOWNLOAD_SECONDS,
+    max_bytes: int = DOWNLOAD_BYTES,
 ) -> Image:
     """An RGB photograph from a path, an http(s) URL or a PIL image, turned as its EXIF orientation says.
 
@@ -77,6 +80,16 @@ def load_image(
         return _decode(file, str(path), convert_method)
 
 
+def load_photo(source: str | Path) -> tuple[Image, str]:
+    """The photograph as `load_image` gives it, and the sha256 of its file. Errors as there."""
+    if str(source).startswith(("http://", "https://")):
+        content = _download(str(source), DOWNLOAD_SECONDS, DOWNLOAD_BYTES)
+        return _decode(io.BytesIO(content), str(source), None), hashlib.sha256(content).hexdigest()
+    image = load_image(source)
+    with Path(source).expanduser().open("rb") as file:
+        return image, hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def to_rgb(image: Image) -> Image:
     """The picture in mode RGB, turned as its EXIF orientation says; itself when nothing is to be done.
 
@@ -94,6 +107,8 @@ def to_rgb(image: Image) -> Image:
         return PIL.Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         return PIL.Image.fromarray(_to_uint8(np.asarray(image), "image of mode F")).convert("RGB")
+    if "transparency" in image.info:  # of palettes with several transparent colours Pillow warns otherwise
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
@@ -255,8 +270,8 @@ class Fit(NamedTuple):
 def fit_cover(size: tuple[int, int], bucket: tuple[int, int]) -> Fit:
     """The smallest resize of a photograph of `size` that covers `bucket` (both height, width), and the crop.
 
-    Raises ValueError when the resized picture would be larger than Pillow's limit on decompression, which
-    happens only to stripes of more than 300 : 1.
+    Raises ValueError when the resized picture would be larger than Pillow's limit on decompression; into its
+    nearest bucket that happens only to a stripe of more than 300 : 1.
     """
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     height, width = math.ceil(size[0] * scale), math.ceil(size[1] * scale)
@@ -455,6 +470,7 @@ def save_png(
     *,
     force: bool = False,
     icc_profile: bytes | None = None,
+    software: str = f"joyedit {__version__}",
 ) -> Path:
     """Write a PNG file that says how it was made; returns its path.
 
@@ -474,7 +490,7 @@ def save_png(
     if metadata is not None:
         texts.add_itxt("joyedit", _storable(_to_json({"schema": 1, **metadata})))
         texts.add_itxt("parameters", _storable(parameters_text(metadata)))
-        texts.add_text("Software", f"joyedit {__version__} (AI-edited)")
+        texts.add_text("Software", f"{software} (AI-edited)")
     bare = image.copy()
     bare.info = {}
     with replacing(path) as temporary:

@@ -29,6 +29,7 @@ from joyedit.weights import (
     read_json,
     replacing,
     save_tensors,
+    write_json,
 )
 
 log = logging.getLogger("joyedit")
@@ -250,7 +251,7 @@ def read_infer_config(path: Path) -> dict[str, Any]:
         pairs: list[tuple[str, ast.expr]] = []
         if isinstance(node, ast.Dict):
             pairs = [
-                (k.value, v)
+                (str(k.value), v)
                 for k, v in zip(node.keys, node.values, strict=True)
                 if isinstance(k, ast.Constant)
             ]
@@ -298,31 +299,48 @@ def _open_comfyui(
 
 
 # --------------------------------------------------------------------------------------------------- convert
-def save_checkpoint(pipe: Any, folder: Path, to: str = "diffusers") -> None:
+def save_checkpoint(
+    pipe: Any, folder: Path, to: str = "diffusers", metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a pipeline as "diffusers", "original" (JoyAI) or "comfyui" files. Raises FileExistsError for a folder
-    that holds something."""
+    that holds something.
+
+    `metadata` goes into the header of every safetensors file. In the foreign layouts, too, a network of another
+    size than the released one gets a config.json beside its file.
+    """
     if to not in ("diffusers", "original", "comfyui"):
         raise ValueError(f"to={to!r}: must be 'diffusers', 'original' or 'comfyui'")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty")
     if to == "diffusers":
-        pipe.save_pretrained(folder)
-    elif to == "comfyui":
+        pipe.save_pretrained(folder, metadata=metadata)
+        return
+    if lost := sorted(pipe.settings_to_save()):
+        log.warning("the %s layout has no place for %s: the released ones will be used", to, ", ".join(lost))
+    if to == "comfyui":
         for part, place in COMFYUI_FOLDERS.items():
             network = pipe.components[part]
             layout = _layout(network, "comfyui")
-            save_tensors(folder / place, f"{part}_joyimage", layout.invert(network.state_dict()), 10**15)
+            state = layout.invert(network.state_dict())
+            save_tensors(folder / place, f"{part}_joyimage", state, 10**15, metadata=metadata)
+            _save_unreleased_config(network, folder / place)
     else:
-        _save_original(pipe, folder)
+        _save_original(pipe, folder, metadata)
 
 
-def _save_original(pipe: Any, folder: Path) -> None:
+def _save_unreleased_config(network: Network, folder: Path) -> None:
+    if network.config != type(network).Config():
+        write_json(folder / "config.json", network.config_to_save())
+
+
+def _save_original(pipe: Any, folder: Path, metadata: Mapping[str, str] | None) -> None:
     for part, name in (("transformer", "transformer.pth"), ("vae", "Wan2.1_VAE.pth")):
         network = pipe.components[part]
         with replacing(folder / part / name) as temporary:
             torch.save(_layout(network, "original").invert(network.state_dict()), temporary)
-    for part in ("text_encoder", "processor"):
-        pipe.components[part].save_pretrained(folder / ORIGINAL_TEXT_ENCODER)
+    _save_unreleased_config(pipe.vae, folder / "vae")
+    pipe.text_encoder.save_pretrained(folder / ORIGINAL_TEXT_ENCODER, metadata=metadata)
+    pipe.processor.save_pretrained(folder / ORIGINAL_TEXT_ENCODER)
     config = pipe.transformer.config
     names = {
         "num_attention_heads": "heads_num",

@@ -22,7 +22,9 @@ def draw_noise(
     device = torch.device(device)
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
-            raise ValueError(f"generator is a list of {len(generator)}, but there are {shape[0]} images (one each)")
+            raise ValueError(
+                f"generator is a list of {len(generator)}, but there are {shape[0]} images (one each)"
+            )
         return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in generator])
     source = device if generator is None else generator.device
     if source.type not in ("cpu", device.type):

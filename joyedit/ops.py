@@ -72,7 +72,7 @@ def attention(
     """
     q, k, v = (x if isinstance(x, Tensor) else torch.cat(tuple(x), dim=1) for x in (q, k, v))
     n, m = q.shape[1], k.shape[1]
-    if causal and n != m:
+    if causal and (n != m or mask is not None):
         rows = torch.arange(m - n, m, device=q.device)[:, None]
         visible = torch.arange(m, device=q.device)[None] <= rows  # (N, M)
         mask = visible if mask is None else mask & visible

@@ -164,6 +164,10 @@ class Network(nn.Module):
         frozenset()
     )  # path components whose parameters stay fp32 in half precision
 
+    mapped_modules: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # path components of weights that are rarely needed
+
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
@@ -186,9 +190,8 @@ class Network(nn.Module):
         Options: dtype (or torch_dtype), variant, use_safetensors, revision, token, cache_dir, local_files_only,
         force_download. Raises FileNotFoundError when files are missing, ValueError when they do not fit.
         """
-        options = LoadOptions.parse(options)
-        origin = Origin(str(name_or_path), **options.origin)
-        return load_folder(cls, origin, subfolder or "", options)
+        parsed = LoadOptions.parse(options)
+        return load_folder(cls, Origin(str(name_or_path), **parsed.origin), subfolder or "", parsed)
 
     def save_pretrained(
         self,
@@ -217,6 +220,11 @@ class Network(nn.Module):
         """Whether the parameter `name` keeps fp32 when the network is held in half precision."""
         return not cls.fp32_modules.isdisjoint(name.split("."))
 
+    @classmethod
+    def stays_in_file(cls, name: str) -> bool:
+        """Whether the parameter `name` is left mapped as it is stored, on load and by `to`."""
+        return not cls.mapped_modules.isdisjoint(name.split("."))
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, those that always stay fp32 left aside."""
@@ -227,12 +235,17 @@ class Network(nn.Module):
         return next(self.parameters()).device
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        kept = {id(p) for n, p in self.named_parameters() if self.stays_fp32(n)} if dtype in HALF else set()
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+        wanted = {}
+        for name, parameter in self.named_parameters():
+            if self.stays_in_file(name):
+                wanted[id(parameter)] = (parameter.device, parameter.dtype)
+            elif dtype in HALF and self.stays_fp32(name):
+                wanted[id(parameter)] = (device, torch.float32)
 
         def move(t: Tensor) -> Tensor:
-            wanted = torch.float32 if id(t) in kept else dtype
-            return t.to(device, wanted if t.is_floating_point() else None, non_blocking)
+            place, kind = wanted.get(id(t), (device, dtype))
+            return t.to(place, kind if t.is_floating_point() else None, non_blocking)
 
         return self._apply(move)
 
@@ -493,7 +506,7 @@ def target_dtypes(
     dtypes = {}
     for name, step in plan.steps.items():
         stored = files.dtypes[step.sources[0]]
-        wanted = dtype or stored
+        wanted = stored if cls.stays_in_file(name) else dtype or stored
         dtypes[name] = torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
     return dtypes
 

@@ -20,7 +20,9 @@ BELOW_PIPELINES = (
 MAY_IMPORT = {
     "joyedit": ["loading", "pipelines", *BELOW_PIPELINES],
     "joyedit.__main__": ["cli"],
-    "joyedit.cli": ["loading", "pipelines", *BELOW_PIPELINES],
+    "joyedit.cli": ["info", "loading", "pipelines", *BELOW_PIPELINES],
+    "joyedit.info": ["loading", "random_checkpoint", "pipelines", *BELOW_PIPELINES],
+    "joyedit.convert.__main__": ["cli"],
     "joyedit.loading": ["random_checkpoint", "pipelines", *BELOW_PIPELINES],
     "joyedit.random_checkpoint": ["pipelines", *BELOW_PIPELINES],
     "joyedit.pipelines.pipeline": BELOW_PIPELINES,

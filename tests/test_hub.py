@@ -268,13 +268,14 @@ def cache(tmp_path):
 
 @pytest.mark.parametrize("how", ["local_files_only", "HF_HUB_OFFLINE"])
 @pytest.mark.parametrize("revision", [None, "main", SHA])
-def test_offline_reads_the_cache(cache, how, revision, monkeypatch):
+def test_offline_reads_the_cache(cache, how, revision, monkeypatch, caplog):
     folder, snapshot = cache
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "HF_HUB_OFFLINE")
     origin = Origin("org/model", revision, cache_dir=folder, local_files_only=how == "local_files_only")
     assert not origin.is_local
     assert origin.fetch(["transformer/config.json"]) == snapshot
     assert origin.listing() == walk(snapshot)
+    assert not caplog.records, "being offline on purpose is no cause for a warning"
     with pytest.raises(
         FileNotFoundError, match=r"the cache has no text_encoder/model-1.safetensors, .*model-2.*online"
     ):

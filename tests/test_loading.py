@@ -23,7 +23,11 @@ def diffusers_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def states(diffusers_folder):
-    parts = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    parts = {
+        "transformer": "diffusion_pytorch_model",
+        "vae": "diffusion_pytorch_model",
+        "text_encoder": "model",
+    }
     return {part: load_file(diffusers_folder / part / f"{stem}.safetensors") for part, stem in parts.items()}
 
 
@@ -151,12 +155,17 @@ def test_converting_there_and_back_changes_no_tensor(diffusers_folder, states, t
     pipe = joyedit.load(diffusers_folder, device="cpu")
     save_checkpoint(pipe, tmp_path / to, to)
     for part in ("transformer", "vae", "text_encoder"):  # sizes that a foreign layout does not carry
-        for place in {"original": [part], "comfyui": [{"transformer": "diffusion_models"}.get(part, part + "s"), part]}[to]:
+        for place in {
+            "original": [part],
+            "comfyui": [{"transformer": "diffusion_models"}.get(part, part + "s"), part],
+        }[to]:
             if (tmp_path / to / place).is_dir() and part != "text_encoder" or to == "comfyui":
                 folder = tmp_path / to / place
                 if folder.is_dir():
                     shutil.copy(diffusers_folder / part / "config.json", folder)
-    again = joyedit.load(tmp_path / to, device="cpu", **({"processor": diffusers_folder} if to == "comfyui" else {}))
+    again = joyedit.load(
+        tmp_path / to, device="cpu", **({"processor": diffusers_folder} if to == "comfyui" else {})
+    )
     assert_same_weights(again, states)
     with pytest.raises(FileExistsError):
         save_checkpoint(pipe, tmp_path / to, to)
@@ -175,7 +184,9 @@ def test_parts_can_be_replaced_and_given_parts_are_not_cast(diffusers_folder):
     vae = joyedit.AutoencoderKLWan.from_pretrained(diffusers_folder, subfolder="vae", dtype="float32")
     pipe = joyedit.load(diffusers_folder, device="cpu", dtype="bf16", vae=vae)
     assert pipe.vae is vae and vae.dtype is torch.float32 and pipe.dtype is torch.bfloat16
-    direct = joyedit.JoyImageEditPipeline.from_pretrained(diffusers_folder, vae=vae, torch_dtype=torch.float32)
+    direct = joyedit.JoyImageEditPipeline.from_pretrained(
+        diffusers_folder, vae=vae, torch_dtype=torch.float32
+    )
     assert direct.vae is vae and direct.dtype is torch.float32
 
 
@@ -204,7 +215,11 @@ def test_load_is_still_the_function_after_every_submodule_is_imported(diffusers_
         (dict(device="gpu"), ValueError, "device='gpu'"),
         (dict(dtype="int4"), ValueError, "dtype='int4'"),
         (dict(offload="disk"), ValueError, "offload='disk': must be"),
-        (dict(pipeline="FluxPipeline"), ValueError, "pipeline='FluxPipeline': must be one of JoyImageEditPipeline"),
+        (
+            dict(pipeline="FluxPipeline"),
+            ValueError,
+            "pipeline='FluxPipeline': must be one of JoyImageEditPipeline",
+        ),
         (dict(unet=None), TypeError, "unet.*has the parts scheduler, vae"),
     ],
     ids=str,
@@ -237,7 +252,9 @@ def test_damaged_diffusers_folders(diffusers_folder, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(diffusers_folder, root)
     index = json.loads((root / "model_index.json").read_text())
-    (root / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "EulerScheduler"]}))
+    (root / "model_index.json").write_text(
+        json.dumps({**index, "scheduler": ["diffusers", "EulerScheduler"]})
+    )
     with pytest.raises(ValueError, match="scheduler is a EulerScheduler; JoyImageEditPipeline takes Flow"):
         joyedit.load(root)
     (root / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "vae"}))

@@ -1,4 +1,4 @@
-"""The Qwen tokenizer and the processor that joins it to the image processor, against transformers and recorded ids."""
+"""The Qwen tokenizer, and the processor that joins it to pictures: equal to transformers and recorded ids."""
 
 import json
 import random
@@ -10,18 +10,43 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from transformers import Qwen2Tokenizer as Reference
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from joyedit.images import Qwen2VLImageConfig, Qwen2VLImageProcessor
 from joyedit.tokenizers import Batch, Qwen2Tokenizer, Qwen3VLProcessor
 
 TINY = Path(__file__).parent / "goldens" / "qwen_tiny"
 SYSTEM = (
-    "<|im_start|>system\n \\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>system\n \\nDescribe the image by detailing the color, shape, size, texture, quantity, "
+    "text, spatial relationships of the objects and background:<|im_end|>\n"
 )
-EDIT = SYSTEM + "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
+EDIT = (
+    SYSTEM
+    + "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
+)
 PREFIX_IDS = [
-    *(151644, 8948, 198, 1124, 77, 74785, 279, 2168, 553, 44193, 279, 1894, 11, 6083, 11, 1379, 11, 10434, 11),
+    *(
+        151644,
+        8948,
+        198,
+        1124,
+        77,
+        74785,
+        279,
+        2168,
+        553,
+        44193,
+        279,
+        1894,
+        11,
+        6083,
+        11,
+        1379,
+        11,
+        10434,
+        11,
+    ),
     *(12194, 11, 1467, 11, 27979, 11871, 315, 279, 6171, 323, 4004, 25, 151645, 198, 151644),
 ]
 HARD = [
@@ -48,18 +73,24 @@ def real(shared_data) -> Qwen2Tokenizer:
     return Qwen2Tokenizer.from_pretrained(shared_data / "joyai-image-edit", subfolder="tokenizer")
 
 
-@pytest.fixture(scope="module")
-def transformers_tokenizer():
-    transformers = pytest.importorskip("transformers")
-    return transformers.Qwen2Tokenizer
-
-
 def random_texts(count: int, seed: int = 0) -> list[str]:
     """Strings of letters, marks, spaces, line ends, emoji and pieces of chat tokens, up to 40 pieces long."""
     rng = random.Random(seed)
-    chars = [chr(c) for c in (*range(32, 127), *range(0xA0, 0x250), *range(0x300, 0x330), *range(0x4E00, 0x4E40))]
+    chars = [
+        chr(c) for c in (*range(32, 127), *range(0xA0, 0x250), *range(0x300, 0x330), *range(0x4E00, 0x4E40))
+    ]
     chars += [*"\n\r\t  \u2028\u3000'’", "\U0001f600", "\u200d", "\uac00", "\u1100", "\u1161"]
-    chars += ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<think>", "</tool_call>", "<|", "|>", "'ll", " the"]
+    chars += [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|image_pad|>",
+        "<think>",
+        "</tool_call>",
+        "<|",
+        "|>",
+        "'ll",
+        " the",
+    ]
     return ["".join(rng.choices(chars, k=rng.randint(0, 40))) for _ in range(count)]
 
 
@@ -90,13 +121,24 @@ def test_tiny_vocabulary_gives_the_recorded_ids(tiny):
 
 
 def test_real_vocabulary_gives_the_recorded_ids(real, shared_data):
-    check_recorded(real, json.loads((shared_data / "goldens/tokenizers/qwen_real.json").read_text(encoding="utf-8")))
-    assert (len(real), real.vocab_size, real.pad_token_id, real.eos_token_id) == (151669, 151643, 151643, 151645)
+    check_recorded(
+        real, json.loads((shared_data / "goldens/tokenizers/qwen_real.json").read_text(encoding="utf-8"))
+    )
+    assert (len(real), real.vocab_size, real.pad_token_id, real.eos_token_id) == (
+        151669,
+        151643,
+        151643,
+        151645,
+    )
 
 
 def test_templates_have_the_published_lengths_and_prefix(real):
     edit = real.encode(EDIT.format("a cat"))
-    assert edit[:34] == PREFIX_IDS and edit[34:36] == [872, 198] and edit[-5:] == [151645, 198, 151644, 77091, 198]
+    assert (
+        edit[:34] == PREFIX_IDS
+        and edit[34:36] == [872, 198]
+        and edit[-5:] == [151645, 198, 151644, 77091, 198]
+    )
     assert len(real.encode(SYSTEM + "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n")) == 43
     processor = Qwen3VLProcessor(Qwen2VLImageProcessor(), real)
     for (width, height), length in {(1024, 1024): 1069, (832, 1152): 981}.items():
@@ -111,24 +153,30 @@ def check_equal(ours: Qwen2Tokenizer, theirs, texts: list[str]) -> None:
         ids = theirs.encode(text)
         assert ours.encode(text) == ids, text
         assert ours.decode(ids) == theirs.decode(ids), text
-        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True), text
+        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True), (
+            text
+        )
 
 
-def test_tiny_vocabulary_equals_transformers(tiny, transformers_tokenizer):
-    check_equal(tiny, transformers_tokenizer.from_pretrained(TINY), HARD + random_texts(2000))
+def test_tiny_vocabulary_equals_transformers(tiny):
+    check_equal(tiny, Reference.from_pretrained(TINY), HARD + random_texts(2000))
 
 
-def test_real_vocabulary_equals_transformers(real, shared_data, transformers_tokenizer):
-    theirs = transformers_tokenizer.from_pretrained(shared_data / "joyai-image-edit" / "tokenizer")
+def test_real_vocabulary_equals_transformers(real, shared_data):
+    theirs = Reference.from_pretrained(shared_data / "joyai-image-edit" / "tokenizer")
     check_equal(real, theirs, HARD + random_texts(3000, seed=1))
 
 
 @pytest.mark.parametrize(
     "left_out",
-    [("merges.txt", "vocab.json"), ("tokenizer.json", "added_tokens.json"), ("tokenizer.json", "tokenizer_config.json")],
+    [
+        ("merges.txt", "vocab.json"),
+        ("tokenizer.json", "added_tokens.json"),
+        ("tokenizer.json", "tokenizer_config.json"),
+    ],
     ids=["tokenizer.json", "added tokens from the config", "added_tokens.json alone"],
 )
-def test_every_published_set_of_files_equals_transformers(left_out, tmp_path, tiny, transformers_tokenizer):
+def test_every_published_set_of_files_equals_transformers(left_out, tmp_path, tiny):
     folder = copy_tiny(tmp_path / "files")
     tiny.backend.save(str(folder / "tokenizer.json"))
     special = {"eos_token": {"content": "<|im_end|>", "lstrip": False}, "pad_token": "<|endoftext|>"}
@@ -137,7 +185,7 @@ def test_every_published_set_of_files_equals_transformers(left_out, tmp_path, ti
     )
     for name in left_out:
         (folder / name).unlink()
-    ours, theirs = Qwen2Tokenizer.from_pretrained(folder), transformers_tokenizer.from_pretrained(folder)
+    ours, theirs = Qwen2Tokenizer.from_pretrained(folder), Reference.from_pretrained(folder)
     check_equal(ours, theirs, HARD + random_texts(300, seed=2))
     assert (ours.pad_token, ours.eos_token) == (theirs.pad_token, theirs.eos_token)
 
@@ -155,8 +203,8 @@ def test_every_published_set_of_files_equals_transformers(left_out, tmp_path, ti
     ],
     ids=str,
 )
-def test_padding_and_truncation_equal_transformers(call, tiny, transformers_tokenizer):
-    theirs = transformers_tokenizer.from_pretrained(TINY)
+def test_padding_and_truncation_equal_transformers(call, tiny):
+    theirs = Reference.from_pretrained(TINY)
     texts = ["", "the red cat", "<|im_start|>user\nadd snow, 你好<|im_end|>", "a"]
     for given in (texts, texts[1]):
         expected = theirs(given, **call)
@@ -168,8 +216,8 @@ def test_padding_and_truncation_equal_transformers(call, tiny, transformers_toke
         assert torch.equal(made.attention_mask, expected.attention_mask)
 
 
-def test_token_lookups_equal_transformers(tiny, transformers_tokenizer):
-    theirs = transformers_tokenizer.from_pretrained(TINY)
+def test_token_lookups_equal_transformers(tiny):
+    theirs = Reference.from_pretrained(TINY)
     for tokens in ("<|image_pad|>", ["Ġ", "<think>", "<|endoftext|>"]):
         assert tiny.convert_tokens_to_ids(tokens) == theirs.convert_tokens_to_ids(tokens)
     assert tiny.convert_ids_to_tokens([0, 300, 532]) == theirs.convert_ids_to_tokens([0, 300, 532])
@@ -179,16 +227,18 @@ def test_token_lookups_equal_transformers(tiny, transformers_tokenizer):
 
 
 # --------------------------------------------------------------------------------------------- saved folders
-def test_saved_tokenizer_opens_equal_here_and_in_transformers(tiny, tmp_path, transformers_tokenizer):
+def test_saved_tokenizer_opens_equal_here_and_in_transformers(tiny, tmp_path):
     tiny.chat_template, before = "{{ messages }}\n", tiny.chat_template
     tiny.save_pretrained(tmp_path / "saved")
     tiny.chat_template = before
     again = Qwen2Tokenizer.from_pretrained(tmp_path / "saved")
-    theirs = transformers_tokenizer.from_pretrained(tmp_path / "saved")
+    theirs = Reference.from_pretrained(tmp_path / "saved")
     check_equal(again, theirs, HARD + random_texts(300, seed=3))
     for text in HARD + random_texts(300, seed=3):
         assert again.encode(text) == tiny.encode(text)
-    assert (theirs.pad_token_id, theirs.eos_token_id) == (again.pad_token_id, again.eos_token_id) == (532, 534)
+    assert (
+        (theirs.pad_token_id, theirs.eos_token_id) == (again.pad_token_id, again.eos_token_id) == (532, 534)
+    )
     assert theirs.model_max_length == again.model_max_length == 262144
     assert again.chat_template == "{{ messages }}\n"
     assert not list((tmp_path / "saved").glob(".*"))
@@ -197,8 +247,8 @@ def test_saved_tokenizer_opens_equal_here_and_in_transformers(tiny, tmp_path, tr
         assert path.read_bytes() == (tmp_path / "twice" / path.name).read_bytes(), path.name
 
 
-def test_folder_saved_by_transformers_opens_equal(tiny, tmp_path, transformers_tokenizer):
-    transformers_tokenizer.from_pretrained(TINY).save_pretrained(tmp_path)
+def test_folder_saved_by_transformers_opens_equal(tiny, tmp_path):
+    Reference.from_pretrained(TINY).save_pretrained(tmp_path)
     ours = Qwen2Tokenizer.from_pretrained(tmp_path)
     assert [ours.encode(text) for text in HARD] == [tiny.encode(text) for text in HARD]
     assert (ours.pad_token_id, ours.eos_token_id) == (532, 534)
@@ -258,10 +308,20 @@ def test_options_that_make_no_sense_are_refused(call, message, tiny):
         (lambda f: (f / "merges.txt").write_text("#version: 0.2\na b c\n"), ValueError, "merges.txt"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), ValueError, "tokenizer.json"),
         (lambda f: (f / "tokenizer_config.json").write_text("[1]"), ValueError, "tokenizer_config.json"),
-        (lambda f: edit_json(f / "tokenizer_config.json", pad_token="<none>"), ValueError, "pad_token '<none>'"),
-        (lambda f: edit_json(f / "tokenizer_config.json", add_bos_token=True), ValueError, "add_bos_token=True"),
         (
-            lambda f: edit_json(f / "tokenizer_config.json", added_tokens_decoder={"900": {"content": "<gap>"}}),
+            lambda f: edit_json(f / "tokenizer_config.json", pad_token="<none>"),
+            ValueError,
+            "pad_token '<none>'",
+        ),
+        (
+            lambda f: edit_json(f / "tokenizer_config.json", add_bos_token=True),
+            ValueError,
+            "add_bos_token=True",
+        ),
+        (
+            lambda f: edit_json(
+                f / "tokenizer_config.json", added_tokens_decoder={"900": {"content": "<gap>"}}
+            ),
             ValueError,
             "'<gap>' has id 900, but comes out as 532",
         ),
@@ -314,7 +374,10 @@ def photo(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
 
 def test_placeholders_become_as_many_tokens_as_the_picture_has(processor):
     pictures = [photo(64, 96, 1), photo(128, 32, 2), photo(64, 64, 3)]
-    texts = [EDIT.format("<|vision_start|><|image_pad|><|vision_end|>join"), EDIT.format("a longer instruction")]
+    texts = [
+        EDIT.format("<|vision_start|><|image_pad|><|vision_end|>join"),
+        EDIT.format("a longer instruction"),
+    ]
     made = processor(text=texts, images=pictures, padding=True)
     assert made.image_grid_thw.tolist() == [[1, 6, 4], [1, 2, 8], [1, 4, 4]]
     assert made.pixel_values.shape == (24 + 16 + 16, 1536) and made.pixel_values.dtype == torch.float32
@@ -345,13 +408,20 @@ def test_number_of_pictures_and_placeholders_must_agree(images, processor):
 
 
 def test_batch_moves_tensors_and_casts_those_of_floating_point():
-    batch = Batch(ids=torch.ones(2, dtype=torch.int64), values=torch.ones(2), name="kept").to("cpu", torch.bfloat16)
-    assert (batch.ids.dtype, batch.values.dtype, batch.name) == (torch.int64, torch.bfloat16, "kept")
+    batch = Batch(ids=torch.ones(2, dtype=torch.int64), pixels=torch.ones(2), name="kept").to(
+        "cpu", torch.bfloat16
+    )
+    assert (batch.ids.dtype, batch.pixels.dtype, batch.name) == (torch.int64, torch.bfloat16, "kept")
 
 
 def write_processor(folder: Path, newer: bool) -> None:
     size = {"shortest_edge": 4096, "longest_edge": 16384}
-    images = {"image_processor_type": "Qwen2VLImageProcessorFast", "size": size, "patch_size": 16, "new_key": 1}
+    images = {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "size": size,
+        "patch_size": 16,
+        "new_key": 1,
+    }
     videos = {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 2}
     if newer:
         both = {"image_processor": images, "video_processor": videos, "processor_class": "Qwen3VLProcessor"}
@@ -366,7 +436,10 @@ def test_processor_opens_and_saves_both_kinds_of_folder(newer, tmp_path, tiny):
     folder = copy_tiny(tmp_path / "given")
     write_processor(folder, newer)
     opened = Qwen3VLProcessor.from_pretrained(folder)
-    assert (opened.image_processor.config.min_pixels, opened.image_processor.config.max_pixels) == (4096, 16384)
+    assert (opened.image_processor.config.min_pixels, opened.image_processor.config.max_pixels) == (
+        4096,
+        16384,
+    )
     opened.save_pretrained(tmp_path / "saved")
     again = Qwen3VLProcessor.from_pretrained(tmp_path / "saved")
     assert again.image_processor.config.to_dict() == {
@@ -382,17 +455,15 @@ def test_processor_opens_and_saves_both_kinds_of_folder(newer, tmp_path, tiny):
 
 def test_saved_processor_opens_in_transformers(tmp_path, processor):
     """As far as transformers goes without torchvision: the tokenizer, and its PIL image processor."""
-    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
-    transformers = pytest.importorskip("transformers")
     processor.save_pretrained(tmp_path)
-    theirs = module.Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
     picture = photo(64, 96)
     expected = theirs(images=[picture], return_tensors="np")
     made = processor.image_processor(picture)
     assert np.abs(expected["pixel_values"] - made["pixel_values"].numpy()).max() <= 1e-6
     assert expected["image_grid_thw"].tolist() == made["image_grid_thw"].tolist()
     assert theirs.size.shortest_edge == 1024 and theirs.size.longest_edge == 65536
-    check_equal(processor.tokenizer, transformers.Qwen2Tokenizer.from_pretrained(tmp_path), HARD)
+    check_equal(processor.tokenizer, Reference.from_pretrained(tmp_path), HARD)
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, past: Past | None) -> Tensor:
         """x (B, C, T, H, W), the frames after those in `past` -> mean and logvar (B, 2 z_dim, T', h, w).
 
-        `past` is filled: give the same dict for the next frames. None: a lone frame, of which nothing is kept.
+        `past` is filled: give the same dict for the next frames. None: a lone frame; nothing is kept.
         """
         x = self.conv_in(x, past)
         for block in self.down_blocks:

@@ -15,6 +15,7 @@ Source: diffusers `pipeline_joyimage_edit.py`; jd-opensource/JoyAI-Image.
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from joyedit import images as im
 from joyedit import ops
@@ -58,6 +60,31 @@ Picture = Image.Image | np.ndarray | Tensor
 
 class JoyImageEditPipelineOutput(NamedTuple):
     images: list[Image.Image] | np.ndarray | Tensor
+
+
+class Prompt(NamedTuple):
+    """Embedded prompts, the pair that the encode methods return: embeds (B, L, D), mask (B, L), nonzero at valid
+    tokens."""
+
+    embeds: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, embeds: Tensor | None, mask: Tensor | None) -> "Prompt | None":
+        return None if embeds is None or mask is None else cls(embeds, mask)
+
+    @classmethod
+    def pad(cls, states: list[Tensor]) -> "Prompt":
+        """From a list of (L, D), zeros after the shorter ones."""
+        masks = [s.new_ones(len(s), dtype=torch.long) for s in states]
+        return cls(pad_sequence(states, batch_first=True), pad_sequence(masks, batch_first=True))
+
+    def repeat(self, count: int) -> "Prompt":
+        """Each prompt `count` times in a row."""
+        return Prompt(self.embeds.repeat_interleave(count, 0), self.mask.repeat_interleave(count, 0))
+
+    def to(self, device: torch.device | None) -> "Prompt":
+        return Prompt(self.embeds.to(device), self.mask.to(device))
 
 
 class JoyImageEditPipeline(Pipeline):
@@ -184,100 +211,92 @@ class JoyImageEditPipeline(Pipeline):
             negative_prompt_embeds_mask,
             names,
         )
-        batch = (
-            len(prompt)
-            if isinstance(prompt, list)
-            else 1
-            if prompt_embeds is None
-            else prompt_embeds.shape[0]
-        )
+        given = [Prompt.of(prompt_embeds, prompt_embeds_mask)]
+        given += [Prompt.of(negative_prompt_embeds, negative_prompt_embeds_mask)] * (guidance_scale > 1)
+        batch = len(prompt) if isinstance(prompt, list) else 1 if given[0] is None else len(given[0].embeds)
+        texts = [_as_list(prompt, batch, "prompt"), _as_list(negative_prompt, batch, "negative_prompt")]
         per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
         _check_numbers(num_inference_steps, per_prompt, guidance_scale, max_sequence_length, output_type)
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")
         photos = _one_per_prompt(None if image is None else im.to_pil_list(image, "image"), batch)
-        _check_placeholders([prompt, negative_prompt], photos)
+        _check_placeholders(texts, photos)
         generator = check_generators(generator, batch * per_prompt)
-        height, width = self.choose_size(photos, height, width)
+        size = self.choose_size(photos, height, width)
         if latents is not None:
-            _check_latents(latents, self.latent_shape(batch * per_prompt, height, width))
-        pictures = (
-            None if photos is None else _each_once(photos, lambda p: im.resize_center_crop(p, height, width))
-        )
+            _check_latents(latents, self.latent_shape(batch * per_prompt, *size))
+        pictures = _each_once(photos, lambda photo: im.resize_center_crop(photo, *size))
 
         self.guidance_scale = guidance_scale
         self._interrupt = False
-        device = self.device
-
-        if prompt_embeds is None or (self.do_classifier_free_guidance and negative_prompt_embeds is None):
-            wanted = [] if prompt_embeds is not None else _as_list(prompt, batch, "prompt")
-            if self.do_classifier_free_guidance and negative_prompt_embeds is None:
-                wanted += _as_list(negative_prompt or "", batch, "negative_prompt")
-            encoded = self._embed_prompts(wanted, pictures, batch, max_sequence_length)
-            if prompt_embeds is None:
-                prompt_embeds, prompt_embeds_mask = encoded.pop(0)
-            if encoded:
-                negative_prompt_embeds, negative_prompt_embeds_mask = encoded.pop(0)
-        prompt_embeds, prompt_embeds_mask = _repeat(prompt_embeds, prompt_embeds_mask, per_prompt, device)
-        if self.do_classifier_free_guidance:
-            negative_prompt_embeds, negative_prompt_embeds_mask = _repeat(
-                negative_prompt_embeds, negative_prompt_embeds_mask, per_prompt, device
-            )
+        missing = [t for t, known in zip(texts, given, strict=False) if known is None]
+        read = iter(self._embed_prompts(missing, pictures, max_sequence_length))
+        prompts = [known or next(read) for known in given]
+        prompts = [p.repeat(per_prompt).to(self.device) for p in prompts]
 
         count = num_inference_steps if timesteps is None and sigmas is None else None
-        self.scheduler.set_timesteps(count, device=device, timesteps=timesteps, sigmas=sigmas)
-        steps = self.scheduler.timesteps
-        self.num_timesteps = len(steps)
-        latents, image_latents = self.prepare_latents(
+        self.scheduler.set_timesteps(count, device=self.device, timesteps=timesteps, sigmas=sigmas)
+        target, references = self.prepare_latents(
             batch * per_prompt,
             self.transformer.config.in_channels,
-            height,
-            width,
+            *size,
             1,
-            prompt_embeds.dtype,
-            device,
+            prompts[0].embeds.dtype,
+            self.device,
             generator,
             latents,
             pictures,
             enable_denormalization,
         )
+        target = self._denoise(target, references, *prompts, callback=callback_on_step_end, names=names)
+        result = self._decode(target[:, 0], output_type or "pil", enable_denormalization)
+        return JoyImageEditPipelineOutput(result) if return_dict else (result,)
 
+    def _denoise(
+        self,
+        latents: Tensor,
+        references: Tensor | None,
+        positive: Prompt,
+        negative: Prompt | None = None,
+        *,
+        callback: Callable | None = None,
+        names: Sequence[str] = (),
+    ) -> Tensor:
+        """Target latents (B, 1, C, 1, h, w) from noise to image; guided when there is a negative prompt."""
+        steps = self.scheduler.timesteps
+        self.num_timesteps = len(steps)
         with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
-            references = None if image_latents is None else transformer.embed_image(image_latents)
+            tokens = None if references is None else transformer.embed_image(references)
             frames, *sides = transformer.token_grid(latents)
             grid = (frames if references is None else 2 * frames, *sides)
-            rope = transformer.rope(grid, device)
+            rope = transformer.rope(grid, latents.device)
             modulation = transformer.embed_time(steps)  # (S, 6, D)
-            cond = self._branch(prompt_embeds, prompt_embeds_mask, references)
-            uncond = None
-            if self.do_classifier_free_guidance:
-                uncond = self._branch(negative_prompt_embeds, negative_prompt_embeds_mask, references)
+            cond = self._branch(positive, tokens)
+            uncond = None if negative is None else self._branch(negative, tokens)
 
             for i, timestep in enumerate(steps):
                 if self.interrupt:
                     break
                 target = transformer.embed_image(latents)  # (B, N, D)
-                velocity = self._velocity(target, cond, modulation[i : i + 1], rope, grid)
+                velocity = self._velocity(target, cond, modulation[i], rope, grid)
                 if uncond is not None:
-                    velocity_uncond = self._velocity(target, uncond, modulation[i : i + 1], rope, grid)
-                    velocity = ops.rescaled_guidance(velocity, velocity_uncond, guidance_scale, dim=1)
+                    velocity_uncond = self._velocity(target, uncond, modulation[i], rope, grid)
+                    velocity = ops.rescaled_guidance(velocity, velocity_uncond, self.guidance_scale, dim=1)
                 velocity = velocity[:, None].to(latents.dtype)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
-                tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-                tensors["negative_prompt_embeds"] = negative_prompt_embeds
-                returned = self.call_back(callback_on_step_end, names, i, timestep, tensors)
+                tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive.embeds}
+                tensors["negative_prompt_embeds"] = None if negative is None else negative.embeds
+                returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
-                if returned["prompt_embeds"] is not prompt_embeds:
-                    prompt_embeds = returned["prompt_embeds"]
-                    cond = self._branch(prompt_embeds, prompt_embeds_mask, references)
-                if uncond is not None and returned["negative_prompt_embeds"] is not negative_prompt_embeds:
-                    negative_prompt_embeds = returned["negative_prompt_embeds"]
-                    uncond = self._branch(negative_prompt_embeds, negative_prompt_embeds_mask, references)
+                if returned["prompt_embeds"] is not positive.embeds:
+                    positive = Prompt(returned["prompt_embeds"], positive.mask)
+                    cond = self._branch(positive, tokens)
+                if negative is not None and returned["negative_prompt_embeds"] is not negative.embeds:
+                    negative = Prompt(returned["negative_prompt_embeds"], negative.mask)
+                    uncond = self._branch(negative, tokens)
                 bar.update()
-
-        result = self._decode(latents[:, 0], output_type, enable_denormalization)
-        return JoyImageEditPipelineOutput(result) if return_dict else (result,)
+        return latents
 
     def _velocity(self, target: Tensor, branch: list[tuple], vec: Tensor, rope: Any, grid: Any) -> Tensor:
         """What the transformer predicts for the target latents, group by group. target (B, N, D) -> (B, C, 1, h, w)."""
@@ -291,15 +310,14 @@ class JoyImageEditPipeline(Pipeline):
         order = torch.cat([rows for rows, _, _ in branch])
         return torch.cat(parts)[order.argsort()]
 
-    def _branch(self, embeds: Tensor, mask: Tensor, references: Tensor | None) -> list[tuple]:
+    def _branch(self, prompt: Prompt, references: Tensor | None) -> list[tuple]:
         """Groups of samples with prompts of equal length: their rows, text tokens and reference tokens."""
-        if PADDED_PROMPTS in self.quirks:
-            mask = torch.ones_like(mask)
+        mask = torch.ones_like(prompt.mask) if PADDED_PROMPTS in self.quirks else prompt.mask
         lengths = mask.sum(1)
         groups = []
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
-            kept = embeds[rows][mask[rows].bool()].unflatten(0, (len(rows), length))  # (b, L, D)
+            kept = prompt.embeds[rows][mask[rows].bool()].unflatten(0, (len(rows), length))  # (b, L, D)
             txt = self.transformer.embed_text(kept)
             groups.append((rows, txt, None if references is None else references[rows]))
         return groups
@@ -331,12 +349,14 @@ class JoyImageEditPipeline(Pipeline):
             raise ValueError(
                 f"template_type={template_type!r}: must be one of {sorted(self.prompt_template_encode)}"
             )
-        if prompt_embeds is None:
+        known = Prompt.of(prompt_embeds, prompt_embeds_mask)
+        if known is None:
             texts = [prompt] if isinstance(prompt, str) else prompt
-            states = self._read([self.prompt_template_encode[template_type].format(t) for t in texts], None)
-            prompt_embeds, prompt_embeds_mask = _pad(states)
+            template = self.prompt_template_encode[template_type]
+            known = Prompt.pad(self._read([template.format(text) for text in texts], None))
         kept = slice(None, max_sequence_length)
-        return _repeat(prompt_embeds[:, kept], prompt_embeds_mask[:, kept], num_images_per_prompt, device)
+        known = Prompt(known.embeds[:, kept], known.mask[:, kept])
+        return known.repeat(num_images_per_prompt).to(device)
 
     def encode_prompt_multiple_images(
         self,
@@ -356,41 +376,33 @@ class JoyImageEditPipeline(Pipeline):
         """
         if template_type != "multiple_images":
             raise ValueError(f"template_type={template_type!r}: must be 'multiple_images'")
-        if prompt_embeds is None:
+        known = Prompt.of(prompt_embeds, prompt_embeds_mask)
+        if known is None:
             texts = [prompt] if isinstance(prompt, str) else prompt
             pictures = _one_per_prompt(
                 None if images is None else im.to_pil_list(images, "images"), len(texts)
             )
             _check_placeholders([texts], pictures)
-            states, mask = self._embed_prompts(texts, pictures, len(texts), max_sequence_length)[0]
-            prompt_embeds, prompt_embeds_mask = states, mask
-        return _repeat(prompt_embeds, prompt_embeds_mask, num_images_per_prompt, device)
+            (known,) = self._embed_prompts([texts], pictures, max_sequence_length)
+        return known.repeat(num_images_per_prompt).to(device)
 
     def _embed_prompts(
-        self,
-        prompts: list[str],
-        pictures: list[Image.Image] | None,
-        batch: int,
-        max_sequence_length: int | None,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Embeds (B, L, D) and mask (B, L) for each `batch` prompts in a row; what they share is run once."""
+        self, prompts: list[list[str]], pictures: list[Image.Image] | None, max_sequence_length: int | None
+    ) -> list[Prompt]:
+        """Each list of B prompts embedded, with the B pictures if there are any; what they share is run once."""
         if pictures is None:
-            texts = [self.prompt_template_encode["image"].format(p) for p in prompts]
-            kept = slice(None, max_sequence_length)
+            template, kept = self.prompt_template_encode["image"], slice(None, max_sequence_length)
         else:
-            texts = [
-                self.prompt_template_encode["multiple_images"].format(f"{USER}{VISION}{p}<|im_end|>\n")
-                for p in prompts
-            ]
-            pictures = pictures * (len(prompts) // batch)
+            template = self.prompt_template_encode["multiple_images"].format(
+                f"{USER}{VISION}{{}}<|im_end|>\n"
+            )
             kept = slice(-max_sequence_length if max_sequence_length else None, None)
-            if PADDED_PROMPTS in self.quirks:
-                return [
-                    self._read_padded(texts[i : i + batch], pictures[i : i + batch], kept)
-                    for i in range(0, len(texts), batch)
-                ]
-        states = [s[kept] for s in self._read(texts, pictures)]
-        return [_pad(states[i : i + batch]) for i in range(0, len(states), batch)]
+        texts = [[template.format(text) for text in each] for each in prompts]
+        if pictures is not None and PADDED_PROMPTS in self.quirks:
+            return [self._read_padded(each, pictures, kept) for each in texts]
+        states = self._read([text for each in texts for text in each], pictures and pictures * len(texts))
+        rows = iter(state[kept] for state in states)
+        return [Prompt.pad(list(islice(rows, len(each)))) for each in texts]
 
     def _read(self, texts: list[str], pictures: list[Image.Image] | None) -> list[Tensor]:
         """What Qwen3-VL makes of each chat text, (L, D) before its final norm, the system turn dropped.
@@ -411,11 +423,12 @@ class JoyImageEditPipeline(Pipeline):
                 done: dict[tuple, Tensor] = {}
                 for row, row_ids in zip(rows, ids, strict=True):
                     key = tuple(row_ids)
-                    if key not in done and prefix is None:
-                        done[key] = encoder.hidden_states(
-                            self._tensor(row_ids), images=seen, keep_from=dropped
-                        )[0]
-                    elif key not in done:
+                    if key in done:
+                        pass
+                    elif prefix is None:
+                        whole = self._tensor(row_ids)
+                        done[key] = encoder.hidden_states(whole, images=seen, keep_from=dropped)[0]
+                    else:
                         rest = encoder.hidden_states(self._tensor(row_ids[shared:]), prefix=prefix)
                         done[key] = torch.cat((prefix.states[0], rest[0]))
                     states[row] = done[key]
@@ -442,10 +455,8 @@ class JoyImageEditPipeline(Pipeline):
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self.device)
 
-    def _read_padded(
-        self, texts: list[str], pictures: list[Image.Image], kept: slice
-    ) -> tuple[Tensor, Tensor]:
-        """As the reference: one right-padded batch whose padding has states of its own. Embeds and mask."""
+    def _read_padded(self, texts: list[str], pictures: list[Image.Image], kept: slice) -> Prompt:
+        """As the reference: one right-padded batch whose padding has states of its own."""
         inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
         ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
         with self.on_device(self.text_encoder) as encoder:
@@ -453,7 +464,7 @@ class JoyImageEditPipeline(Pipeline):
             seen = encoder.encode_images(inputs["pixel_values"].to(self.device), grid)
             states = encoder.hidden_states(ids, mask, seen)
         dropped = self.num_dropped_tokens
-        return states[:, dropped:][:, kept], mask[:, dropped:][:, kept]
+        return Prompt(states[:, dropped:][:, kept], mask[:, dropped:][:, kept])
 
     # ------------------------------------------------------------------------------------------------- latents
     def prepare_latents(
@@ -501,8 +512,8 @@ class JoyImageEditPipeline(Pipeline):
     ) -> tuple[int, ...]:
         """(B, 1, C, T, h, w) of the target latents."""
         spatial, temporal = self.vae_scale_factor_spatial, self.vae_scale_factor_temporal
-        channels = self.transformer.config.in_channels if channels is None else channels
-        return (batch, 1, channels, (frames - 1) // temporal + 1, height // spatial, width // spatial)
+        c = self.transformer.config.in_channels if channels is None else channels
+        return (batch, 1, c, (frames - 1) // temporal + 1, height // spatial, width // spatial)
 
     def normalize_latents(self, latent: Tensor) -> Tensor:
         """(latent - mean) / std per channel, the VAE config's statistics. latent (B, C, T, h, w)."""
@@ -613,10 +624,10 @@ def _check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError("latents hold NaN or infinite values")
 
 
-def _check_placeholders(prompts: list[str | list[str] | None], pictures: list[Image.Image] | None) -> None:
+def _check_placeholders(prompts: list[list[str]], pictures: list[Image.Image] | None) -> None:
     """A prompt that names a picture would take the place of the one it comes with."""
     refused = ["<|image_pad|>"] + ["<image>\n"] * (pictures is not None)
-    for text in [t for p in prompts if p is not None for t in ([p] if isinstance(p, str) else p)]:
+    for text in chain.from_iterable(prompts):
         if found := [word for word in refused if word in text]:
             raise ValueError(
                 f"a prompt holds {found[0]!r}, which stands for a picture; give the picture as image="
@@ -624,7 +635,7 @@ def _check_placeholders(prompts: list[str | list[str] | None], pictures: list[Im
 
 
 def _as_list(prompt: str | list[str] | None, batch: int, name: str) -> list[str]:
-    prompts = [prompt or ""] * batch if not isinstance(prompt, list) else list(prompt)
+    prompts = prompt if isinstance(prompt, list) else [prompt or ""] * batch
     if len(prompts) != batch:
         raise ValueError(f"{name} is a list of {len(prompts)}, but there are {batch} prompts")
     return prompts
@@ -639,10 +650,13 @@ def _one_per_prompt(photos: list[Image.Image] | None, batch: int) -> list[Image.
     return photos * (batch // len(photos))
 
 
-def _each_once(photos: list[Image.Image], change: Callable[[Image.Image], Image.Image]) -> list[Image.Image]:
+def _each_once(
+    photos: list[Image.Image] | None, change: Callable[[Image.Image], Image.Image]
+) -> list[Image.Image] | None:
     """The changed photos; one that is in the list several times is changed once and stays one object."""
-    done = {id(photo): photo for photo in photos}
-    done = {key: change(photo) for key, photo in done.items()}
+    if photos is None:
+        return None
+    done = {key: change(photo) for key, photo in {id(photo): photo for photo in photos}.items()}
     return [done[id(photo)] for photo in photos]
 
 
@@ -659,15 +673,3 @@ def _common_prefix(ids: list[list[int]]) -> int:
         return 0
     shortest = min(len(i) for i in ids) - 1
     return next((n for n in range(shortest) if len({i[n] for i in ids}) > 1), shortest)
-
-
-def _pad(states: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """A list of (L, D) as one zero-padded (B, L, D) and its mask (B, L)."""
-    mask = torch.nn.utils.rnn.pad_sequence(
-        [s.new_ones(len(s), dtype=torch.long) for s in states], batch_first=True
-    )
-    return torch.nn.utils.rnn.pad_sequence(states, batch_first=True), mask
-
-
-def _repeat(embeds: Tensor, mask: Tensor, count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    return embeds.repeat_interleave(count, 0).to(device), mask.repeat_interleave(count, 0).to(device)

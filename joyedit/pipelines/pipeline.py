@@ -92,14 +92,24 @@ class Pipeline:
         return ()
 
     def save_pretrained(
-        self, folder: str | Path, *, max_shard_size: int | str = "5GB", variant: str | None = None
+        self,
+        folder: str | Path,
+        *,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write a Diffusers folder that opens equal here and in diffusers; `model_index.json` comes last."""
+        """Write a Diffusers folder that opens equal here and in diffusers; `model_index.json` comes last.
+
+        `metadata` goes into the header of every safetensors file.
+        """
         folder = Path(folder)
         index: dict[str, Any] = {"_class_name": type(self).__name__}
         for name, part in self.components.items():
             if isinstance(part, Network):
-                part.save_pretrained(folder / name, max_shard_size=max_shard_size, variant=variant)
+                part.save_pretrained(
+                    folder / name, max_shard_size=max_shard_size, variant=variant, metadata=metadata
+                )
             elif part is not None:
                 part.save_pretrained(folder / name)
             index[name] = [None, None] if part is None else [part.library, type(part).__name__]

@@ -1,6 +1,7 @@
 """Whole JoyAI-Image-Edit runs against diffusers: recorded ones, and live ones on the same tiny random weights."""
 
 import json
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -23,6 +24,7 @@ from joyedit.pipelines.joyimage import (
 )
 from joyedit.random_checkpoint import write_random_checkpoint
 
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 BUCKETS = [(64, 96), (96, 64), (64, 64)]
 TOLERANCE = 1e-4  # of whole runs, absolute; images are in [0, 1], latents of the order of 1
 
@@ -225,7 +227,7 @@ def test_prompt_embeddings_equal_the_reference(ours, reference):
     # Embeddings come as [p0, p0, p1, p1], but the reference repeats its masks as [p0, p1, p0, p1].
     assert torch.equal(mask[[0, 2, 1, 3]], our_mask)
     mask = our_mask
-    scale = float(theirs.abs().max())
+    scale = float(theirs.detach().abs().max())
     assert distance(embeds[mask.bool()], theirs[mask.bool()]) <= 1e-5 * scale
     theirs, mask = reference.encode_prompt(prompts, max_sequence_length=20)
     embeds, our_mask = ours.encode_prompt(prompts, max_sequence_length=20)
@@ -251,11 +253,98 @@ def test_saved_checkpoint_opens_in_the_reference(ours, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- recorded runs
-RECORDED = ["edit", "edit_tall_negative", "edit_no_cfg", "edit_batch2", "t2i", "t2i_batch2"]
+RECORDED = [
+    "edit",
+    "edit_negative",
+    "edit_no_guidance",
+    "edit_batch",
+    "edit_single_0",
+    "edit_single_1",
+    "edit_two_images",
+    "text",
+    "text_batch",
+]
+
+
+def recorded_pipe(goldens, **options):
+    pipe = JoyImageEditPipeline.from_pretrained(goldens.checkpoint, **{"dtype": "float32", **options})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def assert_recorded_image(image, expected):
+    """Most recorded images are stored as uint8."""
+    if expected.dtype == torch.uint8:
+        assert distance(image, expected / 255) <= 0.5 / 255 + TOLERANCE
+    else:
+        assert distance(image, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_recorded_runs(shared_data, name):
+def test_recorded_runs(goldens, name):
+    pipe = recorded_pipe(
+        goldens, reference_quirks=[PADDED_PROMPTS] if name in ("edit_batch", "text_batch") else False
+    )
+    case = goldens.cases[name]
+    generator = torch.manual_seed(case["seed"])
+    image, steps = run_ours(pipe, image=goldens.photos(name), generator=generator, **case["call"])
+    torch.testing.assert_close(pipe.scheduler.timesteps, goldens.runs[f"{name}.timesteps"], rtol=0, atol=0)
+    assert distance(steps, goldens.runs[f"{name}.latents"]) <= TOLERANCE
+    assert_recorded_image(image, goldens.runs[f"{name}.image"])
+
+
+def test_recorded_singles_are_the_rows_of_a_batch(goldens):
+    """The same prompts and photographs in one batch, a generator each: no padding, each as it was alone."""
+    pipe = recorded_pipe(goldens)
+    batch = goldens.cases["edit_batch"]
+    seeds = [goldens.cases[f"edit_single_{row}"]["seed"] for row in (0, 1)]
+    generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    image, steps = run_ours(pipe, image=goldens.photos("edit_batch"), generator=generator, **batch["call"])
+    for row in (0, 1):
+        assert distance(steps[:, row : row + 1], goldens.runs[f"edit_single_{row}.latents"]) <= TOLERANCE
+        assert_recorded_image(image[row : row + 1], goldens.runs[f"edit_single_{row}.image"])
+
+
+def test_recorded_prompts_and_pixels(goldens):
+    pipe = recorded_pipe(goldens)
+    for name in ("image", "resized"):
+        about = goldens.described[name]
+        photo = Image.open(GOLDENS / "photos" / about["photo"]).convert("RGB").crop(about["box"])
+        inputs = pipe.processor.image_processor([photo])
+        levels = goldens.encoders[f"{name}.levels"]
+        assert torch.equal(inputs["pixel_values"], (levels.float() - 127.5) / 127.5)
+        assert torch.equal(inputs["image_grid_thw"], goldens.encoders[f"{name}.image_grid_thw"])
+    pixels = (goldens.encoders["image.levels"].float() - 127.5) / 127.5
+    seen = pipe.text_encoder.encode_images(pixels, goldens.encoders["image.image_grid_thw"])
+    for found, key in (
+        (seen.embeds, "image.vision_merged"),
+        (seen.deepstack[0], "image.vision_deepstack_0"),
+        (seen.deepstack[1], "image.vision_deepstack_1"),
+        (pipe.text_encoder.hidden_states(goldens.encoders["image.input_ids"], images=seen), "image.states"),
+        (pipe.text_encoder.hidden_states(goldens.encoders["plain.input_ids"]), "plain.states"),
+    ):
+        expected = goldens.encoders[key]
+        assert distance(found, expected) <= 1e-5 * float(expected.abs().max()), key
+
+
+def test_bf16_is_no_further_from_fp32_than_twice_the_reference(goldens):
+    case = goldens.cases["edit_bf16"]
+    pipe = recorded_pipe(goldens, dtype="bf16")
+    generator = torch.manual_seed(case["seed"])
+    _, steps = run_ours(pipe, image=goldens.photos("edit_bf16"), generator=generator, **case["call"])
+    exact = goldens.runs["edit_single_1.latents"]
+
+    def error(latents):
+        return float((latents.float() - exact).abs().mean())
+
+    assert error(steps) <= 2 * error(goldens.runs["edit_bf16.latents"])
+
+
+RECORDED_AT_LENGTH = ["edit", "edit_tall_negative", "edit_no_cfg", "edit_batch2", "t2i", "t2i_batch2"]
+
+
+@pytest.mark.parametrize("name", RECORDED_AT_LENGTH)
+def test_larger_recorded_runs(shared_data, name):
     folder = shared_data / "goldens"
     pipe = JoyImageEditPipeline.from_pretrained(folder / "tiny-joyimage-edit", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -274,8 +363,7 @@ def test_recorded_runs(shared_data, name):
         "edit_no_cfg": photo("chelsea.png"),
         "edit_batch2": [photo("chelsea.png"), photo("coffee.png")],
     }
-    image, steps = run_ours(
-        pipe, image=photos.get(name), generator=torch.manual_seed(info["seed"]), **info["call"]
-    )
+    generator = torch.manual_seed(info["seed"])
+    image, steps = run_ours(pipe, image=photos.get(name), generator=generator, **info["call"])
     assert distance(steps, golden["latents_per_step"][:, :, -1:]) <= TOLERANCE
     assert distance(image, golden["image"]) <= TOLERANCE

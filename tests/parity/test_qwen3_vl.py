@@ -505,7 +505,7 @@ def test_saved_folder_opens_in_transformers(ours, tmp_path, shape):
 
 
 def test_flat_names(ours, tmp_path):
-    """The names of before transformers 4.52, written out by hand here; and back."""
+    """The names in the manner of Qwen2-VL, made here without the table; and back."""
     state = ours("small").state_dict()
     old = {}
     for name, tensor in state.items():

@@ -292,7 +292,7 @@ def test_the_past_can_be_forked():
         frames = torch.cat(
             (first, network.decoder(network.post_quant_conv(z[:, :, [index]]), dict(past))), dim=2
         )
-        assert difference(frames.clamp(-1, 1), network.decode(z[:, :, [0, index]]).sample) <= 1e-6
+        assert difference(frames.clamp(-1, 1), network.decode(z[:, :, [0, index]]).sample) <= 1e-5
         assert past.keys() == before.keys()
         assert all(torch.equal(past[conv], before[conv]) for conv in past)
 
@@ -329,8 +329,8 @@ def test_tiling_of_another_factor_and_small_pictures():
     model = reference("three_stages")
     network = ours(model)
     for net in (model, network):
-        net.enable_tiling(tile_sample_min_height=24, tile_sample_min_width=20, tile_sample_stride_height=16)
-        net.enable_tiling(tile_sample_stride_width=12)
+        net.enable_tiling(tile_sample_min_height=24, tile_sample_stride_height=16)
+        net.enable_tiling(tile_sample_min_width=20, tile_sample_stride_width=12)
     check_codes(network, model, pixels(model, (1, 5, 36, 44)), latents(model, (1, 5, 36, 44)))
     check_codes(network, model, pixels(model, (1, 1, 24, 20)), latents(model, (1, 1, 24, 20)))
 

@@ -1,0 +1,1 @@
+"""Side-by-side measurements against the references. Not installed with the package."""

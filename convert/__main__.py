@@ -1,0 +1,7 @@
+"""`python -m joyedit.convert SRC DST`, the same as `joyedit convert SRC DST`."""
+
+import sys
+
+from joyedit.cli import main
+
+sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""`python -m joyedit`."""
+
+import sys
+
+from joyedit.cli import main
+
+sys.exit(main())
