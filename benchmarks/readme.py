@@ -43,7 +43,8 @@ def quantity(value: float, unit: str) -> str:
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """`text` with the table of every pair of markers replaced. Raises FileNotFoundError for unknown results."""
+    """`text` with the table of every pair of markers replaced. Raises FileNotFoundError for unknown
+    results."""
 
     def table(match: re.Match[str]) -> str:
         content = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))

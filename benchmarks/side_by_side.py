@@ -1,8 +1,10 @@
 """What every side-by-side benchmark does: take turns, refuse unequal results, write them down, print a table.
 
-The reference and ours run in one process, on the same weights, one after the other, several times; the ratio is the
-median of the pairwise ratios, which a busy machine disturbs least. Before anything is timed the two results are
-compared: a row whose results differ by more than its tolerance is not reported, the run ends with an exception.
+The reference and ours run in one process, on the same weights, one after the other, several times; the ratio
+is the median of the pairwise ratios, which a busy machine disturbs least. Before anything is timed the two
+results are
+compared: a row whose results differ by more than its tolerance is not reported, the run ends with an
+exception.
 """
 
 import argparse
@@ -62,7 +64,6 @@ class Row(NamedTuple):
     expected: str = ""  # in words, where it is not a ratio
 
 
-# ------------------------------------------------------------------------------------------------------- compare
 def difference(ours: Any, reference: Any) -> float:
     """Largest |ours - reference| over the largest |reference|, per tensor; the worst of a tuple of tensors.
 
@@ -132,7 +133,6 @@ def summary(pairs: Sequence[tuple[float, float]], **fields: Any) -> Result:
     )
 
 
-# ------------------------------------------------------------------------------------------------ other processes
 class Child(NamedTuple):
     """What another process took."""
 
@@ -173,7 +173,6 @@ def peak_memory() -> int:
     raise RuntimeError("this system does not tell the peak memory of a process")
 
 
-# ----------------------------------------------------------------------------------------------------------- run
 def machine() -> dict[str, Any]:
     """Where the measurement was taken."""
     model = platform.processor() or platform.machine()

@@ -1,9 +1,9 @@
 """Declarative, invertible key tables.
 
 A layout is an ordered list of rules from a foreign file's tensor names to the names of our networks. In a
-pattern `{name}` stands for one dotted component and `{name*}` for one or more; the same name on the other side
-puts it back. The first rule that matches a key takes it. Rules rename one tensor to one, split one along an
-axis, fuse several, reshape, or drop with a reason; each but the last can be run backwards.
+pattern `{name}` stands for one dotted component and `{name*}` for one or more; the same name on the other
+side puts it back. The first rule that matches a key takes it. Rules rename one tensor to one, split one
+along an axis, fuse several, reshape, or drop with a reason; each but the last can be run backwards.
 """
 
 import functools

@@ -105,7 +105,6 @@ def log_to_stderr(verbosity: int) -> Iterator[None]:
         log.setLevel(before)
 
 
-# --------------------------------------------------------------------------------------- edit and generate
 def edit(args: argparse.Namespace) -> None:
     make(args, args.photo)
 
@@ -311,7 +310,6 @@ def write_image(image: Any, path: Path, metadata: dict[str, Any] | None, force: 
         image.save(temporary, quality=95)
 
 
-# ----------------------------------------------------------------------------------------------- convert
 def convert(args: argparse.Namespace) -> None:
     """Write the checkpoint `args.source` to the folder `args.target` in another layout or dtype.
 
@@ -380,7 +378,6 @@ def refuse_full_disk(target: Path, checkpoint: "Checkpoint", dtype: str | None) 
         raise OSError(f"{target} needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free")
 
 
-# -------------------------------------------------------------------------------------------------- info
 def info(args: argparse.Namespace) -> None:
     from joyedit import info as facts
     from joyedit.images import read_metadata
@@ -398,7 +395,6 @@ def info(args: argparse.Namespace) -> None:
     print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else "\n".join(shown))
 
 
-# --------------------------------------------------------------------------------------------- arguments
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments. Raises SystemExit(2), with the reason on standard error, for wrong ones."""
     args, left = build_parser().parse_known_args(argv)

@@ -25,6 +25,7 @@ from pathlib import Path
 log = logging.getLogger("joyedit")
 
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pth?|bin|json)$)[A-Za-z0-9][\w.-]*/[\w.-]+")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 DEEPEST = 4  # levels of folders that are looked into; links may go round in circles
 
 # Repositories that their owner took down, and who keeps a copy.
@@ -100,14 +101,25 @@ class Origin:
         self, subfolder: str, stem: str, variant: str | None, use_safetensors: bool | None
     ) -> Path:
         """The folder `subfolder`, with a network's config.json and the weight files that will be read."""
+        return self.fetch(self.network_files(subfolder, stem, variant, use_safetensors)) / subfolder
+
+    def network_files(
+        self, subfolder: str, stem: str, variant: str | None, use_safetensors: bool | None
+    ) -> list[str]:
+        """A network's config.json and the weight files that will be read; of a sharded one the index is
+        fetched."""
         where = f"{self.name}/{subfolder}".rstrip("/")
         chosen = choose_weight_files(self._inside(subfolder), stem, variant, use_safetensors, where)
-        files = [posixpath.join(subfolder, name) for name in ("config.json", *chosen)]
-        root = self.fetch(files)
+        names = ["config.json", *chosen]
         if chosen[0].endswith(".json"):
-            shards = shards_of(root / subfolder / chosen[0])
-            root = self.fetch([posixpath.join(subfolder, shard) for shard in shards])
-        return root / subfolder
+            index = posixpath.join(subfolder, chosen[0])
+            names += shards_of(self.fetch([posixpath.join(subfolder, "config.json"), index]) / index)
+        return [posixpath.join(subfolder, name) for name in names]
+
+    def small_files(self, subfolder: str) -> list[str]:
+        """The files of `subfolder` that are no weights: configs, vocabularies, templates."""
+        inside = self._inside(subfolder)
+        return [posixpath.join(subfolder, name) for name in inside if not name.endswith(WEIGHT_SUFFIXES)]
 
     @property
     def _path(self) -> Path:

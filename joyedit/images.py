@@ -48,7 +48,6 @@ DOWNLOAD_SECONDS = 30.0
 DOWNLOAD_BYTES = 200_000_000
 
 
-# ------------------------------------------------------------------------------------------------- reading
 def load_image(
     image: str | Path | Image,
     convert_method: Callable[[Image], Image] | None = None,
@@ -226,7 +225,6 @@ def _download(url: str, timeout: float, max_bytes: int) -> bytes:
     return bytes(content)
 
 
-# ----------------------------------------------------------------------------------------- buckets and crop
 def buckets(base: int = 1024) -> list[tuple[int, int]]:
     """The sizes (height, width) that a checkpoint trained at `base` works in: about base x base pixels, sides
     multiples of base / 16, at most 4 : 1, from wide to tall.
@@ -288,7 +286,6 @@ def resize_center_crop(image: Image, height: int, width: int) -> Image:
     return resized.crop((fit.left, fit.top, fit.left + width, fit.top + height))
 
 
-# ---------------------------------------------------------------------------------- the vision tower's input
 @dataclasses.dataclass(frozen=True)
 class Qwen2VLImageConfig(Config):
     """What `preprocessor_config.json` says that changes the patches; other keys are kept for saving."""
@@ -414,7 +411,6 @@ def patchify(
     )
 
 
-# ------------------------------------------------------------------------------- the autoencoder's two sides
 def to_latent_input(
     images: Sequence[Image], dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> Tensor:
@@ -462,7 +458,6 @@ def make_image_grid(images: Sequence[Image], rows: int, cols: int, resize: int |
     return grid
 
 
-# ------------------------------------------------------------------------------------------ PNG with metadata
 def save_png(
     image: Image,
     path: str | Path,

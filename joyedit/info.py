@@ -294,7 +294,6 @@ def is_weights(files: Iterable[str]) -> bool:
     return any(file.endswith(WEIGHT_SUFFIXES) for file in files)
 
 
-# ---------------------------------------------------------------------------------------------- this machine
 def environment() -> dict[str, Any]:
     """Versions, devices and what they compute in: what a bug report should hold."""
     bf16 = str(ops.compute_dtype(torch.bfloat16, "cpu")).removeprefix("torch.")
@@ -329,7 +328,6 @@ def accelerators() -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------- as text
 def lines_of(facts: Mapping[str, Any]) -> list[str]:
     """ "name: value" for everything that has a value; nested values as JSON."""
     lines = []

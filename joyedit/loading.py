@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from joyedit.hub import Origin
+from joyedit.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
 from joyedit.random_checkpoint import cached_random_checkpoint
 from joyedit.weights import (
@@ -36,7 +36,6 @@ log = logging.getLogger("joyedit")
 
 PIPELINES = {"JoyImageEditPipeline": "joyedit.pipelines.joyimage"}  # class -> module
 BUILT_IN = {"tiny-joyimage": "JoyImageEditPipeline"}
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 ORIGINAL_TEXT_ENCODER = "JoyAI-Image-Und"
 ORIGINAL_SHIFT = 4.0  # of jd-opensource/JoyAI-Image where infer_config.py does not say
@@ -61,7 +60,8 @@ def load(
 ) -> Any:
     """Load a pipeline from a folder, a weight file, a Hub repository, or one of the built-in names.
 
-    pipeline: class name, where a checkpoint serves several. device: "auto" takes the accelerator if there is one.
+    pipeline: class name, where a checkpoint serves several. device: "auto" takes the accelerator if there is
+    one.
     dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16.
     offload: "none", "model" or "sequential". components: parts to use instead (`transformer=`, `vae=`,
     `scheduler=`, ...): an object, or the path or Hub name of one.
@@ -93,8 +93,7 @@ def load(
         )
     given = {part: _open_part(cls, part, value, options) for part, value in components.items()}
     if layout == "diffusers":
-        keywords = {"dtype": options.dtype, "variant": variant, **origin_options}
-        pipe = cls.from_pretrained(name, reference_quirks=reference_quirks, **keywords, **given)
+        pipe = cls.from_origin(origin, options, given, reference_quirks)
     else:
         opened = _open_original if layout == "original" else _open_comfyui
         parts = opened(cls, origin, listing, options, given)
@@ -112,7 +111,6 @@ def load(
     return pipe
 
 
-# ------------------------------------------------------------------------------------------------- recognise
 def layout_of(name: str, listing: list[str]) -> str:
     """ "diffusers", "original" or "comfyui". Raises ValueError saying what was found."""
     if not listing:
@@ -129,7 +127,8 @@ def layout_of(name: str, listing: list[str]) -> str:
     found = ", ".join(sorted(folders | {file for file in listing if "/" not in file})[:12])
     raise ValueError(
         f"{name} is no checkpoint that joyedit knows: no model_index.json (Diffusers), no transformer/ with "
-        f"{ORIGINAL_TEXT_ENCODER}/ (original JoyAI), no diffusion_models/ (ComfyUI). It holds: {found or 'nothing'}"
+        f"{ORIGINAL_TEXT_ENCODER}/ (original JoyAI), no diffusion_models/ (ComfyUI). "
+        f"It holds: {found or 'nothing'}"
     )
 
 
@@ -167,9 +166,9 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------- parts
 def _open_part(cls: type[Pipeline], part: str, value: Any, options: LoadOptions) -> Any:
-    """A part given as an object, a weight file, or the folder or Hub name of a part or of a whole checkpoint."""
+    """A part given as an object, a weight file, or the folder or Hub name of a part or of a whole
+    checkpoint."""
     if not isinstance(value, (str, Path)):
         return value
     kind = cls.parts[part][0]
@@ -188,51 +187,47 @@ def open_file(kind: type[Network], path: Path, dtype: torch.dtype | None) -> Any
     return load_network(kind, config, TensorFiles([path]), dtype)
 
 
-def _only_file(origin: Origin, listing: list[str], folder: str, what: str) -> Path:
-    files = [
-        f for f in listing if f.startswith(f"{folder}/") and f.endswith(WEIGHT_SUFFIXES) and "/." not in f
-    ]
+def _only_file(origin: Origin, listing: list[str], folder: str) -> str:
+    files = [f for f in listing if f.startswith(f"{folder}/") and f.endswith(WEIGHT_SUFFIXES)]
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{origin.name}/{folder}: wanted exactly one weight file of the {what}, found {files or 'none'}"
+            f"{origin.name}/{folder}: wanted exactly one weight file, found {files or 'none'}"
         )
-    extra = [f for f in (f"{folder}/config.json",) if f in listing]
-    return origin.fetch(files + extra) / files[0]
+    return files[0]
 
 
 def _open_original(
     cls: type, origin: Origin, listing: list[str], options: LoadOptions, given: Mapping
 ) -> dict[str, Any]:
     """The parts of a checkpoint in the layout of jd-opensource/JoyAI-Image."""
-    settings = {}
-    if "infer_config.py" in listing:
-        settings = read_infer_config(origin.fetch(["infer_config.py"]) / "infer_config.py")
-    missing = {name for name in cls.parts if name not in given}
-    files = {
-        name: _only_file(origin, listing, name, name) for name in ("transformer", "vae") if name in missing
-    }
-    kinds = {name: kinds[0] for name, kinds in cls.parts.items()}
+    kinds = {name: classes[0] for name, classes in cls.parts.items() if name not in given}
+    single = {name: _only_file(origin, listing, name) for name in ("transformer", "vae") if name in kinds}
+    files = [*single.values(), *(f"{name}/config.json" for name in single), "infer_config.py"]
+    files = [name for name in files if name in listing] + origin.small_files(ORIGINAL_TEXT_ENCODER)
+    if "text_encoder" in kinds:
+        files += origin.network_files(ORIGINAL_TEXT_ENCODER, kinds["text_encoder"].weights_stem, None, None)
+    root = origin.fetch(sorted(set(files)))
+    settings = read_infer_config(root / "infer_config.py") if "infer_config.py" in listing else {}
+
     parts: dict[str, Any] = {}
     for name in ("tokenizer", "processor"):
-        if name in missing:
-            parts[name] = kinds[name].from_pretrained(
-                origin.name, subfolder=ORIGINAL_TEXT_ENCODER, **options.origin
-            )
-    if "scheduler" in missing:
+        if name in kinds:
+            parts[name] = kinds[name].from_pretrained(root, subfolder=ORIGINAL_TEXT_ENCODER)
+    if "scheduler" in kinds:
         parts["scheduler"] = kinds["scheduler"](
             shift=settings.get("shift", ORIGINAL_SHIFT),
             num_train_timesteps=settings.get("num_train_timesteps", 1000),
             joyai_original=True,
         )
-    if "transformer" in missing:
-        kind = kinds["transformer"]
-        config = kind.Config.from_dict(settings.get("params", {}))
-        parts["transformer"] = load_network(kind, config, TensorFiles([files["transformer"]]), options.dtype)
-    if "vae" in missing:
-        parts["vae"] = open_file(kinds["vae"], files["vae"], options.dtype)
-    if "text_encoder" in missing:
+    if "transformer" in kinds:
+        config = kinds["transformer"].Config.from_dict(settings.get("params", {}))
+        file = TensorFiles([root / single["transformer"]])
+        parts["transformer"] = load_network(kinds["transformer"], config, file, options.dtype)
+    if "vae" in kinds:
+        parts["vae"] = open_file(kinds["vae"], root / single["vae"], options.dtype)
+    if "text_encoder" in kinds:
         parts["text_encoder"] = kinds["text_encoder"].from_pretrained(
-            origin.name, subfolder=ORIGINAL_TEXT_ENCODER, dtype=options.dtype, **options.origin
+            root, subfolder=ORIGINAL_TEXT_ENCODER, dtype=options.dtype
         )
     return parts
 
@@ -291,22 +286,26 @@ def _open_comfyui(
         parts["tokenizer"] = given["processor"].tokenizer
     if "scheduler" in missing:
         parts["scheduler"] = cls.parts["scheduler"][0](shift=COMFYUI_SHIFT)
-    for name, folder in COMFYUI_FOLDERS.items():
-        if name in missing:
-            path = _only_file(origin, listing, folder, name) if listing else Path(origin.name)
-            parts[name] = open_file(cls.parts[name][0], path, options.dtype)
+    folders = {name: folder for name, folder in COMFYUI_FOLDERS.items() if name in missing}
+    paths = {name: Path(origin.name) for name in folders}
+    if listing:
+        single = {name: _only_file(origin, listing, folder) for name, folder in folders.items()}
+        configs = [f"{folder}/config.json" for folder in folders.values()]
+        root = origin.fetch([*single.values(), *(name for name in configs if name in listing)])
+        paths = {name: root / file for name, file in single.items()}
+    for name, path in paths.items():
+        parts[name] = open_file(cls.parts[name][0], path, options.dtype)
     return parts
 
 
-# --------------------------------------------------------------------------------------------------- convert
 def save_checkpoint(
     pipe: Any, folder: Path, to: str = "diffusers", metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a pipeline as "diffusers", "original" (JoyAI) or "comfyui" files. Raises FileExistsError for a folder
-    that holds something.
+    """Write a pipeline as "diffusers", "original" (JoyAI) or "comfyui" files. Raises FileExistsError for a
+    folder that holds something.
 
-    `metadata` goes into the header of every safetensors file. In the foreign layouts, too, a network of another
-    size than the released one gets a config.json beside its file.
+    `metadata` goes into the header of every safetensors file. In the foreign layouts, too, a network of
+    another size than the released one gets a config.json beside its file.
     """
     if to not in ("diffusers", "original", "comfyui"):
         raise ValueError(f"to={to!r}: must be 'diffusers', 'original' or 'comfyui'")

@@ -21,8 +21,9 @@ Size = int | tuple[int, ...]  # one number for all axes, or one per axis
 def compute_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     """The dtype to compute in for weights of `dtype` on `device`.
 
-    A CPU without bf16 units runs bf16 and fp16 matrix products 6-8 times slower than fp32, and bf16 convolutions
-    over 100 times slower; there the activations are fp32 and the weights are upcast where they are used.
+    A CPU without bf16 units runs bf16 and fp16 matrix products 6-8 times slower than fp32, and bf16
+    convolutions over 100 times slower; there the activations are fp32 and the weights are upcast where they
+    are used.
     """
     if torch.device(device).type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         return dtype if dtype is torch.bfloat16 and _cpu_has_bf16() else torch.float32
@@ -126,8 +127,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 def channel_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """x / rms(x) * gamma over the channels of feature maps. x (B, C, ...); gamma has C values.
 
-    Half precision is computed in fp32. Where all channels of a position are zero the result is zero: |x| is taken
-    as at least 1e-12. Source: diffusers `WanRMS_norm`.
+    Half precision is computed in fp32. Where all channels of a position are zero the result is zero: |x| is
+    taken as at least 1e-12. Source: diffusers `WanRMS_norm`.
     """
     return _channel_rms_norm(x, gamma).to(x.dtype)
 
@@ -145,7 +146,8 @@ def _channel_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x0, x1) by the angles of each token, in fp32. x (B, N, H, E); cos, sin (N, E / 2)."""
+    """Rotate interleaved pairs (x0, x1) by the angles of each token, in fp32. x (B, N, H, E); cos, sin (N, E
+    / 2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # (B, N, H, E/2)
     turned = pairs * torch.complex(cos, sin)[:, None]
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
@@ -161,8 +163,8 @@ def rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of q and k per head, then the interleaved rotation. q, k (B, N, H, E) strided views; weights (E);
-    cos, sin (N, E / 2) fp32."""
+    """RMSNorm of q and k per head, then the interleaved rotation. q, k (B, N, H, E) strided views; weights
+    (E); cos, sin (N, E / 2) fp32."""
     return rope(rms_norm(q, q_weight, eps), cos, sin), rope(rms_norm(k, k_weight, eps), cos, sin)
 
 

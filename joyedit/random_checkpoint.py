@@ -1,7 +1,7 @@
 """A tiny JoyAI-Image-Edit checkpoint with seeded random weights, in the published folder layout.
 
-It goes through the same loader, networks and pipeline as the 16 B model, on any machine and offline, in seconds.
-Its weights were never trained: what it makes of a photograph is noise.
+It goes through the same loader, networks and pipeline as the 16 B model, on any machine and offline, in
+seconds. Its weights were never trained: what it makes of a photograph is noise.
 """
 
 import logging

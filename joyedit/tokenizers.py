@@ -53,7 +53,6 @@ class Batch(dict):
         return self
 
 
-# ---------------------------------------------------------------------------------------------------- Qwen
 class Qwen2Tokenizer:
     """The byte-level BPE of Qwen2 and later: no token is added before or after a text."""
 
@@ -298,7 +297,6 @@ def _read_processor(folder: Path) -> tuple[Qwen2VLImageConfig, Mapping[str, Any]
         raise ValueError(f"{path}: {error}") from None
 
 
-# --------------------------------------------------------------------------------------------- texts and rows
 def check_texts(texts: Any) -> list[str]:
     """A list of str. Raises TypeError for anything else, ValueError for text that has no UTF-8 form."""
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
@@ -351,7 +349,6 @@ def to_tensors(batch: Batch, return_tensors: str | None) -> Batch:
     return Batch({name: torch.tensor(rows, dtype=torch.int64) for name, rows in batch.items()})
 
 
-# ------------------------------------------------------------------------------------------------------ files
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, special tokens as plain text. special_tokens_map.json overrides it in folders so
     old that the former does not describe the added tokens."""

@@ -1,8 +1,8 @@
 """Configs, weight files, and the base class of the networks.
 
 A network is built on the meta device, its files are opened (headers only), the key table of its layout is
-planned against the names and shapes it wants, and only then are tensors read, one by one: a file that does not
-fit is refused before memory is taken, and the peak is the result plus one tensor.
+planned against the names and shapes it wants, and only then are tensors read, one by one: a file that does
+not fit is refused before memory is taken, and the peak is the result plus one tensor.
 
 Source: the Diffusers and transformers folder formats; safetensors.
 """
@@ -39,12 +39,11 @@ AUTO_BF16_BYTES = (
 )  # fp32 files of a network larger than this load as bf16 when no dtype is asked for
 
 
-# ------------------------------------------------------------------------------------------------- configs
 class Config(Mapping):
     """Immutable settings of a network or scheduler, readable as attribute, item and dict.
 
-    Subclasses are frozen dataclasses whose fields are the keys of the published JSON file and whose defaults are
-    the released checkpoint's.
+    Subclasses are frozen dataclasses whose fields are the keys of the published JSON file and whose defaults
+    are the released checkpoint's.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {}  # older spelling -> field
@@ -152,7 +151,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-# ------------------------------------------------------------------------------------------------ networks
 class Network(nn.Module):
     """A network with a config, whose parameter names are those of the Diffusers checkpoint."""
 
@@ -187,8 +185,9 @@ class Network(nn.Module):
     ) -> Self:
         """Load from a Diffusers folder or Hub repository.
 
-        Options: dtype (or torch_dtype), variant, use_safetensors, revision, token, cache_dir, local_files_only,
-        force_download. Raises FileNotFoundError when files are missing, ValueError when they do not fit.
+        Options: dtype (or torch_dtype), variant, use_safetensors, revision, token, cache_dir,
+        local_files_only, force_download. Raises FileNotFoundError when files are missing, ValueError when
+        they do not fit.
         """
         parsed = LoadOptions.parse(options)
         return load_folder(cls, Origin(str(name_or_path), **parsed.origin), subfolder or "", parsed)
@@ -201,8 +200,8 @@ class Network(nn.Module):
         variant: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write config.json and safetensors (in shards when larger than `max_shard_size`) that open equal here
-        and in diffusers or transformers."""
+        """Write config.json and safetensors (in shards when larger than `max_shard_size`) that open equal
+        here and in diffusers or transformers."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", self.config_to_save())
@@ -259,7 +258,6 @@ class Network(nn.Module):
         return self.to(torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------- options
 @dataclasses.dataclass(frozen=True)
 class LoadOptions:
     """What `from_pretrained` and `joyedit.load` accept beside the parts."""
@@ -324,11 +322,11 @@ def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-# --------------------------------------------------------------------------------------------------- files
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of one or several weight files by name, read when asked for.
 
-    safetensors files are mapped, pickles are opened with `weights_only=True` and mapped where their format allows.
+    safetensors files are mapped, pickles are opened with `weights_only=True` and mapped where their format
+    allows.
     """
 
     def __init__(self, files: Sequence[Path], prefix: str = ""):
@@ -458,7 +456,6 @@ def open_weights(
     return TensorFiles([folder / shard for shard in shards])
 
 
-# -------------------------------------------------------------------------------------------------- loading
 def load_folder(cls: type[Network], origin: Origin, subfolder: str, options: LoadOptions) -> Any:
     """Load one network from a folder of a local or Hub checkpoint."""
     folder = origin.fetch_network(subfolder, cls.weights_stem, options.variant, options.use_safetensors)
@@ -517,7 +514,6 @@ def read_planned(plan: Plan, files: Mapping[str, Tensor], dtypes: Mapping[str, t
         yield name, step.read(files).to(dtypes[name])
 
 
-# --------------------------------------------------------------------------------------------------- saving
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write to a temporary name beside `path` and move it into place; nothing is left behind on failure."""
@@ -560,8 +556,8 @@ def save_tensors(
     variant: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a state dict as one safetensors file, or as shards with an index. Shards of an older save with other
-    names are removed only after the new ones are in place."""
+    """Write a state dict as one safetensors file, or as shards with an index. Shards of an older save with
+    other names are removed only after the new ones are in place."""
     limit = parse_size(max_shard_size)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0

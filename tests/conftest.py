@@ -34,7 +34,8 @@ def goldens(tmp_path_factory) -> SimpleNamespace:
     """What `tests/goldens/record.py` recorded from the reference.
 
     checkpoint: the folder in the published layout. cases and runs: arguments and tensors of whole runs.
-    described and encoders: the same of the processor and the prompt encoder. photos(case): the `image` argument.
+    described and encoders: the same of the processor and the prompt encoder. photos(case): the `image`
+    argument.
     """
     checkpoint = tmp_path_factory.mktemp("goldens") / "tiny-joyimage-edit"
     shutil.copytree(GOLDENS / checkpoint.name, checkpoint)

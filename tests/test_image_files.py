@@ -48,7 +48,6 @@ def no_warnings():
         yield
 
 
-# --------------------------------------------------------------------------------------------- photo kinds
 KINDS = {
     "rgb.png": (picture(), "PNG", {}),
     "rgba.png": (picture(mode="RGBA"), "PNG", {}),
@@ -151,7 +150,6 @@ def test_loading_gives_a_picture_of_its_own():
     assert im.load_image(image, lambda given: given.convert("CMYK")).mode == "CMYK"
 
 
-# ----------------------------------------------------------------------------------------------- bad files
 def bad_files() -> dict[str, tuple[bytes, str]]:
     png, jpg = encoded(picture(64, 64), "PNG"), encoded(picture(64, 64), "JPEG")
     broken = bytearray(png)
@@ -205,7 +203,6 @@ def test_decompression_limit_is_an_error(limit, tmp_path, monkeypatch):
     assert im.load_image(tmp_path / "huge.png").size == (7, 5)
 
 
-# ---------------------------------------------------------------------------------------------------- http
 class Pages(http.server.BaseHTTPRequestHandler):
     photo = encoded(picture(40, 30), "PNG")
 
@@ -302,7 +299,6 @@ def test_unreachable_server_is_a_connection_error(site):
         im.load_image(f"http://127.0.0.1:{port}/photo.png")
 
 
-# ------------------------------------------------------------------------------------------------ metadata
 METADATA = {
     "prompt": 'Füge "Flügel" hinzu\nund 翅膀 👩‍🚀',
     "negative_prompt": "blurry",

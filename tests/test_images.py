@@ -39,7 +39,6 @@ def pixels(image: PIL.Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-# ----------------------------------------------------------------------------------------- arrays, tensors
 def test_arrays_and_tensors_become_pictures():
     levels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
     floats = (levels / 255).astype(np.float32)
@@ -100,7 +99,6 @@ def test_other_things_are_refused():
             im.to_pil_list(wrong, "photo")
 
 
-# ----------------------------------------------------------------------------------------- sizes and crops
 def size_rules() -> list[list[int]]:
     rows = json.loads((GOLDENS / "size_rules.json").read_text())["rows"]
     assert len(rows) == 211
@@ -186,7 +184,6 @@ def test_fit_tells_where_the_photograph_lies():
         im.resize_center_crop(PIL.Image.new("RGB", (9000, 1)), 512, 2048)
 
 
-# ------------------------------------------------------------------------------------------------- patches
 TINY = im.Qwen2VLImageConfig(min_pixels=16384, max_pixels=65536)
 
 
@@ -256,7 +253,6 @@ def test_image_settings_are_read_in_every_spelling():
     assert im.Qwen2VLImageConfig().replace(min_pixels=7).min_pixels == 7
 
 
-# ---------------------------------------------------------------------------------- autoencoder in and out
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_latent_input_is_scaled_in_its_dtype(dtype):
     ramp = PIL.Image.fromarray(np.arange(768, dtype=np.uint8).reshape(4, 64, 3))

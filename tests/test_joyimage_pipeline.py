@@ -1,4 +1,5 @@
-"""What users of JoyImageEditPipeline meet: inputs, outputs, callbacks, refusals, and the work that is not done twice."""
+"""What users of JoyImageEditPipeline meet: inputs, outputs, callbacks, refusals, and the work that is not
+done twice."""
 
 import numpy as np
 import pytest
@@ -48,7 +49,6 @@ def run(pipe, photo, **call):
     return pipe(image=photo, **call).images
 
 
-# --------------------------------------------------------------------------------------------------- outputs
 def test_output_types_agree(pipe, photo):
     floats = run(pipe, photo)
     assert (
@@ -114,7 +114,6 @@ def test_prompt_and_photograph_change_the_image(pipe, photo):
     assert np.abs(run(pipe, photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) - first).max() > 1e-3
 
 
-# --------------------------------------------------------------------------------------------------- batches
 def test_a_batch_of_unequal_prompts_is_the_single_runs(pipe, photo):
     prompts = ["a", "a much longer instruction than that", "b"]
     photos = [photo, photo.rotate(90), photo.rotate(180)]
@@ -141,7 +140,6 @@ def test_images_per_prompt_keep_prompt_and_photograph_together(pipe, photo):
         np.testing.assert_allclose(images[row], alone[0], atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- callbacks
 def test_callbacks_see_and_replace_latents_and_prompts(pipe, photo):
     seen = []
 
@@ -206,7 +204,6 @@ def test_callback_objects_bring_their_own_tensor_names(pipe, photo):
     torch.testing.assert_close(once / 2, twice)
 
 
-# ------------------------------------------------------------------------------------------- work not done twice
 def test_what_does_not_change_is_computed_once(pipe, photo, monkeypatch):
     counts = {}
 
@@ -252,7 +249,6 @@ def test_the_decoder_sees_the_target_alone(pipe, photo, monkeypatch):
     assert shapes == [(1, 16, 1, 8, 12)]
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
 EMBEDS = torch.zeros(1, 3, 32)
 MASK = torch.ones(1, 3)
 
@@ -342,7 +338,6 @@ def test_unknown_quirk(loaded):
         JoyImageEditPipeline(**loaded.components, reference_quirks=["sloppy"])
 
 
-# ------------------------------------------------------------------------------------------------ conveniences
 def test_slicing_equals_and_tiling_runs(pipe, photo):
     plain = run(pipe, [photo, photo.rotate(180)], prompt=["a", "b"])
     pipe.enable_vae_slicing()

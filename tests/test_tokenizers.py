@@ -104,7 +104,6 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# ------------------------------------------------------------------------------------------------- recorded
 def check_recorded(tokenizer: Qwen2Tokenizer, recorded: dict) -> None:
     assert len(tokenizer) == recorded["length"]
     for part in ("raw", "t_image", "t_multi_unexpanded"):
@@ -146,7 +145,6 @@ def test_templates_have_the_published_lengths_and_prefix(real):
         assert made.input_ids.shape == (1, length)
 
 
-# ------------------------------------------------------------------------------------- against transformers
 def check_equal(ours: Qwen2Tokenizer, theirs, texts: list[str]) -> None:
     assert len(ours) == len(theirs)
     for text in texts:
@@ -226,7 +224,6 @@ def test_token_lookups_equal_transformers(tiny):
     assert tiny.decode(64) == theirs.decode(64)
 
 
-# --------------------------------------------------------------------------------------------- saved folders
 def test_saved_tokenizer_opens_equal_here_and_in_transformers(tiny, tmp_path):
     tiny.chat_template, before = "{{ messages }}\n", tiny.chat_template
     tiny.save_pretrained(tmp_path / "saved")
@@ -273,7 +270,6 @@ def test_truncation_and_padding_in_tokenizer_json_do_not_act(tiny, tmp_path):
     assert Qwen2Tokenizer.from_pretrained(tmp_path).encode("the red cat") == tiny.encode("the red cat")
 
 
-# ------------------------------------------------------------------------------------------------ bad input
 def test_texts_that_are_not_text_are_refused(tiny):
     for wrong in (None, 3, ["a", None], [["a"]], {"a": 1}, b"a"):
         with pytest.raises(TypeError, match="text must be a str or a list of str"):
@@ -358,7 +354,6 @@ def test_one_tokenizer_serves_several_threads(tiny):
     assert made == {5: [expected[0]] * 5, 50: [expected[1]] * 5}
 
 
-# ------------------------------------------------------------------------------------------------ processor
 SMALL = Qwen2VLImageConfig(min_pixels=1024, max_pixels=65536)
 
 

@@ -66,7 +66,6 @@ def saved(tmp_path):
     return network, tmp_path
 
 
-# -------------------------------------------------------------------------------------------------- configs
 def test_config_is_attribute_item_and_dict_and_immutable():
     config = TwoConfig.from_dict({"hidden": 8, "sizes": [3, 4], "_class_name": "Two"})
     assert config.width == config["width"] == dict(config)["width"] == 8
@@ -96,7 +95,6 @@ def test_load_options_name_the_nearest_word_and_refuse_two_dtypes():
         LoadOptions.parse({"dtype": "int8"})
 
 
-# ----------------------------------------------------------------------------------------------------- load
 def test_save_and_load_give_the_same_tensors(saved):
     network, folder = saved
     again = Two.from_pretrained(folder)
@@ -180,7 +178,6 @@ def test_which_file_is_chosen(name, expected):
     assert choose_weight_files(name, "model", None, None) == [expected]
 
 
-# ------------------------------------------------------------------------------------------------ bad files
 def test_broken_files_are_refused_by_name(saved):
     _, folder = saved
     path = folder / "diffusion_pytorch_model.safetensors"
@@ -271,7 +268,6 @@ def test_metadata_says_where_the_tensors_come_from(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], torch.ones(2))
 
 
-# --------------------------------------------------------------------------------------------------- tables
 LAYOUT = Layout(
     "foreign",
     (

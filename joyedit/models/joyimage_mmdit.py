@@ -36,7 +36,6 @@ Grid = tuple[int, int, int]  # frames (all items together), rows and columns of 
 TIME_CHANNELS = 256  # width of the sinusoidal timestep embedding
 
 
-# ------------------------------------------------------------------------------------------------- config
 @dataclasses.dataclass(frozen=True)
 class JoyImageEditConfig(Config):
     """Settings of the MMDiT; the defaults are the released JoyAI-Image-Edit's.
@@ -114,7 +113,6 @@ class JoyImageTransformerOutput(NamedTuple):
     sample: Tensor
 
 
-# ------------------------------------------------------------------------------------------------ network
 class JoyImageEditTransformer3DModel(Network):
     """The denoiser of JoyAI-Image-Edit: latents of target and references, timestep, prompt to velocities."""
 
@@ -244,7 +242,6 @@ class JoyImageEditTransformer3DModel(Network):
         return ops.compute_dtype(self.dtype, device)
 
 
-# ------------------------------------------------------------------------------------------------- blocks
 class DoubleStreamBlock(nn.Module):
     """Joint attention and one MLP per stream, each on a modulated LayerNorm and added through a gate."""
 
@@ -357,7 +354,6 @@ class Modulation(nn.Module):
         return (self.modulate_table + vec).unbind(1)
 
 
-# ------------------------------------------------------------------------------------------------- layers
 class PatchEmbed(nn.Conv3d):
     """A convolution whose stride is its kernel, computed as one matrix product over flattened patches."""
 

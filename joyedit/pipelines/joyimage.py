@@ -1,13 +1,14 @@
 """JoyAI-Image-Edit: an instruction and a photograph in, the edited photograph out; or text to image.
 
-The photograph is resized and cropped to the nearest bucket. Qwen3-VL reads it together with the instruction, the
-WAN VAE encodes it as a reference latent, and the MMDiT denoises the target latent beside that reference under
-classifier-free guidance whose norm is brought back to the conditional prediction's.
+The photograph is resized and cropped to the nearest bucket. Qwen3-VL reads it together with the instruction,
+the WAN VAE encodes it as a reference latent, and the MMDiT denoises the target latent beside that reference
+under classifier-free guidance whose norm is brought back to the conditional prediction's.
 
-What does not change during a run is computed once: the vision tower per picture, the prompt prefix that positive
-and negative share, text embedding, time modulation for all steps, rotary tables, reference tokens. The last block,
-the head, the guidance, the solver and the decoder see the target alone. Samples whose prompts differ in length run
-in groups of equal length, so that nothing is padded and each gets the image it would get alone.
+What does not change during a run is computed once: the vision tower per picture, the prompt prefix that
+positive and negative share, text embedding, time modulation for all steps, rotary tables, reference tokens.
+The last block, the head, the guidance, the solver and the decoder see the target alone. Samples whose
+prompts differ in length run in groups of equal length, so that nothing is padded and each gets the image it
+would get alone.
 
 B images   L prompt tokens   D width   C latent channels   h, w latent height and width (pixels / 8)
 Source: diffusers `pipeline_joyimage_edit.py`; jd-opensource/JoyAI-Image.
@@ -47,8 +48,8 @@ MISPAIRED_REFERENCES = (
 )
 
 SYSTEM = (
-    "<|im_start|>system\n \\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>system\n \\nDescribe the image by detailing the color, shape, size, texture, quantity, "
+    "text, spatial relationships of the objects and background:<|im_end|>\n"
 )
 USER = "<|im_start|>user\n"
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -63,8 +64,8 @@ class JoyImageEditPipelineOutput(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """Embedded prompts, the pair that the encode methods return: embeds (B, L, D), mask (B, L), nonzero at valid
-    tokens."""
+    """Embedded prompts, the pair that the encode methods return: embeds (B, L, D), mask (B, L), nonzero at
+    valid tokens."""
 
     embeds: Tensor
     mask: Tensor
@@ -90,9 +91,10 @@ class Prompt(NamedTuple):
 class JoyImageEditPipeline(Pipeline):
     """Edit images by instruction, or make them from text.
 
-    Parts: `scheduler`, `vae`, `text_encoder`, `tokenizer`, `transformer`, `processor`. `text_token_max_length` cuts
-    the prompt of text-to-image. `buckets` are the (height, width) sizes the model knows, 49 around 1024 x 1024 if
-    the checkpoint does not say otherwise; assign `joyedit.images.buckets(512)` to work at another base.
+    Parts: `scheduler`, `vae`, `text_encoder`, `tokenizer`, `transformer`, `processor`.
+    `text_token_max_length` cuts the prompt of text-to-image. `buckets` are the (height, width) sizes the
+    model knows, 49 around 1024 x 1024 if the checkpoint does not say otherwise; assign
+    `joyedit.images.buckets(512)` to work at another base.
     """
 
     parts = {
@@ -141,7 +143,8 @@ class JoyImageEditPipeline(Pipeline):
         self.buckets = [(int(h), int(w)) for h, w in buckets] if buckets else im.buckets(DEFAULT_BASE)
         self.vae_scale_factor_spatial = vae.config.scale_factor_spatial
         self.vae_scale_factor_temporal = vae.config.scale_factor_temporal
-        # The system turn and the user's <|im_start|> are not part of the embedding: 34 tokens in the real vocabulary.
+        # The system turn and the user's <|im_start|> are not part of the embedding: 34 tokens in the real
+        # vocabulary.
         self.num_dropped_tokens = len(tokenizer.encode(SYSTEM + "<|im_start|>"))
         self.guidance_scale = 1.0
         self.num_timesteps = 0
@@ -158,7 +161,6 @@ class JoyImageEditPipeline(Pipeline):
     def do_classifier_free_guidance(self) -> bool:
         return self.guidance_scale > 1
 
-    # ----------------------------------------------------------------------------------------------------- run
     @torch.no_grad()
     def __call__(
         self,
@@ -187,15 +189,21 @@ class JoyImageEditPipeline(Pipeline):
     ) -> JoyImageEditPipelineOutput | tuple:
         """Edit `image` as `prompt` says; without an image, make one from the prompt.
 
-        image: one photograph, or a list with one per prompt (PIL, uint8 or [0, 1] arrays and tensors); the first
-            one's shape chooses the bucket for all. height, width: both or neither, multiples of 16; the nearest
-            bucket by aspect ratio is used. guidance_scale: 1 or less turns guidance off.
-        generator: one for the whole batch, or a list with one per image. It draws the noise, then the posterior.
-        latents: starting noise (B, 1, C, 1, h, w). prompt_embeds (B, L, D) with prompt_embeds_mask (B, L) replace
+        image: one photograph, or a list with one per prompt (PIL, uint8 or [0, 1] arrays and tensors); the
+        first
+            one's shape chooses the bucket for all. height, width: both or neither, multiples of 16; the
+            nearest bucket by aspect ratio is used. guidance_scale: 1 or less turns guidance off.
+        generator: one for the whole batch, or a list with one per image. It draws the noise, then the
+        posterior.
+        latents: starting noise (B, 1, C, 1, h, w). prompt_embeds (B, L, D) with prompt_embeds_mask (B, L)
+        replace
             the prompt, likewise the negative ones.
-        output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w),
-            normalised. max_sequence_length: prompt tokens kept, the last ones with an image, the first without.
-        callback_on_step_end(pipe, step, timestep, tensors) may return replacements; its `latents` are the target's.
+        output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h,
+        w),
+            normalised. max_sequence_length: prompt tokens kept, the last ones with an image, the first
+            without.
+        callback_on_step_end(pipe, step, timestep, tensors) may return replacements; its `latents` are the
+        target's.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
@@ -299,7 +307,8 @@ class JoyImageEditPipeline(Pipeline):
         return latents
 
     def _velocity(self, target: Tensor, branch: list[tuple], vec: Tensor, rope: Any, grid: Any) -> Tensor:
-        """What the transformer predicts for the target latents, group by group. target (B, N, D) -> (B, C, 1, h, w)."""
+        """What the transformer predicts for the target latents, group by group. target (B, N, D) -> (B, C,
+        1, h, w)."""
         if len(branch) == 1:
             _, txt, references = branch[0]
             return self.transformer.predict_target(target, references, txt, vec, rope, grid)
@@ -332,7 +341,6 @@ class JoyImageEditPipeline(Pipeline):
             pixels = vae.decode(latents, return_dict=False)[0]
         return im.to_output(pixels[:, :, 0], output_type)
 
-    # -------------------------------------------------------------------------------------------------- prompt
     def encode_prompt(
         self,
         prompt: str | list[str],
@@ -369,8 +377,8 @@ class JoyImageEditPipeline(Pipeline):
         template_type: str | None = "multiple_images",
         max_sequence_length: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Embed each prompt together with its picture. Returns embeds (B, L, D) and mask (B, L), each prompt repeated
-        `num_images_per_prompt` times in a row; the last `max_sequence_length` tokens are kept.
+        """Embed each prompt together with its picture. Returns embeds (B, L, D) and mask (B, L), each prompt
+        repeated `num_images_per_prompt` times in a row; the last `max_sequence_length` tokens are kept.
 
         Raises ValueError when pictures and prompts do not match, or a prompt names a picture of its own.
         """
@@ -389,7 +397,8 @@ class JoyImageEditPipeline(Pipeline):
     def _embed_prompts(
         self, prompts: list[list[str]], pictures: list[Image.Image] | None, max_sequence_length: int | None
     ) -> list[Prompt]:
-        """Each list of B prompts embedded, with the B pictures if there are any; what they share is run once."""
+        """Each list of B prompts embedded, with the B pictures if there are any; what they share is run
+        once."""
         if pictures is None:
             template, kept = self.prompt_template_encode["image"], slice(None, max_sequence_length)
         else:
@@ -407,8 +416,8 @@ class JoyImageEditPipeline(Pipeline):
     def _read(self, texts: list[str], pictures: list[Image.Image] | None) -> list[Tensor]:
         """What Qwen3-VL makes of each chat text, (L, D) before its final norm, the system turn dropped.
 
-        A picture goes through the vision tower once, and the tokens that its texts have in common at their start
-        go through the decoder once.
+        A picture goes through the vision tower once, and the tokens that its texts have in common at their
+        start go through the decoder once.
         """
         states: dict[int, Tensor] = {}
         dropped = self.num_dropped_tokens
@@ -466,7 +475,6 @@ class JoyImageEditPipeline(Pipeline):
         dropped = self.num_dropped_tokens
         return Prompt(states[:, dropped:][:, kept], mask[:, dropped:][:, kept])
 
-    # ------------------------------------------------------------------------------------------------- latents
     def prepare_latents(
         self,
         batch_size: int,
@@ -530,11 +538,11 @@ class JoyImageEditPipeline(Pipeline):
         mean, std = (torch.tensor(v).to(latent) for v in (config.latents_mean, config.latents_std))
         return rearrange(mean, "c -> 1 c 1 1 1"), rearrange(std, "c -> 1 c 1 1 1")
 
-    # -------------------------------------------------------------------------------------------------- checks
     def choose_size(
         self, photos: list[Image.Image] | None, height: int | None, width: int | None
     ) -> tuple[int, int]:
-        """The bucket (height, width): nearest by aspect ratio to the size asked for, else to the first photograph's."""
+        """The bucket (height, width): nearest by aspect ratio to the size asked for, else to the first
+        photograph's."""
         if height is not None and width is not None:
             size = im.nearest_bucket(height, width, self.buckets)
             if size != (height, width):
@@ -557,10 +565,7 @@ class JoyImageEditPipeline(Pipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
     ) -> None:
         """Raises ValueError or TypeError for arguments that do not fit together."""
-        if unknown := set(callback_on_step_end_tensor_inputs or ()) - self.callback_tensors:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={sorted(unknown)}: only {sorted(self.callback_tensors)} exist"
-            )
+        self.check_callback(None, callback_on_step_end_tensor_inputs or ())
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give exactly one of prompt and prompt_embeds")
         if negative_prompt is not None and negative_prompt_embeds is not None:
@@ -599,7 +604,6 @@ class JoyImageEditPipeline(Pipeline):
                 raise ValueError(f"{name}={size!r}: must be a positive multiple of {multiple}")
 
 
-# ---------------------------------------------------------------------------------------------------- functions
 def _check_numbers(
     steps: int, per_prompt: int, guidance: float, max_length: int, output_type: str | None
 ) -> None:
@@ -668,7 +672,8 @@ def _rows_by_picture(pictures: list[Image.Image] | None, count: int) -> list[lis
 
 
 def _common_prefix(ids: list[list[int]]) -> int:
-    """How many tokens all sequences share at their start, at least one left over for each. Zero for a single one."""
+    """How many tokens all sequences share at their start, at least one left over for each. Zero for a single
+    one."""
     if len(set(map(tuple, ids))) == 1:
         return 0
     shortest = min(len(i) for i in ids) - 1

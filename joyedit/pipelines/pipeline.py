@@ -1,7 +1,7 @@
 """What every pipeline has: its parts, loading and saving them, where they run, progress, and callbacks.
 
-A pipeline names its parts and the classes they may have; a Diffusers folder holds one subfolder per part and a
-`model_index.json` that lists them. The algorithm itself is in the pipeline's own file.
+A pipeline names its parts and the classes they may have; a Diffusers folder holds one subfolder per part and
+a `model_index.json` that lists them. The algorithm itself is in the pipeline's own file.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ log = logging.getLogger("joyedit")
 class Pipeline:
     """Parts by name, and what users do with all of them at once.
 
-    `reference_quirks`: True reproduces every listed defect of the reference, a collection of names only those.
+    `reference_quirks`: True reproduces every listed defect of the reference, a collection of names only
+    those.
     """
 
     parts: ClassVar[Mapping[str, tuple[type, ...]]]  # part -> the classes it may have, the default first
@@ -42,7 +43,6 @@ class Pipeline:
         self._progress: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
 
-    # ------------------------------------------------------------------------------------------- load and save
     @classmethod
     def from_pretrained(
         cls,
@@ -54,37 +54,47 @@ class Pipeline:
     ) -> Self:
         """Load a Diffusers folder or Hub repository.
 
-        Keyword arguments with the name of a part replace it; the others are those of `Network.from_pretrained`.
-        Raises FileNotFoundError for missing files, ValueError for files that do not fit, TypeError for unknown
-        arguments; all of it before a tensor is read.
+        Keyword arguments with the name of a part replace it; the others are those of
+        `Network.from_pretrained`.
+        Raises FileNotFoundError for missing files, ValueError for files that do not fit, TypeError for
+        unknown arguments; all of it before a tensor is read.
         """
         check_offload(offload)
         given = {name: options.pop(name) for name in cls.parts if name in options}
         parsed = LoadOptions.parse(options, also=(*cls.parts, "offload", "reference_quirks"))
-        origin = Origin(str(name_or_path), **parsed.origin)
-        classes = {name: kinds[0] for name, kinds in cls.parts.items()}
-        settings = {}
+        pipe = cls.from_origin(Origin(str(name_or_path), **parsed.origin), parsed, given, reference_quirks)
+        pipe.set_offload(offload)
+        return pipe
+
+    @classmethod
+    def from_origin(
+        cls,
+        origin: Origin,
+        options: LoadOptions,
+        given: Mapping[str, Any],
+        quirks: bool | Sequence[str] = False,
+    ) -> Self:
+        """`from_pretrained` with its arguments sorted: `given` are the parts that are not loaded."""
+        classes, settings = {}, {}
         if set(cls.parts) - set(given):
             index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
             if index.get("_class_name") != cls.__name__:
                 raise ValueError(f"{origin.name} holds a {index.get('_class_name')}, not a {cls.__name__}")
             classes = {name: _class_of(cls, name, index) for name in cls.parts if name not in given}
             settings = {key: index[key] for key in cls.settings() if key in index}
+        chosen = {"variant": options.variant, "use_safetensors": options.use_safetensors}
+        files: list[str] = []
+        for name, kind in classes.items():
+            if issubclass(kind, Network):
+                files += origin.network_files(name, kind.weights_stem, **chosen)
+            else:
+                files += origin.small_files(name)
+        root = origin.fetch(files)  # all at once: one commit, one total to announce
         loaded = {}
         for name, kind in classes.items():
-            if name not in given:
-                network = issubclass(kind, Network)
-                extra = {
-                    "dtype": parsed.dtype,
-                    "variant": parsed.variant,
-                    "use_safetensors": parsed.use_safetensors,
-                }
-                loaded[name] = kind.from_pretrained(  # type: ignore[attr-defined]
-                    origin.name, subfolder=name, **parsed.origin, **(extra if network else {})
-                )
-        pipe = cls(**loaded, **given, **settings, reference_quirks=reference_quirks)
-        pipe.set_offload(offload)
-        return pipe
+            extra = {"dtype": options.dtype, **chosen} if issubclass(kind, Network) else {}
+            loaded[name] = kind.from_pretrained(root, subfolder=name, **extra)
+        return cls(**loaded, **given, **settings, reference_quirks=quirks)
 
     @classmethod
     def settings(cls) -> tuple[str, ...]:
@@ -119,7 +129,6 @@ class Pipeline:
     def settings_to_save(self) -> dict[str, Any]:
         return {}
 
-    # --------------------------------------------------------------------------------------------------- parts
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name; `Pipeline(**other.components)` shares them."""
@@ -145,7 +154,6 @@ class Pipeline:
             network.to(*args, **kwargs)
         return self
 
-    # ------------------------------------------------------------------------------------------------- offload
     def set_offload(self, offload: str, device: torch.device | str | None = None) -> None:
         """ "none", "model" (one network on the device at a time) or "sequential" (one block at a time)."""
         check_offload(offload)
@@ -177,7 +185,8 @@ class Pipeline:
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        """Keep the networks in main memory and bring one block at a time to the accelerator: least memory, slowest."""
+        """Keep the networks in main memory and bring one block at a time to the accelerator: least memory,
+        slowest."""
         self.set_offload("sequential", device if device is not None else gpu_device(gpu_id))
 
     def enable_vae_slicing(self) -> None:
@@ -206,7 +215,6 @@ class Pipeline:
         finally:
             network.to("cpu")
 
-    # -------------------------------------------------------------------------------------- progress, interrupt
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Keyword arguments for every progress bar, as tqdm takes them (`disable=True` turns them off)."""
         self._progress = settings
@@ -223,7 +231,6 @@ class Pipeline:
     def interrupt(self, value: bool) -> None:
         self._interrupt = value
 
-    # ----------------------------------------------------------------------------------------------- callbacks
     def call_back(
         self, callback: Callable | None, names: Sequence[str], step: int, timestep: Tensor, tensors: dict
     ) -> dict:
@@ -245,7 +252,8 @@ class Pipeline:
             names = callback.tensor_inputs
         if unknown := set(names or ()) - self.callback_tensors:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs={sorted(unknown)}: only {sorted(self.callback_tensors)} exist"
+                f"callback_on_step_end_tensor_inputs={sorted(unknown)}: only "
+                f"{sorted(self.callback_tensors)} exist"
             )
         return tuple(names or ())
 
@@ -295,7 +303,6 @@ class MultiPipelineCallbacks:
         return callback_kwargs
 
 
-# ---------------------------------------------------------------------------------------------------- functions
 def check_generators(generator: Generators, count: int) -> Generators:
     """Raises ValueError when a list of generators does not give one to each of `count` images."""
     if isinstance(generator, Sequence) and len(generator) != count:

@@ -3,8 +3,9 @@
     python tests/goldens/copy_text_and_images.py [--data FOLDER]
 
 FOLDER (default: ../shared/data beside the checkout) holds goldens/ recorded from transformers' Qwen2Tokenizer
-and Qwen2VLImageProcessor and diffusers' buckets. Writes beside this file qwen_tiny/ (558 tokens, and ids.json),
-size_rules.json and processor.safetensors (a picture and its patches, as the uint8 levels behind the floats).
+and Qwen2VLImageProcessor and diffusers' buckets. Writes beside this file qwen_tiny/ (558 tokens, and
+ids.json), size_rules.json and processor.safetensors (a picture and its patches, as the uint8 levels behind
+the floats).
 """
 
 import argparse

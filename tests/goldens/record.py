@@ -193,7 +193,6 @@ def main() -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------- runs
 def run(pipe, image, seed: int, call: dict, buckets: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
     """One call of the pipeline.
 
@@ -280,7 +279,6 @@ def encode(pipe, photos: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, described
 
 
-# ------------------------------------------------------------------------------------------------- checkpoint
 def open_checkpoint(folder: Path, dtype: torch.dtype):
     """The reference pipeline. Published processor folders repeat the tokenizer's files, `folder` does not."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -354,7 +352,6 @@ def encoder_config(ids: dict[str, int]) -> transformers.Qwen3VLConfig:
     )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------- tokenizer and photos
 def write_tokenizer(qwen: Path, folder: Path) -> dict[str, int]:
     """Qwen's byte-level BPE cut down to the 256 bytes, the merges that COVERED takes, and the added tokens.
 
@@ -413,7 +410,6 @@ def write_photos(source: Path, folder: Path) -> None:
         picture.save(folder / name, optimize=True)
 
 
-# ------------------------------------------------------------------------------------------------------ files
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
 

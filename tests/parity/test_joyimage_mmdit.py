@@ -57,7 +57,6 @@ CASES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ helpers
 @torch.no_grad()
 def randomize(module, seed=0):
     """Weights of the size that keeps activations near 1; tables, biases and norms away from 0 and 1."""
@@ -112,7 +111,6 @@ def run_pieces(model, latents, timestep, prompt):
     return model.predict_target(model.embed_image(target), tokens, txt, vec, model.rope(grid), grid)
 
 
-# ------------------------------------------------------------------------------------------------- values
 @pytest.mark.parametrize("name", CASES)
 def test_forward_equals_the_reference(name, tmp_path):
     config, shape, length = CASES[name]
@@ -209,7 +207,6 @@ def test_block_of_the_released_width():
     assert relative(target, wanted_img[:, :12]) < 1e-5
 
 
-# -------------------------------------------------------------------------------------------------- dtypes
 @pytest.mark.parametrize("bf16_units", [True, False])
 @pytest.mark.parametrize("name", ["one reference, batch 2", "three tiny layers"])
 def test_bf16_is_no_further_from_fp64_than_the_reference(name, bf16_units, tmp_path, monkeypatch):
@@ -243,7 +240,6 @@ def test_half_precision_keeps_the_time_embedder():
     assert len(kept) == 4 and all(name.startswith("condition_embedder.time_embedder.") for name in kept)
 
 
-# ----------------------------------------------------------------------------------------------- recorded
 @needs_shared
 @pytest.mark.parametrize("case", ["n1", "n2", "n3", "five_dim", "five_dim_frames"])
 def test_recorded_outputs(case):
@@ -286,7 +282,6 @@ def test_rope_values():
     assert cos.shape == sin.shape == (40, 64)
 
 
-# ----------------------------------------------------------------------------------------- names, layouts
 @pytest.fixture(scope="module")
 def released():
     """The network at its defaults and the reference at the released config, both without memory."""
@@ -428,7 +423,6 @@ def test_fresh_weights_start_like_the_reference():
             assert got.abs().mean().item() == pytest.approx(wanted.abs().mean().item(), rel=0.15), name
 
 
-# ------------------------------------------------------------------------------------------------- config
 def test_config_defaults_are_the_released_ones():
     config = JoyImageEditConfig()
     assert (config.hidden_size, config.num_attention_heads, config.num_layers) == (4096, 32, 40)

@@ -1,4 +1,5 @@
-"""Whole JoyAI-Image-Edit runs against diffusers: recorded ones, and live ones on the same tiny random weights."""
+"""Whole JoyAI-Image-Edit runs against diffusers: recorded ones, and live ones on the same tiny random
+weights."""
 
 import json
 from pathlib import Path
@@ -45,9 +46,9 @@ def picture(width, height, seed):
     return Image.fromarray(pixels)
 
 
-# ------------------------------------------------------------------------------------------------- live runs
 class ReferenceProcessor:
-    """Our processor in the reference's place: the reference's needs torchvision, and ours equals its recordings."""
+    """Our processor in the reference's place: the reference's needs torchvision, and ours equals its
+    recordings."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -205,7 +206,8 @@ def test_text_to_image_batch_with_quirks(ours, reference):
 
 
 def test_each_sample_of_a_batch_is_the_reference_alone(ours, reference):
-    """Unequal prompts, two images each, one generator per image: every result is that of a single reference run."""
+    """Unequal prompts, two images each, one generator per image: every result is that of a single reference
+    run."""
     seeds = [21, 22, 23, 24]
     batch = run_ours(
         ours,
@@ -252,7 +254,6 @@ def test_saved_checkpoint_opens_in_the_reference(ours, tmp_path):
     assert theirs.tokenizer("a dog <|im_end|>").input_ids == ours.tokenizer("a dog <|im_end|>").input_ids
 
 
-# --------------------------------------------------------------------------------------------- recorded runs
 RECORDED = [
     "edit",
     "edit_negative",

@@ -89,7 +89,6 @@ def check_codes(network, model, x, z, tolerance=1e-5):
     assert difference(found, wanted) <= tolerance
 
 
-# ------------------------------------------------------------------------------------------ same numbers
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_encode_and_decode(name, shape):
@@ -199,7 +198,6 @@ def test_recorded_outputs(shared_data):
     close(vae.decode(recorded["tiled.mean"]).sample, "tiled.decoded_mean")
 
 
-# -------------------------------------------------------------------------------------- one frame, video
 class Convolutions(TorchDispatchMode):
     """Counts the convolutions that run, by the number of axes of their kernels."""
 
@@ -297,7 +295,6 @@ def test_the_past_can_be_forked():
         assert all(torch.equal(past[conv], before[conv]) for conv in past)
 
 
-# --------------------------------------------------------------------------------------- tiles and slices
 TILES = {
     "both_axes": ((2, 1, 72, 104), (32, 48, 24, 32)),
     "video": ((1, 5, 56, 40), (32, 32, 16, 24)),
@@ -354,7 +351,6 @@ def test_slicing(tiling):
     assert set(sizes) == {1, 3}
 
 
-# ---------------------------------------------------------------------------------------------- posterior
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_posterior(dtype):
     parameters = (torch.randn(3, 8, 2, 3, 5) * 25).to(dtype)
@@ -378,7 +374,6 @@ def test_posterior(dtype):
         found.sample([torch.Generator(), torch.Generator()])
 
 
-# ------------------------------------------------------------------------------------- config and layouts
 def test_real_config_has_the_names_and_shapes_of_the_reference():
     with torch.device("meta"):
         network, model = AutoencoderKLWan(), Reference()
@@ -507,7 +502,6 @@ def test_folders_open_here_and_there(tmp_path):
     check_codes(network, again, x, z)
 
 
-# ---------------------------------------------------------------------------------------------- bad input
 @pytest.fixture
 def idle(monkeypatch):
     """A network that must not start to work."""
