@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("joyedit: interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # the reader of our output went away, as in `joyedit info | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
             message = known_error(error)
             if message is None:

@@ -91,19 +91,19 @@ class Checkpoint:
         """As a table for people."""
         table = [("part", "class", "parameters", "dtype", "size")]
         for name, part in self.parts.items():
-            dtypes = " + ".join(sorted(part.dtypes)) if part.dtypes else ""
+            dtypes = " + ".join(sorted(part.dtypes or ())) if part.files else "no files"
             table.append((name, part.class_name, count(part.parameters), dtypes, size(part.bytes)))
-        table.append(("total", "", count(self.parameters), "", size(self.bytes)))
+        table.append(("total", "", count(self.parameters or None), "", size(self.bytes)))
         facts = {
             "name": self.name,
             "pipeline": self.pipeline,
             "layout": self.layout,
             "revision": self.revision,
             "licence": self.licence,
-            **self.provenance,
+            **{key: text for key, text in self.provenance.items() if key != "license"},
         }
         settings = {
-            f"{name}": ", ".join(f"{key}={value}" for key, value in key_settings(part.config))
+            name: ", ".join(f"{key}={value}" for key, value in key_settings(part.config))
             for name, part in self.parts.items()
         }
         return [*lines_of(facts), "", *columns(table), "", *lines_of(settings)]
@@ -167,11 +167,11 @@ def describe_file(path: Path) -> Checkpoint:
     beside = path.with_name("config.json")
     raw = read_json(beside) if beside.is_file() else {}
     part, class_name, config = "unknown", "not recognised", raw
-    for pipeline, module in PIPELINES.items():
-        for name, kinds in getattr(importlib.import_module(module), pipeline).parts.items():
-            for kind in kinds:
-                if issubclass(kind, Network) and fits(kind, raw, files):
-                    part, class_name, config = name, kind.__name__, kind.Config.from_dict(raw).to_dict()
+    known = [(name, kind) for p in PIPELINES for name, kinds in pipeline_parts(p).items() for kind in kinds]
+    for name, kind in known:
+        if issubclass(kind, Network) and fits(kind, raw, files):
+            part, class_name, config = name, kind.__name__, kind.Config.from_dict(raw).to_dict()
+            break
     dtypes = count_dtypes([path])
     size = path.stat().st_size
     found = Part(class_name, (path.name,), size, sum(dtypes.values()), dtypes, config)
@@ -286,7 +286,7 @@ def read_provenance(files: Iterable[Path]) -> dict[str, str]:
         if file.suffix == ".safetensors":
             noted = safetensors_header(file).get("__metadata__", {})
             if "joyedit.version" in noted:
-                return {key: text for key, text in noted.items() if key != "format" and text}
+                return {key: noted[key] for key in sorted(noted) if key != "format" and noted[key]}
     return {}
 
 

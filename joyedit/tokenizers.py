@@ -410,7 +410,7 @@ def add_tokens(backend: Tokenizer, tokens: Mapping[int, AddedToken], folder: Pat
 
 
 def save_tokenizer(folder: Path, backend: Tokenizer, settings: Mapping[str, Any]) -> None:
-    """tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
+    """tokenizer.json, and tokenizer_config.json, which describes all added tokens: older files have no say then."""
     added = {
         str(token_id): {
             "content": token.content,
@@ -422,10 +422,6 @@ def save_tokenizer(folder: Path, backend: Tokenizer, settings: Mapping[str, Any]
         }
         for token_id, token in backend.get_added_tokens_decoder().items()
     }
-    special = {
-        k: v for k, v in settings.items() if v and (k.endswith("_token") or k == "additional_special_tokens")
-    }
     with replacing(folder / "tokenizer.json") as temporary:
         backend.save(str(temporary))
     write_json(folder / "tokenizer_config.json", {**settings, "added_tokens_decoder": added})
-    write_json(folder / "special_tokens_map.json", special)

@@ -147,7 +147,9 @@ def test_templates_have_the_published_lengths_and_prefix(real):
 
 def check_equal(ours: Qwen2Tokenizer, theirs, texts: list[str]) -> None:
     assert len(ours) == len(theirs)
+    split = theirs.backend_tokenizer.pre_tokenizer.pre_tokenize_str
     for text in texts:
+        assert ours.backend.pre_tokenizer.pre_tokenize_str(text) == split(text), text
         ids = theirs.encode(text)
         assert ours.encode(text) == ids, text
         assert ours.decode(ids) == theirs.decode(ids), text

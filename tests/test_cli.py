@@ -1,0 +1,716 @@
+"""The command line: what it writes, what it records, what it refuses, and what it says.
+
+Most tests call `main` in this process; two start Python, because imports and signals need one of their own.
+"""
+
+import hashlib
+import io
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import joyedit
+from joyedit import cli, images, loading
+from joyedit import info as facts
+from joyedit.random_checkpoint import write_random_checkpoint
+from joyedit.weights import TensorFiles, safetensors_header
+
+ROOT = Path(__file__).resolve().parents[1]
+SHA = "0123456789abcdef0123456789abcdef01234567"
+STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+QUICK = ("--steps", "1", "-q")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where the built-in checkpoint is made, once for this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("JOYEDIT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    write_random_checkpoint(folder, seed=3)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoint):
+    """The checkpoint in each layout, written by `joyedit convert`."""
+    folders = {"diffusers": checkpoint}
+    for to in ("original", "comfyui"):
+        folders[to] = checkpoint.with_name(to)
+        assert cli.main(["convert", str(checkpoint), str(folders[to]), "--to", to, "-q"]) == 0
+    return folders
+
+
+@pytest.fixture
+def photo(tmp_path, monkeypatch):
+    """A gradient, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return gradient("photo.png")
+
+
+def gradient(name, width=96, height=72):
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width, dtype=np.uint8)
+    pixels[..., 1] = np.linspace(255, 0, height, dtype=np.uint8)[:, None]
+    Image.fromarray(pixels).save(name)
+    return name
+
+
+@pytest.fixture
+def run(capsys):
+    """A command's status, standard output and standard error."""
+
+    def run(*words):
+        status = cli.main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Loading a model is a failure."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "load", load)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def recorded(path):
+    return images.read_metadata(path)
+
+
+# ----------------------------------------------------------------------------------------------------- edit
+def test_edit_writes_one_png_that_says_how_it_was_made(photo, run, tmp_path):
+    status, out, err = run("edit", photo, "Make it red", "--seed", 7, "--steps", 2)
+    assert (status, out) == (0, "photo-edit-7.png\n")
+    assert "seed 7" in err and "only noise" in err
+    found = recorded("photo-edit-7.png")
+    assert (
+        found
+        | {
+            "prompt": "Make it red",
+            "seed": 7,
+            "num_inference_steps": 2,
+            "guidance_scale": 4.0,
+            "height": 208,
+            "width": 288,
+            "model": "tiny-joyimage",
+            "dtype": "auto",
+            "weights_dtype": "bfloat16",
+            "device": "cpu",
+            "reference_quirks": False,
+            "input": {"name": "photo.png", "sha256": hashlib.sha256(Path(photo).read_bytes()).hexdigest()},
+            "pipeline": "JoyImageEditPipeline",
+            "scheduler": "FlowMatchEulerDiscreteScheduler",
+            "version": joyedit.__version__,
+            "torch": torch.__version__,
+        }
+        == found
+    )
+    assert pixels("photo-edit-7.png").shape == (208, 288, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photo-edit-7.png", "photo.png"]
+
+
+def test_metadata_names_the_photograph_without_its_folder(photo, run, tmp_path):
+    assert run("edit", tmp_path / photo, "x", "-o", "out.png", *QUICK)[0] == 0
+    content = Path("out.png").read_bytes()
+    assert str(tmp_path).encode() not in content and b"photo.png" in content
+
+
+def test_same_seed_gives_the_same_bytes(photo, run):
+    for name, seed in (("a.png", 5), ("b.png", 5), ("c.png", 6)):
+        assert run("edit", photo, "x", "--seed", seed, "-o", name, *QUICK)[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert (pixels("a.png") != pixels("c.png")).any()
+
+
+def test_random_seed_is_told_and_recorded(photo, run):
+    status, out, err = run("edit", photo, "x", "--steps", 1)
+    seed = recorded(out.strip())["seed"]
+    assert status == 0 and out == f"photo-edit-{seed}.png\n" and f"seed {seed}\n" in err
+    assert run("edit", photo, "x", *QUICK)[1] != out
+
+
+def test_each_of_several_images_equals_the_run_of_its_own_seed(photo, run):
+    options = ("--steps", 2, "--dtype", "fp32", "-q")
+    status, out, _ = run("edit", photo, "x", "--seed", 4, "--num-images", 3, "-o", "many.png", *options)
+    assert (status, out.split()) == (0, ["many-4.png", "many-5.png", "many-6.png"])
+    for seed in (4, 5, 6):
+        assert recorded(f"many-{seed}.png")["seed"] == seed
+        assert run("edit", photo, "x", "--seed", seed, "-o", f"one-{seed}.png", *options)[0] == 0
+        assert abs(pixels(f"many-{seed}.png") - pixels(f"one-{seed}.png")).max() <= 1
+        assert recorded(f"many-{seed}.png") == recorded(f"one-{seed}.png")
+    assert abs(pixels("one-4.png") - pixels("one-5.png")).max() > 10
+    assert run("edit", photo, "--config-from", "many-5.png", "-o", "again.png", "-q")[0] == 0
+    assert pixels("again.png").tolist() == pixels("one-5.png").tolist()
+
+
+def test_generate_makes_an_image_from_text(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run("generate", "A cat", "--seed", 3, *QUICK)
+    assert (status, out) == (0, "generated-3.png\n")
+    assert pixels("generated-3.png").shape == (256, 256, 3)
+    found = recorded("generated-3.png")
+    assert found["prompt"] == "A cat" and "input" not in found
+    assert run("generate", "--config-from", "generated-3.png", "-o", "again.png", "-q")[0] == 0
+    assert Path("again.png").read_bytes() == Path("generated-3.png").read_bytes()
+
+
+def test_output_folder_suffixes_and_no_metadata(photo, run):
+    Path("out").mkdir()
+    assert run("edit", photo, "x", "--seed", 1, "-o", "out", *QUICK)[1] == f"{Path('out/photo-edit-1.png')}\n"
+    status, out, err = run("edit", photo, "x", "--seed", 1, "-o", "new/a.jpg", "--steps", 1)
+    assert (status, out) == (0, f"{Path('new/a.jpg')}\n") and "carries no parameters" in err
+    assert Image.open("new/a.jpg").format == "JPEG"
+    assert abs(pixels("new/a.jpg") - pixels("out/photo-edit-1.png")).mean() < 10
+    assert run("edit", photo, "x", "-o", "bare.png", "--no-metadata", *QUICK)[0] == 0
+    assert Image.open("bare.png").info == {}
+
+
+def test_photograph_from_a_url(photo, run, monkeypatch):
+    content = Path(photo).read_bytes()
+    monkeypatch.setattr(images, "_download", lambda url, timeout, max_bytes: content)
+    url = "https://example.org/a/my%20cat.png?token=secret"
+    assert run("edit", url, "x", "--seed", 2, *QUICK)[1] == "my cat-edit-2.png\n"
+    digest = hashlib.sha256(content).hexdigest()
+    assert recorded("my cat-edit-2.png")["input"] == {"name": "my cat.png", "sha256": digest}
+    assert b"secret" not in Path("my cat-edit-2.png").read_bytes()
+    assert run("edit", photo, "x", "--seed", 2, *QUICK)[0] == 0
+    assert pixels("my cat-edit-2.png").tolist() == pixels("photo-edit-2.png").tolist()
+
+
+def test_basesize_and_part_reach_the_pipeline(photo, run, checkpoint, monkeypatch):
+    seen = {}
+
+    def pretend(pipe, given, seeds):
+        seen.update(buckets=pipe.buckets, vae=pipe.vae.state_dict()["quant_conv.bias"])
+        return [Image.new("RGB", (64, 48))]
+
+    monkeypatch.setattr(cli, "run_pipeline", pretend)
+    part = f"vae={checkpoint}"
+    assert run("edit", photo, "x", "--seed", 1, "--basesize", 512, "--part", part, "-q")[0] == 0
+    stored = load_file(checkpoint / "vae" / "diffusion_pytorch_model.safetensors")
+    assert seen["buckets"] == images.buckets(512)
+    assert torch.equal(seen["vae"], stored["quant_conv.bias"])
+    assert recorded("photo-edit-1.png")["basesize"] == 512
+    assert recorded("photo-edit-1.png")["parts"] == {"vae": str(checkpoint)}
+
+
+def test_quiet_says_nothing_and_verbose_shows_the_bar(photo, run):
+    assert run("edit", photo, "x", *QUICK)[2] == ""
+    assert "denoising: 100%" in run("edit", photo, "x", "--steps", 1, "-v")[2]
+
+
+# ---------------------------------------------------------------------------------------------- config-from
+def test_config_from_repeats_the_run(photo, run):
+    first = (
+        "--seed",
+        9,
+        "--steps",
+        3,
+        "--guidance-scale",
+        2.5,
+        "--negative-prompt",
+        "dull",
+        "--dtype",
+        "bf16",
+    )
+    first += ("--height", 320, "--width", 192, "--reference-quirks", "-o", "first.png", "-q")
+    assert run("edit", photo, "Make it red", *first)[0] == 0
+    assert pixels("first.png").shape == (320, 192, 3)
+    assert run("edit", photo, "--config-from", "first.png", "-o", "again.png")[0] == 0
+    assert Path("again.png").read_bytes() == Path("first.png").read_bytes()
+    changed = ("--seed", 10, "--no-reference-quirks", "--steps", 2, "-o", "changed.png", "-q")
+    assert run("edit", photo, "Blue", "--config-from", "first.png", *changed)[0] == 0
+    assert recorded("changed.png") == recorded("first.png") | {
+        "prompt": "Blue",
+        "seed": 10,
+        "num_inference_steps": 2,
+        "reference_quirks": False,
+    }
+
+
+def test_config_from_warns_of_another_photograph_and_lets_its_shape_decide(photo, run):
+    assert run("edit", photo, "x", "--seed", 1, "-o", "first.png", *QUICK)[0] == 0
+    tall = gradient("tall.png", 40, 90)
+    status, _, err = run("edit", tall, "--config-from", "first.png", "-o", "second.png")
+    assert status == 0 and "first.png was made from another photograph (photo.png)" in err
+    assert pixels("second.png").shape[0] > pixels("second.png").shape[1]
+    assert "another photograph" not in run("edit", photo, "--config-from", "first.png", "-o", "third.png")[2]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "carries no joyedit metadata"),
+        ({"prompt": "x", "seed": "five"}, "the recorded seed is damaged: 'five'"),
+        ({"prompt": "x", "seed": -1}, "seed -1 is not within"),
+        ({"prompt": "x", "basesize": 300}, "base=300"),
+        ({"prompt": "x", "input": "photo.png"}, "the recorded input is damaged"),
+        ({"seed": 1}, "records no prompt"),
+    ],
+)
+def test_config_from_a_bad_record_is_refused(photo, run, no_work, metadata, message):
+    images.save_png(Image.new("RGB", (8, 8)), "bad.png", metadata)
+    status, out, err = run("edit", photo, "--config-from", "bad.png", "-q")
+    assert (status, out) == (1, "") and message in err and err.count("\n") == 1
+
+
+def test_config_from_takes_the_model_as_a_whole(photo, run, checkpoint):
+    images.save_png(
+        Image.new("RGB", (8, 8)),
+        "recorded.png",
+        {
+            "prompt": "x",
+            "model": "org/gone",
+            "revision": "abc",
+            "variant": "fp16",
+            "parts": {"vae": "org/vae"},
+        },
+    )
+    words = ("--config-from", "recorded.png", "-m", checkpoint, "--seed", 1, *QUICK)
+    assert run("edit", photo, *words)[0] == 0
+    assert recorded("photo-edit-1.png")["model"] == str(checkpoint)
+    assert not {"revision", "variant", "parts"} & set(recorded("photo-edit-1.png"))
+
+
+# ----------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    ("existing", "words"),
+    [
+        ("out.png", ["-o", "out.png"]),
+        ("photo-edit-5.png", ["--seed", "5"]),
+        ("out-6.jpg", ["-o", "out.jpg", "--seed", "5", "--num-images", "2"]),
+    ],
+)
+def test_existing_output_is_refused_before_work(photo, run, no_work, existing, words):
+    Path(existing).write_text("mine")
+    status, out, err = run("edit", photo, "x", *words)
+    assert (status, out) == (1, "") and f"{existing} exists: pass --force" in err
+    assert Path(existing).read_text() == "mine"
+
+
+def test_force_replaces(photo, run):
+    Path("out.png").write_text("mine")
+    assert run("edit", photo, "x", "-o", "out.png", "--force", *QUICK)[0] == 0
+    assert Image.open("out.png").size == (288, 208)
+
+
+ARGUMENT_ERRORS = {
+    "": "required: COMMAND",
+    "edit": "PHOTO",
+    "edit photo.png": "an instruction or prompt is missing",
+    "generate": "an instruction or prompt is missing",
+    "edit photo.png x --steps 0": "--steps: 0 is not within 1",
+    "edit photo.png x --seed -1": "--seed",
+    "edit photo.png x --seed 1.5": "--seed: '1.5' is not a whole number",
+    "edit photo.png x --guidance-scale nan": "nan is not finite",
+    "edit photo.png x --height 64": "both --height and --width",
+    "edit photo.png x --height 65 --width 64": "65 is not a multiple of 16",
+    "edit photo.png x --basesize 300": "invalid choice",
+    "edit photo.png x --dtype int8": "invalid choice",
+    "edit photo.png x --offload all": "invalid choice",
+    "edit photo.png x --part vae": "NAME=PATH",
+    "edit photo.png x -o out.gif": "'out.gif' is neither a folder nor ends in",
+    "edit photo.png x --stpes 3": "unrecognized arguments: --stpes 3",
+    "edit photo.png x more": "unrecognized arguments: more",
+    "convert a": "DST",
+    "convert a b --to gguf": "invalid choice",
+}
+
+
+@pytest.mark.parametrize("words", ARGUMENT_ERRORS)
+def test_wrong_arguments_end_with_2(words, capsys, no_work):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words.split())
+    assert ended.value.code == 2
+    assert ARGUMENT_ERRORS[words] in capsys.readouterr().err
+
+
+def test_instruction_may_follow_the_options(photo, run):
+    assert run("edit", photo, "--seed", 1, *QUICK, "Make it red")[0] == 0
+    assert recorded("photo-edit-1.png")["prompt"] == "Make it red"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("edit gone.png x", "'gone.png' does not exist"),
+        ("edit notes.txt x", "'notes.txt' is not in an image format"),
+        ("edit photo.png x -m ./gone", "does not exist"),
+        ("edit photo.png x -m empty", "no checkpoint that joyedit knows"),
+        ("edit photo.png x -m broken", "was cut off"),
+        ("edit photo.png x --part lens=a", "unknown argument ['lens']"),
+        ("edit photo.png x -o notes.txt/out.png", "no folder that you may write to"),
+        ("edit photo.png x --config-from gone.png", "gone.png does not exist"),
+        ("convert gone new", "gone"),
+        ("info gone.png", "gone.png does not exist"),
+        ("info photo.png", "carries no joyedit metadata"),
+        ("info notes.txt", "not of weights"),
+        ("info broken", "was cut off"),
+    ],
+)
+def test_known_errors_are_one_line(photo, run, checkpoint, words, message):
+    Path("notes.txt").write_text("no picture")
+    Path("empty").mkdir()
+    shutil.copytree(checkpoint, "broken")
+    weights = Path("broken/vae/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    before = sorted(Path().rglob("*"))
+    status, out, err = run(*words.split(), "-q")
+    assert (status, out) == (1, "")
+    assert err.startswith("joyedit: error: ") and err.count("\n") == 1 and message in err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_verbose_adds_the_traceback_and_a_defect_always_has_it(photo, run, monkeypatch):
+    assert "Traceback" in run("edit", "gone.png", "x", "-v")[2]
+
+    def fail(*args):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(cli, "run_pipeline", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run("edit", photo, "x", "-q")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("a\nb"), MemoryError(), RuntimeError("[enforce] can't allocate memory: 9")],
+)
+def test_out_of_memory_says_what_to_try(photo, run, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(cli, "run_pipeline", fail)
+    status, _, err = run("edit", photo, "x", "-q")
+    assert status == 1 and "out of memory: try --offload model" in err and err.count("\n") == 1
+
+
+IMPORTS_NOTHING = """
+import sys
+from joyedit.cli import main
+for words in (["--help"], ["--version"], ["edit", "--help"], ["edit"], ["edit", "a.png", "x", "--steps", "0"]):
+    try:
+        main(words)
+    except SystemExit as ended:
+        assert ended.code == (0 if words[-1] in ("--help", "--version") else 2), words
+heavy = {"torch", "numpy", "PIL", "safetensors", "huggingface_hub", "tqdm"}
+print("loaded:", sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_help_version_and_argument_errors_load_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", IMPORTS_NOTHING], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"joyedit {joyedit.__version__}" in done.stdout and "loaded: []" in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT between processes")
+def test_ctrl_c_while_denoising_ends_with_130_and_leaves_no_file(photo, tmp_path):
+    command = [sys.executable, "-m", "joyedit", "edit", photo, "x", "--steps", "5000", "-v", "-o", "out.png"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr and process.stdout
+        seen = b""
+        while b"/5000 [" not in seen.rpartition(b"denoising: ")[2] or b" 0/5000" in seen.rpartition(b"\r")[2]:
+            chunk = os.read(process.stderr.fileno(), 4096)
+            assert chunk, seen
+            seen += chunk
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, b"")
+    assert err.endswith(b"joyedit: interrupted\n") and b"Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+# ------------------------------------------------------------------------------------------------- convert
+def states(folder):
+    return {part: load_file(folder / part / f"{stem}.safetensors") for part, stem in STEMS.items()}
+
+
+def assert_same_tensors(found, wanted):
+    for part in STEMS:
+        assert found[part].keys() == wanted[part].keys()
+        for name, tensor in wanted[part].items():
+            assert found[part][name].dtype is tensor.dtype and torch.equal(found[part][name], tensor), name
+
+
+def test_convert_to_original_and_back_gives_identical_tensors(converted, run, tmp_path):
+    target = tmp_path / "deep" / "back"
+    status, out, _ = run("convert", converted["original"], target)
+    assert (status, out) == (0, f"{target}\n")
+    assert_same_tensors(states(target), states(converted["diffusers"]))
+    assert [path.name for path in target.parent.iterdir()] == ["back"]
+    for part, file in (("transformer", "transformer.pth"), ("vae", "Wan2.1_VAE.pth")):
+        stored = states(converted["diffusers"])[part].values()
+        size = sum(tensor.nbytes for tensor in stored)
+        assert (converted["original"] / part / file).stat().st_size < 1.1 * size + 50_000
+
+
+def test_converted_to_comfyui_opens_with_a_processor(converted, run):
+    pipe = joyedit.load(converted["comfyui"], device="cpu", processor=converted["diffusers"])
+    found = {part: getattr(pipe, part).state_dict() for part in STEMS}
+    assert_same_tensors(found, states(converted["diffusers"]))
+
+
+def test_converted_files_say_where_they_come_from(converted, run, tmp_path):
+    assert run("convert", converted["diffusers"], tmp_path / "a", "-q")[0] == 0
+    files = [tmp_path / "a" / part / f"{stem}.safetensors" for part, stem in STEMS.items()]
+    for file in (*files, *converted["comfyui"].rglob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata() == {
+                "format": "pt",
+                "joyedit.version": joyedit.__version__,
+                "joyedit.source": "tiny",
+                "joyedit.source_revision": "",
+                "license": "apache-2.0",
+            }
+
+
+def test_convert_changes_the_dtype(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["convert", str(checkpoint), str(tmp_path / "a"), "--dtype", "fp32", "-q"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("joyedit.convert", run_name="__main__")
+    assert ended.value.code == 0
+    for part, state in states(tmp_path / "a").items():
+        wanted = states(checkpoint)[part]
+        assert all(t.dtype is torch.float32 and torch.equal(t, wanted[n].float()) for n, t in state.items())
+    planned = facts.describe(str(checkpoint)).bytes_as("fp32")
+    written = sum(path.stat().st_size for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert abs(planned - written) < 0.05 * written
+
+
+def test_convert_refuses_a_target_that_holds_something(checkpoint, run, no_work, tmp_path):
+    other, mine = tmp_path / "other", tmp_path / "mine"
+    shutil.copytree(checkpoint, other)
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("x")
+    for words, message in (
+        ((checkpoint, other), "exists and is not empty: pass --force"),
+        ((checkpoint, mine, "--force"), "is no checkpoint: --force does not replace it"),
+        ((checkpoint, tmp_path / "file"), "is a file"),
+        ((checkpoint, tmp_path / "a.safetensors"), "DST is a folder"),
+        ((checkpoint, checkpoint, "--force"), "in each other"),
+        ((checkpoint, checkpoint / "inside"), "in each other"),
+        ((checkpoint, checkpoint.parent, "--force"), "in each other"),
+    ):
+        status, out, err = run("convert", *words)
+        assert (status, out) == (1, "") and message in err
+    assert (mine / "thesis.txt").read_text() == "years" and len(list(tmp_path.iterdir())) == 3
+
+
+def test_convert_with_force_replaces_a_checkpoint(checkpoint, converted, run, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "a")
+    assert run("convert", checkpoint, tmp_path / "a", "--to", "comfyui", "--force", "-q")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "diffusion_models",
+        "text_encoders",
+        "vae",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_convert_asks_the_disk_first(checkpoint, run, no_work, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    status, _, err = run("convert", checkpoint, tmp_path / "a")
+    assert status == 1 and "needs 2.38 MB" in err and "1.00 MB free" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_interrupted_conversion_leaves_things_as_they_were(checkpoint, run, tmp_path, monkeypatch, force):
+    if force:
+        shutil.copytree(checkpoint, tmp_path / "a")
+
+    def interrupt(self, folder):
+        assert list(Path(folder).parent.rglob("*.safetensors")), "something was written before"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(joyedit.Qwen3VLProcessor, "save_pretrained", interrupt)
+    status, out, err = run("convert", checkpoint, tmp_path / "a", *["--force"] * force, "-q")
+    assert (status, out, err) == (130, "", "joyedit: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] * force
+    if force:
+        assert_same_tensors(states(tmp_path / "a"), states(checkpoint))
+
+
+# ---------------------------------------------------------------------------------------------------- info
+@pytest.fixture
+def no_tensors(monkeypatch):
+    """Reading a tensor is a failure."""
+
+    def read(self, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(TensorFiles, "__getitem__", read)
+
+
+def test_info_about_this_installation(run):
+    status, out, err = run("info")
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    assert (status, err) == (0, "")
+    assert lines["joyedit"] == joyedit.__version__ and lines["python"] == sys.version.split()[0]
+    assert {"torch", "triton", "system", "cpu", "accelerators"} <= lines.keys()
+    assert lines["bfloat16 weights on the cpu"] in ("computed in bfloat16", "computed in float32")
+    assert json.loads(run("info", "--json")[1])["joyedit"] == joyedit.__version__
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original", "comfyui"])
+def test_info_about_a_checkpoint(converted, run, no_tensors, layout):
+    status, out, _ = run("info", converted[layout], "--json")
+    found = json.loads(out)
+    wanted = states(converted["diffusers"])
+    counts = {part: sum(tensor.numel() for tensor in state.values()) for part, state in wanted.items()}
+    assert status == 0 and found["layout"] == layout and found["pipeline"] == "JoyImageEditPipeline"
+    assert found["licence"] == "apache-2.0"
+    assert {part: found["parts"][part]["parameters"] for part in STEMS} == counts
+    assert found["parameters"] == sum(counts.values())
+    for part, state in wanted.items():
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+        assert set(found["parts"][part]["dtypes"]) == dtypes
+        files = [converted[layout] / file for file in found["parts"][part]["files"]]
+        assert found["parts"][part]["bytes"] == sum(file.stat().st_size for file in files)
+    assert found["parts"]["transformer"]["config"]["num_layers"] == 3
+    assert found["parts"]["vae"]["class_name"] == "AutoencoderKLWan"
+    assert found["parts"]["text_encoder"]["config"]["text_config"]["num_hidden_layers"] == 4
+
+    lines = run("info", converted[layout])[1].splitlines()
+    row = next(line.split() for line in lines if line.startswith("vae "))
+    assert row == ["vae", "AutoencoderKLWan", f"{counts['vae']:,}", "bfloat16", row[4], "MB"]
+    assert next(line.split() for line in lines if line.startswith("total"))[1] == f"{sum(counts.values()):,}"
+    assert any(line.startswith("transformer: ") and "hidden_size=64" in line for line in lines)
+
+
+@pytest.mark.parametrize("part", STEMS)
+def test_info_about_a_single_file(converted, run, no_tensors, part):
+    folder = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}[part]
+    (file,) = (converted["comfyui"] / folder).glob("*.safetensors")
+    found = json.loads(run("info", file, "--json")[1])
+    assert list(found["parts"]) == [part] and found["bytes"] == file.stat().st_size
+    assert found["provenance"]["joyedit.source"] == "tiny"
+    header = safetensors_header(file)
+    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    assert found["parameters"] == sum(int(np.prod(shape)) for shape in shapes)
+
+
+def test_info_about_an_unknown_file_and_a_folder_without_weights(checkpoint, run, tmp_path):
+    torch.save({"a": torch.zeros(3, 5)}, tmp_path / "a.pth")
+    assert "not recognised" in run("info", tmp_path / "a.pth")[1]
+    shutil.copytree(checkpoint, tmp_path / "b", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert "no files" in run("info", tmp_path / "b")[1]
+
+
+def test_info_about_an_image_and_the_built_in_model(photo, run):
+    assert run("edit", photo, "Ünïcode", "--seed", 1, *QUICK)[0] == 0
+    lines = run("info", "photo-edit-1.png")[1].splitlines()
+    assert {"prompt: Ünïcode", "seed: 1", "num_inference_steps: 1"} <= set(lines)
+    assert json.loads(run("info", "photo-edit-1.png", "--json")[1]) == recorded("photo-edit-1.png")
+    assert run("info", "tiny-joyimage")[1].startswith("name: tiny-joyimage\n")
+
+
+@pytest.fixture
+def hub_cache(checkpoint, tmp_path):
+    """A download cache that holds the checkpoint as org/tiny."""
+    repository = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(checkpoint, repository / "snapshots" / SHA)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(SHA)
+    return tmp_path / "hub"
+
+
+def test_commit_of_a_hub_model_is_recorded_and_repeated(photo, run, hub_cache):
+    words = ("--offline", "--cache-dir", hub_cache, "-q")
+    status, out, err = run("edit", photo, "x", "-m", "org/tiny", "--steps", 1, "-o", "a.png", *words)
+    assert status == 0, err
+    assert recorded("a.png")["model"] == "org/tiny" and recorded("a.png")["revision"] == SHA
+    (hub_cache / "models--org--tiny" / "refs" / "main").unlink()  # the branch has moved on, say
+    assert run("edit", photo, "--config-from", "a.png", "-o", "b.png", *words)[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    found = json.loads(run("info", "org/tiny", "--revision", SHA, "--json", *words)[1])
+    assert found["revision"] == SHA and found["parameters"] and found["licence"] == "apache-2.0"
+
+
+def test_info_about_a_hub_model_that_is_not_downloaded(checkpoint, run, tmp_path, monkeypatch):
+    """Sizes come from the Hub; only small JSON files (and the card) are fetched."""
+    import huggingface_hub
+
+    files = {
+        path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()
+    }
+    big = {
+        name: 10**9 if name.endswith(".safetensors") else path.stat().st_size for name, path in files.items()
+    }
+    fetched = []
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def model_info(self, name, revision=None, files_metadata=False):
+            siblings = [huggingface_hub.hf_api.RepoSibling(rfilename=n, size=s) for n, s in big.items()]
+            return type("Info", (), {"sha": SHA, "siblings": siblings})()
+
+    def snapshot_download(repo_id, allow_patterns=(), **options):
+        root = tmp_path / "snapshots" / SHA
+        for name in allow_patterns:
+            fetched.append(name)
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(files[name], root / name)
+        return str(root)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    status, out, err = run("info", "org/tiny", "--json", "--cache-dir", tmp_path, "-q")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["revision"] == SHA and found["parameters"] is None and found["licence"] == "apache-2.0"
+    assert found["parts"]["vae"]["bytes"] == 10**9 and found["bytes"] > 3 * 10**9
+    assert found["parts"]["vae"]["config"]["base_dim"] == 8
+    assert fetched and all(name.endswith((".json", "README.md")) for name in fetched)
+
+
+def test_reader_that_goes_away_is_no_error(monkeypatch, capfd):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return os.dup(1)
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["info", "--json"]) == 1
+    monkeypatch.undo()
+    assert capfd.readouterr().err == ""
