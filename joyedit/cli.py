@@ -245,11 +245,12 @@ def fill_from_image(args: argparse.Namespace, photo_facts: dict[str, str] | None
     kept = set(REPEATED)
     if args.model is not None:
         kept -= {"revision", "variant", "parts"}  # they belong to the recorded model
-    if recorded.get("input", {}).get("sha256") != (photo_facts or {}).get("sha256"):
-        before = recorded.get("input", {}).get("name", "none")
-        log.warning(
-            "%s was made from another photograph (%s): the result will differ", args.config_from, before
-        )
+    before = recorded.get("input", {})
+    if not isinstance(before, dict):
+        raise ValueError(f"{args.config_from}: the recorded input is damaged: {before!r}")
+    if before.get("sha256") != (photo_facts or {}).get("sha256"):
+        name = before.get("name", "none")
+        log.warning("%s was made from another photograph (%s): expect another result", args.config_from, name)
         kept -= {"height", "width"}  # the shape of the photograph at hand decides
     for name in REPEATED:
         value = recorded.get(name)
@@ -376,9 +377,11 @@ def refuse_target(target: Path, source: Path, force: bool) -> None:
 
 
 def refuse_full_disk(target: Path, checkpoint: "Checkpoint", dtype: str | None) -> None:
+    from joyedit.info import size
+
     needed, free = checkpoint.bytes_as(dtype), shutil.disk_usage(existing_parent(target)).free
     if needed > free:
-        raise OSError(f"{target} needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free")
+        raise OSError(f"{target} needs {size(needed)}, and the disk has {size(free)} free")
 
 
 def info(args: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ def load(
 
 def layout_of(name: str, listing: list[str]) -> str:
     """ "diffusers", "original" or "comfyui". Raises ValueError saying what was found."""
-    if not listing:
+    if not listing and not Path(name).is_dir():
         if name.endswith(WEIGHT_SUFFIXES):
             return "comfyui"
         raise ValueError(f"{name} is a file, but not of weights ({', '.join(WEIGHT_SUFFIXES)})")

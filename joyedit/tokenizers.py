@@ -410,7 +410,7 @@ def add_tokens(backend: Tokenizer, tokens: Mapping[int, AddedToken], folder: Pat
 
 
 def save_tokenizer(folder: Path, backend: Tokenizer, settings: Mapping[str, Any]) -> None:
-    """tokenizer.json, and tokenizer_config.json, which describes all added tokens: older files have no say then."""
+    """tokenizer.json, and tokenizer_config.json with all added tokens, so that older files have no say."""
     added = {
         str(token_id): {
             "content": token.content,
