@@ -27,9 +27,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from joyedit.convert.table import Layout, Plan, plan_conversion
-from joyedit.hub import Origin, choose_weight_files
+from joyedit.hub import Origin, choose_weight_files, shards_of
 
 log = logging.getLogger("joyedit")
 
@@ -234,7 +235,7 @@ class Network(nn.Module):
         return next(self.parameters()).device
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
         wanted = {}
         for name, parameter in self.named_parameters():
             if self.stays_in_file(name):
@@ -244,7 +245,9 @@ class Network(nn.Module):
 
         def move(t: Tensor) -> Tensor:
             place, kind = wanted.get(id(t), (device, dtype))
-            return t.to(place, kind if t.is_floating_point() else None, non_blocking)
+            kind = kind if t.is_floating_point() else None
+            kept = layout is None or t.ndim != 4  # `memory_format` is a word about the kernels of images
+            return t.to(place, kind, non_blocking, memory_format=torch.preserve_format if kept else layout)
 
         return self._apply(move)
 
@@ -449,11 +452,7 @@ def open_weights(
     )[0]
     if not name.endswith(".json"):
         return TensorFiles([folder / name])
-    shards = sorted(set(read_json(folder / name)["weight_map"].values()))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder / name} lists {len(shards)} shards; missing: {missing}")
-    return TensorFiles([folder / shard for shard in shards])
+    return TensorFiles([folder / shard for shard in shards_of(folder / name)])
 
 
 def load_folder(cls: type[Network], origin: Origin, subfolder: str, options: LoadOptions) -> Any:
@@ -478,8 +477,7 @@ def load_network(
     dtype None keeps what is stored, except that fp32 files above 4 GB become bf16; parameters that a network
     declares as fp32 stay so. Raises ValueError with the two-sided key difference when the files do not fit.
     """
-    with torch.device("meta"):
-        network = cls(config)
+    network = build_on_meta(cls, config)
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     try:
         plan = plan_conversion(network.layouts(), files.shapes, wanted)
@@ -491,6 +489,23 @@ def load_network(
     if left:
         raise ValueError(f"{files}: nothing was loaded for {left}")
     return network.requires_grad_(False).eval()
+
+
+def build_on_meta(cls: type[Network], config: Config) -> Any:
+    """A network of the right names and shapes that takes no memory. Nothing is initialised."""
+    with torch.device("meta"), _WithoutInit():
+        return cls(config)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skips `torch.nn.init`. On the meta device it does nothing, but `normal_` imports torch._dynamo on the way:
+    a second and 120 MB."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def target_dtypes(

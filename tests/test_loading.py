@@ -260,6 +260,9 @@ def test_damaged_diffusers_folders(diffusers_folder, tmp_path):
     (root / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "vae"}))
     with pytest.raises(ValueError, match="lists no 'vae'"):
         joyedit.load(root)
+    (root / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match="holds a FluxPipeline, not a JoyImageEditPipeline"):
+        joyedit.JoyImageEditPipeline.from_pretrained(root)
     (root / "model_index.json").write_text(json.dumps(index))
     shutil.rmtree(root / "text_encoder")
     with pytest.raises(FileNotFoundError, match="text_encoder"):
