@@ -21,13 +21,14 @@ def render(results: Mapping[str, Any]) -> str:
         f"Measured {m['date']} on {m['cpu']}, {m['threads']} threads; torch {m['torch']}, "
         f"diffusers {m['diffusers']}, transformers {m['transformers']}.",
         "",
-        "| what | reference | joyedit | ratio | expected | largest difference |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| what | shape | reference | joyedit | ratio | expected | largest difference |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results["rows"].values():
         below = " (below)" if row["met"] is False else ""
         cells = (
-            row["title"],
+            row["title"] + (f" ({row['remark']})" if row["remark"] else ""),
+            row["shape"],
             quantity(row["reference"], row["unit"]),
             quantity(row["ours"], row["unit"]),
             f"{row['ratio']:.2f}x",

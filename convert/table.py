@@ -97,6 +97,12 @@ class Layout:
             raise ValueError(f"layout {self.name!r} has no name for {unmatched[:5]}")
         return {name: step.read(state) for name, step in steps.items()}
 
+    def renames(self, names: Sequence[str]) -> dict[str, str]:
+        """This layout's name -> ours, for those of our tensors that it has one for one."""
+        sides = [(r.dst, r.src, r.backward, "") for r in self.rules if len(r.src) == len(r.dst) == 1]
+        steps, _, _ = _match(sides, names)
+        return {foreign: step.sources[0] for foreign, step in steps.items()}
+
 
 def _match(sides, keys: Sequence[str]) -> tuple[dict[str, Step], dict[str, str], list[str]]:
     groups: dict[tuple, dict[int, str]] = {}

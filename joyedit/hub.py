@@ -97,6 +97,21 @@ class Origin:
             )
         return self.fetch([posixpath.join(subfolder, name) for name in wanted]) / subfolder
 
+    def fetch_file(self, subfolder: str, name: str | None, usual: Sequence[str]) -> Path:
+        """One weight file of `subfolder`: `name`, else the first there is of the `usual` names, else the only
+        one. A name that is a local file is that file."""
+        if self._path.is_file():
+            return self._path
+        if name is None:
+            inside = [other for other in self._inside(subfolder) if other.endswith(WEIGHT_SUFFIXES)]
+            name = next(
+                (other for other in usual if other in inside), inside[0] if len(inside) == 1 else None
+            )
+            if name is None:
+                wanted = f"{usual[0]}: name one of {inside} with weight_name=" if inside else usual[0]
+                raise FileNotFoundError(self._has_no(posixpath.join(subfolder, wanted)))
+        return self.fetch([posixpath.join(subfolder, name)]) / subfolder / name
+
     def fetch_network(
         self, subfolder: str, stem: str, variant: str | None, use_safetensors: bool | None
     ) -> Path:

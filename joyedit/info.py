@@ -32,7 +32,15 @@ from joyedit.loading import (
     read_infer_config,
 )
 from joyedit.random_checkpoint import cached_random_checkpoint
-from joyedit.weights import AUTO_BF16_BYTES, Network, TensorFiles, parse_dtype, read_json, safetensors_header
+from joyedit.weights import (
+    AUTO_BF16_BYTES,
+    Network,
+    TensorFiles,
+    build_on_meta,
+    parse_dtype,
+    read_json,
+    safetensors_header,
+)
 
 # The settings that tell one checkpoint from another, where a config has them.
 KEY_SETTINGS = """
@@ -183,8 +191,7 @@ def describe_file(path: Path) -> Checkpoint:
 def fits(kind: type[Network], raw: Mapping[str, Any], files: TensorFiles) -> bool:
     """Whether a file holds this network."""
     try:
-        with torch.device("meta"):
-            network = kind(kind.Config.from_dict(raw))
+        network = build_on_meta(kind, kind.Config.from_dict(raw))
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         plan_conversion(network.layouts(), files.shapes, wanted)
     except (TypeError, ValueError):

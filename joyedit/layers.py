@@ -16,6 +16,13 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight, self.bias)
 
 
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d whose weight may be stored narrower than its input; it is upcast where it is used."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.conv2d(input, self.weight, self.bias, self.stride, self.padding)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, statistics in fp32."""
 
@@ -39,6 +46,26 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm with learned scale and shift, statistics in fp32. x (B, C, ...)."""
+
+    def __init__(self, dim: int, groups: int, eps: float):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.group_norm(x, self.weight, self.bias, self.groups, self.eps)
+
+
+class GroupNormSiLU(GroupNorm):
+    """silu(GroupNorm(x))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.group_norm_silu(x, self.weight, self.bias, self.groups, self.eps)
 
 
 class FeedForward(nn.Module):
@@ -76,8 +103,7 @@ class TimestepEmbedder(nn.Module):
 def sinusoidal_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """[cos(t f), sin(t f)] with f_i = max_period ** (-2 i / dim), in fp32. timestep (B) -> (B, dim)."""
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) * (
-        -math.log(max_period) / half
-    )
+    order = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    exponent = -math.log(max_period) * order / half  # rounded in the reference's order
     angle = timestep.float()[:, None] * exponent.exp()[None]
     return torch.cat((angle.cos(), angle.sin()), dim=-1)

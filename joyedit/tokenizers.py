@@ -8,13 +8,14 @@ B texts   L tokens
 
 Padding is always on the right, whatever the folder says: the pipelines drop a prefix of fixed length.
 
-Source: transformers `tokenization_qwen2.py`, `processing_qwen3_vl.py`.
+Source: transformers `tokenization_qwen2.py`, `processing_qwen3_vl.py`, `tokenization_clip.py`.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -53,10 +54,13 @@ class Batch(dict):
         return self
 
 
-class Qwen2Tokenizer:
-    """The byte-level BPE of Qwen2 and later: no token is added before or after a text."""
+class TextTokenizer:
+    """What the tokenizers have in common. Each says what it reads a vocabulary as, and what it puts around a
+    text."""
 
     library = "transformers"  # under which model_index.json lists it
+    defaults: ClassVar[Mapping[str, Any]]  # of a folder that does not say
+    only: ClassVar[Mapping[str, Any]]  # settings that change the ids -> the one value that is supported
 
     def __init__(
         self, backend: Tokenizer, settings: Mapping[str, Any] | None = None, chat_template: str | None = None
@@ -65,19 +69,25 @@ class Qwen2Tokenizer:
         the vocabulary, or a setting asks for what this class does not do."""
         self.backend = backend
         given = {key: value for key, value in (settings or {}).items() if value is not None}
-        self.settings = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", **given}
+        self.settings = {**self.defaults, **plain_tokens(given)}
         self.chat_template = chat_template
-        for name in ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens"):
-            if self.settings.get(name):
-                raise ValueError(f"{name}={self.settings[name]!r} is not supported, only False")
-        self.pad_token = token_text(self.settings["pad_token"])
-        self.eos_token = token_text(self.settings["eos_token"])
+        for name, value in self.only.items():
+            if self.settings.get(name, value) != value:
+                raise ValueError(f"{name}={self.settings[name]!r} is not supported, only {value!r}")
+        self.pad_token: str = self.settings["pad_token"]
+        self.eos_token: str = self.settings["eos_token"]
         self.eos_token_id = backend.token_to_id(self.eos_token)
-        pad_token_id = backend.token_to_id(self.pad_token)
-        if pad_token_id is None:
-            raise ValueError(f"pad_token {self.pad_token!r} is not in the vocabulary of {len(self)} tokens")
-        self.pad_token_id = pad_token_id
-        self.model_max_length = int(self.settings.get("model_max_length") or 262_144)
+        self.pad_token_id = self._known("pad_token")
+        if self.settings["model_max_length"] > 10**9:  # transformers writes 10^30 where it knows of no limit
+            self.settings["model_max_length"] = self.defaults["model_max_length"]
+        self.model_max_length = int(self.settings["model_max_length"])
+
+    def _known(self, name: str) -> int:
+        """The id of a token that the settings name."""
+        token_id = self.backend.token_to_id(self.settings[name])
+        if token_id is None:
+            raise ValueError(f"{name} {self.settings[name]!r} is not in the vocabulary of {len(self)} tokens")
+        return token_id
 
     @classmethod
     def from_pretrained(
@@ -91,13 +101,18 @@ class Qwen2Tokenizer:
         origin = Origin(str(name_or_path), **LoadOptions.parse(options).origin)
         return cls.from_folder(origin.fetch_files(subfolder or "", TOKENIZER_FILES))
 
+    @staticmethod
+    def build_backend(vocab: Path, merges: Path) -> Tokenizer:
+        """The pipeline of a folder without tokenizer.json. Raises ValueError when the files are damaged."""
+        raise NotImplementedError
+
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         settings = read_settings(folder)
         if (folder / "tokenizer.json").is_file():
             backend = open_backend(folder / "tokenizer.json")
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            backend = build_qwen_backend(folder / "vocab.json", folder / "merges.txt")
+            backend = cls.build_backend(folder / "vocab.json", folder / "merges.txt")
         else:
             raise FileNotFoundError(
                 f"{folder} holds no tokenizer.json, and not both vocab.json and merges.txt"
@@ -128,15 +143,19 @@ class Qwen2Tokenizer:
         limit = check_length(max_length, padding, truncation, self.model_max_length)
         rows = [self.encode(one) for one in texts]
         if truncation:
-            rows = [row[:limit] for row in rows]
+            rows = [self.truncate(row, limit) for row in rows]
         batch = pad_rows(rows, self.pad_token_id, padding, limit)
         if isinstance(text, str) and return_tensors is None:
             return Batch({name: values[0] for name, values in batch.items()})
         return to_tensors(batch, return_tensors)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text, nothing added, cut or padded."""
+        """The ids of one text, not cut or padded."""
         return self.backend.encode(check_texts([text])[0]).ids
+
+    def truncate(self, row: list[int], limit: int) -> list[int]:
+        """The first `limit` of the ids that `encode` gave."""
+        return row[:limit]
 
     def decode(self, ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """The text of one row of ids; bytes that are not valid UTF-8 become U+FFFD."""
@@ -175,12 +194,22 @@ class Qwen2Tokenizer:
                 temporary.write_text(self.chat_template, encoding="utf-8")
 
 
+class Qwen2Tokenizer(TextTokenizer):
+    """The byte-level BPE of Qwen2 and later: no token is added before or after a text."""
+
+    defaults = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "model_max_length": 262_144}
+    only = dict.fromkeys(
+        ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens"), False
+    )
+
+    @staticmethod
+    def build_backend(vocab: Path, merges: Path) -> Tokenizer:
+        return build_qwen_backend(vocab, merges)
+
+
 def build_qwen_backend(vocab: Path, merges: Path) -> Tokenizer:
     """The Qwen2 pipeline: NFC, split into words, single digits and punctuation, bytes, BPE."""
-    try:
-        backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # the library raises plain Exception for every kind of damage
-        raise ValueError(f"{vocab} and {merges.name} are not a BPE vocabulary: {error}") from None
+    backend = Tokenizer(read_bpe(vocab, merges))
     words = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -195,6 +224,110 @@ def build_qwen_backend(vocab: Path, merges: Path) -> Tokenizer:
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+class CLIPTokenizer(TextTokenizer):
+    """The lower-casing BPE of CLIP: ids of a text stand between those of <|startoftext|> and <|endoftext|>.
+
+    Stable Diffusion 2 pads with "!", id 0. Where a folder names that as its padding token, "!" is looked for
+    as a whole, and has this id in prompts too.
+    """
+
+    defaults = {
+        "bos_token": "<|startoftext|>",
+        **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+        "model_max_length": 77,
+    }
+    only = {"add_prefix_space": False, "split_special_tokens": False, "do_lower_case": True}
+
+    def __init__(
+        self, backend: Tokenizer, settings: Mapping[str, Any] | None = None, chat_template: str | None = None
+    ):
+        super().__init__(backend, settings, chat_template)
+        self.bos_token: str = self.settings["bos_token"]
+        self.bos_token_id, self.eos_token_id = self._known("bos_token"), self._known("eos_token")
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        flagged = {key: value for key, value in (settings or {}).items() if value is not None}
+        special = special_tokens({**self.settings, **flagged})
+        backend.add_special_tokens([token for text, token in special.items() if text not in known])
+        end, start = (self.eos_token, self.eos_token_id), (self.bos_token, self.bos_token_id)
+        trim_offsets = add_prefix_space = False
+        backend.post_processor = processors.RobertaProcessing(end, start, trim_offsets, add_prefix_space)
+
+    @staticmethod
+    def build_backend(vocab: Path, merges: Path) -> Tokenizer:
+        return build_clip_backend(vocab, merges)
+
+    def truncate(self, row: list[int], limit: int) -> list[int]:
+        """As many ids as fit in `limit`, the last token of all kept. Raises ValueError if not even two do."""
+        if limit < 2:
+            raise ValueError(f"max_length={limit}: must be at least 2, for {self.bos_token}{self.eos_token}")
+        return row if len(row) <= limit else [*row[: limit - 1], self.eos_token_id]
+
+    def decode(self, ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
+        """The text of one row of ids, lower-case, one space after each word."""
+        return super().decode(ids, skip_special_tokens).replace("</w>", " ").strip()
+
+    def add_tokens(self, tokens: Sequence[str]) -> list[int]:
+        """Append tokens, which texts then contain as a whole, whatever the case; returns their new ids.
+
+        Raises ValueError, before any is added, for one that is in the vocabulary, is blank or comes twice.
+        """
+        for i, token in enumerate(tokens):
+            if not token.strip():
+                raise ValueError(f"token {token!r} is blank")
+            if token in tokens[:i] or self.backend.token_to_id(token) is not None:
+                raise ValueError(f"token {token!r} is in the vocabulary already: give it another name")
+        self.backend.add_tokens([AddedToken(token, special=False, normalized=True) for token in tokens])
+        return self.convert_tokens_to_ids(list(tokens))
+
+    def remove_tokens(self, tokens: Sequence[str]) -> list[int]:
+        """Take back what `add_tokens` appended; returns the ids that the tokens had. Later tokens move up, as
+        the rows of an embedding do when these rows are deleted.
+
+        Raises ValueError, before any is removed, for a token that was not appended.
+        """
+        appended = {
+            token.content: token_id
+            for token_id, token in self.backend.get_added_tokens_decoder().items()
+            if token_id >= self.vocab_size
+        }
+        for token in tokens:
+            if token not in appended:
+                raise ValueError(f"token {token!r} was not added; those that were: {sorted(appended)}")
+        removed = [appended[token] for token in tokens]
+        raw = json.loads(self.backend.to_str())  # the library itself only adds
+        kept = [entry for entry in raw["added_tokens"] if entry["id"] not in removed]
+        for entry in kept:
+            entry["id"] -= sum(token_id < entry["id"] for token_id in removed)
+        self.backend = Tokenizer.from_str(json.dumps({**raw, "added_tokens": kept}))
+        return removed
+
+
+def build_clip_backend(vocab: Path, merges: Path) -> Tokenizer:
+    """The CLIP pipeline: NFC, single spaces, lower case, split into words, single digits and punctuation,
+    bytes, BPE with a mark on the last piece of a word."""
+    marks = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>"}
+    backend = Tokenizer(read_bpe(vocab, merges, unk_token="<|endoftext|>", fuse_unk=False, **marks))
+    words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def read_bpe(vocab: Path, merges: Path, **options: Any) -> models.BPE:
+    try:
+        return models.BPE.from_file(str(vocab), str(merges), **options)
+    except Exception as error:  # the library raises plain Exception for every kind of damage
+        raise ValueError(f"{vocab} and {merges.name} are not a BPE vocabulary: {error}") from None
 
 
 class Qwen3VLProcessor:
@@ -350,15 +483,13 @@ def to_tensors(batch: Batch, return_tensors: str | None) -> Batch:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, special tokens as plain text. special_tokens_map.json overrides it in folders so
-    old that the former does not describe the added tokens."""
+    """tokenizer_config.json. special_tokens_map.json overrides it in folders so old that the former does not
+    describe the added tokens."""
     config, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     settings = read_json(config) if config.is_file() else {}
     if "added_tokens_decoder" not in settings and special.is_file():
         settings.update(read_json(special))
-    return {
-        k: token_text(v) if k.endswith("_token") and isinstance(v, dict) else v for k, v in settings.items()
-    }
+    return settings
 
 
 def declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
@@ -379,6 +510,27 @@ def declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, Adde
         token_id: AddedToken(text, special=text in special, normalized=text not in special)
         for text, token_id in read_json(path).items()
     }
+
+
+def plain_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with special tokens as text, without their flags."""
+    return {
+        k: token_text(v) if k.endswith("_token") and isinstance(v, Mapping) else v
+        for k, v in settings.items()
+    }
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, AddedToken]:
+    """The tokens that the settings name, by text. Of one that has several roles the last says whether it is
+    looked for in the text as typed or in the lower-case one (`normalized`), as in transformers."""
+    flags = ("lstrip", "rstrip", "normalized", "single_word")
+    found = {}
+    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = settings[role]
+        given = token if isinstance(token, Mapping) else {}
+        text = token_text(token)
+        found[text] = AddedToken(text, special=True, **{flag: given.get(flag, False) for flag in flags})
+    return found
 
 
 def token_text(token: str | Mapping[str, Any]) -> str:

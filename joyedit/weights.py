@@ -498,8 +498,8 @@ def build_on_meta(cls: type[Network], config: Config) -> Any:
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Skips `torch.nn.init`. On the meta device it does nothing, but `normal_` imports torch._dynamo on the way:
-    a second and 120 MB."""
+    """Skips `torch.nn.init`. On the meta device it does nothing, but `normal_` imports torch._dynamo: a
+    second and 120 MB."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -15,7 +15,8 @@ MAX_LINES = 700
 
 # What each module may import of ours. A folder stands for its modules; a module's own row comes before it.
 BELOW_PIPELINES = (
-    "models schedulers tokenizers images video lora memory weights hub noise layers rope ops convert".split()
+    "models schedulers tokenizers images clip_images masks video lora textual_inversion memory weights "
+    "hub noise latents layers rope ops convert".split()
 )
 MAY_IMPORT = {
     "joyedit": ["loading", "pipelines", *BELOW_PIPELINES],
@@ -27,15 +28,20 @@ MAY_IMPORT = {
     "joyedit.random_checkpoint": ["pipelines", *BELOW_PIPELINES],
     "joyedit.pipelines.pipeline": BELOW_PIPELINES,
     "joyedit.pipelines": ["pipelines.pipeline", *BELOW_PIPELINES],
-    "joyedit.models": ["weights", "layers", "rope", "ops"],
+    "joyedit.models": ["weights", "latents", "noise", "layers", "rope", "ops"],
+    "joyedit.latents": ["noise"],
     "joyedit.layers": ["ops"],
     "joyedit.rope": ["ops"],
     "joyedit.ops": ["kernels"],
-    "joyedit.lora": ["weights"],
+    "joyedit.lora": ["lora_files", "weights"],
+    "joyedit.lora_files": ["weights", "hub"],
+    "joyedit.textual_inversion": ["tokenizers", "weights", "hub"],
     "joyedit.memory": ["weights"],
     "joyedit.schedulers": ["schedulers.scheduler", "noise", "weights", "hub"],
     "joyedit.tokenizers": ["weights", "hub", "images"],
     "joyedit.images": ["weights", "hub"],
+    "joyedit.clip_images": ["images", "weights", "hub"],
+    "joyedit.masks": ["images"],
     "joyedit.video": ["images"],
     "joyedit.noise": [],
     "joyedit.weights": ["convert", "hub"],

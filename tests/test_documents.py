@@ -102,7 +102,9 @@ def guide_blocks(shared_data):
         lines = source.strip("\n").splitlines()
         if lines[0].startswith(">>>"):
             lines = [line[4:] for line in lines]
-        source = re.sub(r"from (diffusers|diffusers\.utils|transformers) import", "from joyedit import", "\n".join(lines))
+        source = re.sub(
+            r"from (diffusers|diffusers\.utils|transformers) import", "from joyedit import", "\n".join(lines)
+        )
         yield source
 
 

@@ -235,7 +235,7 @@ def test_what_does_not_change_is_computed_once(pipe, photo, monkeypatch):
         "predict_target": 2 * 3,
         "encode_images": 1,
         "prefill": 1,
-        "hidden_states": 2,  # the two tails
+        "hidden_states": 1,  # the two tails together
         "encode": 1,
         "decode": 1,
     }

@@ -217,7 +217,9 @@ def test_wrong_keys_give_the_two_sided_difference_and_wrong_shapes_both_shapes(s
         ValueError, match=r"1 of 4 tensors missing \(body.weight\), 1 unknown \(body.wieght\)"
     ):
         Two.from_pretrained(folder)
-    save_file({**network.state_dict(), "extra": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {**network.state_dict(), "extra": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors"
+    )
     with pytest.raises(ValueError, match=r"0 of 4 tensors missing, 1 unknown \(extra\)"):
         Two.from_pretrained(folder)
     state = dict(network.state_dict())

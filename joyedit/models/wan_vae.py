@@ -15,8 +15,8 @@ Source: diffusers `autoencoder_kl_wan.py`; WAN `wan/modules/vae.py`; arXiv 2503.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from joyedit import ops
+from joyedit.latents import AutoencoderKLOutput, DecoderOutput, DiagonalGaussian, join_tiles
+from joyedit.layers import Conv2d
+from joyedit.noise import Generators
 from joyedit.weights import Config, Network
 
 # Temporal convolution -> the last frames of its input. No tensor is ever written to: a copied dict is a fork.
 Past = dict[nn.Module, Tensor]
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 CHUNK = 4  # frames that the encoder takes at a time after the first
 
@@ -89,14 +91,6 @@ class AutoencoderKLWanConfig(Config):
             raise ValueError(
                 f"temperal_downsample={self.temperal_downsample!r}: at most two of them may be true"
             )
-
-
-class AutoencoderKLOutput(NamedTuple):
-    latent_dist: "DiagonalGaussian"
-
-
-class DecoderOutput(NamedTuple):
-    sample: Tensor
 
 
 class AutoencoderKLWan(Network):
@@ -253,41 +247,6 @@ class AutoencoderKLWan(Network):
         for name, size in zip(("height", "width"), x.shape[3:], strict=True):
             if size % multiple:
                 raise ValueError(f"x has {name} {size}; it must be a multiple of {multiple}")
-
-
-class DiagonalGaussian:
-    """The posterior of latents: independent normals.
-
-    parameters (B, 2 C, T, h, w): mean, then logvar, which is clamped to [-30, 20]. `mean`, `logvar` and `std`
-    are (B, C, T, h, w).
-    """
-
-    def __init__(self, parameters: Tensor):
-        self.parameters = parameters
-        self.mean, logvar = parameters.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30, 20)
-        self.std = (0.5 * self.logvar).exp()
-
-    def sample(self, generator: Generators = None) -> Tensor:
-        """One draw (B, C, T, h, w), from one generator for the batch or a list of one for each sample.
-
-        A CPU generator draws on the CPU and the noise is moved: a seed gives the same sample everywhere.
-        Raises ValueError for a list of another length.
-        """
-        if isinstance(generator, Sequence) and len(generator) != len(self.mean):
-            raise ValueError(
-                f"generator is a list of {len(generator)}, but there are {len(self.mean)} samples"
-            )
-        each = generator if isinstance(generator, Sequence) else [generator]
-        shape = (len(self.mean) // len(each), *self.mean.shape[1:])
-        noise = [
-            torch.randn(shape, generator=g, device=g.device if g else self.mean.device, dtype=self.mean.dtype)
-            for g in each
-        ]
-        return self.mean + self.std * torch.cat(noise).to(self.mean.device)
-
-    def mode(self) -> Tensor:
-        return self.mean
 
 
 class Encoder(nn.Module):
@@ -510,13 +469,6 @@ class PointConv3d(nn.Conv3d):
         return each_frame(lambda frames: ops.conv2d(frames, self.weight[:, :, 0], self.bias), input)
 
 
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d whose weight may be stored narrower than its input; it is upcast where it is used."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.conv2d(input, self.weight, self.bias, self.stride, self.padding)
-
-
 class TokenConv2d(nn.Conv2d):
     """1x1 convolution on tokens. (B, N, C) -> (B, N, C')."""
 
@@ -565,31 +517,6 @@ def each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def fastest_layout(device: torch.device) -> torch.memory_format:
     """On a CPU channels come last: norms read along them, and frames and tokens are views."""
     return torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
-
-
-def join_tiles(rows: list[list[Tensor]], overlap: tuple[int, int], keep: tuple[int, int]) -> Tensor:
-    """One picture of overlapping tiles (B, C, T, h, w), row by row; overlap and keep: height, width.
-
-    Each tile is blended with the one above, then with the one at its left, as those are after their own
-    blending, and gives its first `keep` rows and columns. Writes to the tiles.
-    """
-    for i, row in enumerate(rows):
-        for j, tile in enumerate(row):
-            if i > 0:
-                blend(rows[i - 1][j], tile, overlap[0], dim=3)
-            if j > 0:
-                blend(row[j - 1], tile, overlap[1], dim=4)
-    strips = [torch.cat([tile[..., : keep[0], : keep[1]] for tile in row], dim=4) for row in rows]
-    return torch.cat(strips, dim=3)
-
-
-def blend(before: Tensor, tile: Tensor, overlap: int, dim: int) -> None:
-    """Fade linearly from the end of `before` to the start of `tile`, in place, along `dim`."""
-    overlap = min(before.shape[dim], tile.shape[dim], overlap)
-    start = tile.narrow(dim, 0, overlap)
-    end = before.narrow(dim, before.shape[dim] - overlap, overlap)
-    weight = torch.arange(overlap, device=tile.device, dtype=tile.dtype) / max(overlap, 1)
-    start.copy_(torch.lerp(end, start, weight.view(-1, *(1,) * (tile.ndim - 1 - dim))))
 
 
 def _check_video(name: str, x: Tensor, channels: int) -> None:

@@ -29,10 +29,17 @@ from torch.nn.utils.rnn import pad_sequence
 from joyedit import images as im
 from joyedit import ops
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
-from joyedit.models.qwen3_vl import ImageFeatures, Qwen3VLForConditionalGeneration
+from joyedit.models.qwen3_vl import ImageFeatures, Prefix, Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.noise import Generators, draw_noise
-from joyedit.pipelines.pipeline import Pipeline, check_generators
+from joyedit.pipelines.pipeline import (
+    Pipeline,
+    as_list,
+    check_count,
+    check_generators,
+    check_prompts,
+    check_text,
+)
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.tokenizers import Qwen2Tokenizer, Qwen3VLProcessor
 
@@ -222,7 +229,7 @@ class JoyImageEditPipeline(Pipeline):
         given = [Prompt.of(prompt_embeds, prompt_embeds_mask)]
         given += [Prompt.of(negative_prompt_embeds, negative_prompt_embeds_mask)] * (guidance_scale > 1)
         batch = len(prompt) if isinstance(prompt, list) else 1 if given[0] is None else len(given[0].embeds)
-        texts = [_as_list(prompt, batch, "prompt"), _as_list(negative_prompt, batch, "negative_prompt")]
+        texts = [as_list(prompt, batch, "prompt"), as_list(negative_prompt, batch, "negative_prompt")]
         per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
         _check_numbers(num_inference_steps, per_prompt, guidance_scale, max_sequence_length, output_type)
         if timesteps is not None and sigmas is not None:
@@ -424,24 +431,35 @@ class JoyImageEditPipeline(Pipeline):
         with self.on_device(self.text_encoder) as encoder:
             for rows in _rows_by_picture(pictures, len(texts)):
                 seen = None if pictures is None else self._see(encoder, pictures[rows[0]])
-                ids = [self._token_ids(texts[row], seen) for row in rows]
-                shared = _common_prefix(ids)
-                prefix = None
-                if shared >= dropped:
-                    prefix = encoder.prefill(self._tensor(ids[0][:shared]), seen, keep_from=dropped)
-                done: dict[tuple, Tensor] = {}
-                for row, row_ids in zip(rows, ids, strict=True):
-                    key = tuple(row_ids)
-                    if key in done:
-                        pass
-                    elif prefix is None:
-                        whole = self._tensor(row_ids)
-                        done[key] = encoder.hidden_states(whole, images=seen, keep_from=dropped)[0]
-                    else:
-                        rest = encoder.hidden_states(self._tensor(row_ids[shared:]), prefix=prefix)
-                        done[key] = torch.cat((prefix.states[0], rest[0]))
-                    states[row] = done[key]
+                ids = {row: tuple(self._token_ids(texts[row], seen)) for row in rows}
+                distinct = list(dict.fromkeys(ids.values()))
+                shared = _common_prefix(distinct)
+                if shared < dropped:
+                    wholes = [self._tensor([one]) for one in distinct]
+                    found = [encoder.hidden_states(w, images=seen, keep_from=dropped)[0] for w in wholes]
+                else:
+                    prefix = encoder.prefill(self._tensor([distinct[0][:shared]]), seen, keep_from=dropped)
+                    tails = self._read_on(encoder, prefix, [one[shared:] for one in distinct])
+                    found = [torch.cat((prefix.states[0], tail)) for tail in tails]
+                known = dict(zip(distinct, found, strict=True))
+                states.update({row: known[ids[row]] for row in rows})
         return [states[row] for row in range(len(texts))]
+
+    def _read_on(
+        self, encoder: Qwen3VLForConditionalGeneration, prefix: Prefix, tails: list[tuple[int, ...]]
+    ) -> list[Tensor]:
+        """States of what follows a prefix, (L, D) each. Every pass reads all weights, so tails of similar length
+        go together, the shorter ones padded where nothing looks."""
+        longest = max(map(len, tails))
+        if longest * len(tails) > 1.5 * sum(map(len, tails)):
+            return [encoder.hidden_states(self._tensor([tail]), prefix=prefix)[0] for tail in tails]
+        padding = [longest - len(tail) for tail in tails]
+        ids = self._tensor([(*tail, *(0,) * more) for tail, more in zip(tails, padding, strict=True)])
+        mask = self._tensor(
+            [(1,) * len(tail) + (0,) * more for tail, more in zip(tails, padding, strict=True)]
+        )
+        states = encoder.hidden_states(ids, mask, prefix=prefix)
+        return [row[: len(tail)] for row, tail in zip(states, tails, strict=True)]
 
     def _see(self, encoder: Qwen3VLForConditionalGeneration, picture: Image.Image) -> ImageFeatures:
         inputs = self.processor.image_processor([picture])
@@ -461,8 +479,8 @@ class JoyImageEditPipeline(Pipeline):
         tokens = len(seen.embeds)
         return self.tokenizer.encode(text.replace("<|image_pad|>", "<|image_pad|>" * tokens))
 
-    def _tensor(self, ids: list[int]) -> Tensor:
-        return torch.tensor([ids], device=self.device)
+    def _tensor(self, rows: list[tuple[int, ...]]) -> Tensor:
+        return torch.tensor(rows, device=self.device)
 
     def _read_padded(self, texts: list[str], pictures: list[Image.Image], kept: slice) -> Prompt:
         """As the reference: one right-padded batch whose padding has states of its own."""
@@ -566,14 +584,10 @@ class JoyImageEditPipeline(Pipeline):
     ) -> None:
         """Raises ValueError or TypeError for arguments that do not fit together."""
         self.check_callback(None, callback_on_step_end_tensor_inputs or ())
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give exactly one of prompt and prompt_embeds")
+        check_prompts("prompt", prompt, "prompt_embeds", prompt_embeds)
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if text is not None and not isinstance(text, str):
-                if not isinstance(text, list) or not text or not all(isinstance(t, str) for t in text):
-                    raise TypeError(f"{name} must be a string or a non-empty list of strings, not {text!r}")
+        check_text("negative_prompt", negative_prompt)
         for name, embeds, mask in (
             ("prompt_embeds", prompt_embeds, prompt_embeds_mask),
             ("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask),
@@ -607,14 +621,9 @@ class JoyImageEditPipeline(Pipeline):
 def _check_numbers(
     steps: int, per_prompt: int, guidance: float, max_length: int, output_type: str | None
 ) -> None:
-    counts = (
-        ("num_inference_steps", steps),
-        ("num_images_per_prompt", per_prompt),
-        ("max_sequence_length", max_length),
-    )
-    for name, value in counts:
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a positive integer")
+    check_count("num_inference_steps", steps)
+    check_count("num_images_per_prompt", per_prompt)
+    check_count("max_sequence_length", max_length)
     if not np.isfinite(guidance):
         raise ValueError(f"guidance_scale={guidance}: must be finite")
     if output_type not in OUTPUT_TYPES:
@@ -636,13 +645,6 @@ def _check_placeholders(prompts: list[list[str]], pictures: list[Image.Image] | 
             raise ValueError(
                 f"a prompt holds {found[0]!r}, which stands for a picture; give the picture as image="
             )
-
-
-def _as_list(prompt: str | list[str] | None, batch: int, name: str) -> list[str]:
-    prompts = prompt if isinstance(prompt, list) else [prompt or ""] * batch
-    if len(prompts) != batch:
-        raise ValueError(f"{name} is a list of {len(prompts)}, but there are {batch} prompts")
-    return prompts
 
 
 def _one_per_prompt(photos: list[Image.Image] | None, batch: int) -> list[Image.Image] | None:
@@ -671,10 +673,9 @@ def _rows_by_picture(pictures: list[Image.Image] | None, count: int) -> list[lis
     return list(groups.values())
 
 
-def _common_prefix(ids: list[list[int]]) -> int:
-    """How many tokens all sequences share at their start, at least one left over for each. Zero for a single
-    one."""
-    if len(set(map(tuple, ids))) == 1:
+def _common_prefix(ids: list[tuple[int, ...]]) -> int:
+    """How many tokens different texts share at their start, one left over for each. Zero for a single one."""
+    if len(ids) == 1:
         return 0
     shortest = min(len(i) for i in ids) - 1
     return next((n for n in range(shortest) if len({i[n] for i in ids}) > 1), shortest)

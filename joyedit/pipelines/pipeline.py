@@ -8,18 +8,21 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from joyedit.hub import Origin
+from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming
 from joyedit.noise import Generators
 from joyedit.weights import LoadOptions, Network, read_json, write_json
 
 log = logging.getLogger("joyedit")
+
+ADAPTED = ("transformer", "unet", "text_encoder")  # the prefixes of adapter files
 
 
 class Pipeline:
@@ -30,6 +33,8 @@ class Pipeline:
     """
 
     parts: ClassVar[Mapping[str, tuple[type, ...]]]  # part -> the classes it may have, the default first
+    optional_parts: ClassVar[frozenset[str]] = frozenset()  # those that may be None
+    relatives: ClassVar[frozenset[str]] = frozenset()  # other pipelines whose folders hold the same parts
     callback_tensors: ClassVar[frozenset[str]] = frozenset()  # what callbacks may ask for
     quirk_names: ClassVar[frozenset[str]] = frozenset()
 
@@ -78,9 +83,10 @@ class Pipeline:
         classes, settings = {}, {}
         if set(cls.parts) - set(given):
             index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
-            if index.get("_class_name") != cls.__name__:
+            if index.get("_class_name") not in {cls.__name__, *cls.relatives}:
                 raise ValueError(f"{origin.name} holds a {index.get('_class_name')}, not a {cls.__name__}")
-            classes = {name: _class_of(cls, name, index) for name in cls.parts if name not in given}
+            listed = {name: _class_of(cls, name, index) for name in cls.parts if name not in given}
+            classes = {name: kind for name, kind in listed.items() if kind is not None}
             settings = {key: index[key] for key in cls.settings() if key in index}
         chosen = {"variant": options.variant, "use_safetensors": options.use_safetensors}
         files: list[str] = []
@@ -154,6 +160,38 @@ class Pipeline:
             network.to(*args, **kwargs)
         return self
 
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRA adapters of the networks that files of them name."""
+        return Adapters({name: network for name, network in self.networks.items() if name in ADAPTED})
+
+    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> LoraReport:
+        """Load an adapter; see `joyedit.lora.Adapters`, also for the methods below."""
+        return self.adapters.load_lora_weights(source, adapter_name, **options)
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
+        self.adapters.set_adapters(adapter_names, adapter_weights)
+
+    def get_active_adapters(self) -> list[str]:
+        return self.adapters.get_active_adapters()
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        return self.adapters.get_list_adapters()
+
+    def fuse_lora(
+        self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None, **options: Any
+    ) -> None:
+        self.adapters.fuse_lora(lora_scale, adapter_names, **options)
+
+    def unfuse_lora(self, **options: Any) -> None:
+        self.adapters.unfuse_lora(**options)
+
+    def unload_lora_weights(self) -> None:
+        self.adapters.unload_lora_weights()
+
+    def save_lora_weights(self, folder: str | Path, **options: Any) -> None:
+        self.adapters.save_lora_weights(folder, **options)
+
     def set_offload(self, offload: str, device: torch.device | str | None = None) -> None:
         """ "none", "model" (one network on the device at a time) or "sequential" (one block at a time)."""
         check_offload(offload)
@@ -219,8 +257,8 @@ class Pipeline:
         """Keyword arguments for every progress bar, as tqdm takes them (`disable=True` turns them off)."""
         self._progress = settings
 
-    def progress_bar(self, total: int) -> tqdm:
-        return tqdm(total=total, **{"disable": None, "desc": "denoising", **self._progress})
+    def progress_bar(self, total: int, description: str = "denoising") -> tqdm:
+        return tqdm(total=total, **{"disable": None, "desc": description, **self._progress})
 
     @property
     def interrupt(self) -> bool:
@@ -303,6 +341,61 @@ class MultiPipelineCallbacks:
         return callback_kwargs
 
 
+class Text(NamedTuple):
+    """Prompts as a call gives them: positive and negative, each as words or embedded (B, L, D)."""
+
+    prompt: str | list[str] | None = None
+    negative: str | list[str] | None = None
+    embeds: Tensor | None = None
+    negative_embeds: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        if self.embeds is not None:
+            return len(self.embeds)
+        return len(self.prompt) if isinstance(self.prompt, list) else 1
+
+    def check(self, name: str = "") -> None:
+        """Raises ValueError or TypeError when these do not fit together; `name` is the arguments' prefix."""
+        check_prompts(f"{name}prompt", self.prompt, f"{name}prompt_embeds", self.embeds)
+        if self.negative is not None and self.negative_embeds is not None:
+            raise ValueError(f"give {name}negative_prompt or {name}negative_prompt_embeds, not both")
+        check_text(f"{name}negative_prompt", self.negative)
+        if self.embeds is not None and self.negative_embeds is not None:
+            if self.embeds.shape != self.negative_embeds.shape:
+                shapes = f"{tuple(self.embeds.shape)} and {tuple(self.negative_embeds.shape)}"
+                raise ValueError(f"{name}prompt_embeds and its negatives differ in shape: {shapes}")
+
+
+def check_prompts(name: str, prompt: Any, embeds_name: str, embeds: Tensor | None) -> None:
+    """Raises ValueError unless exactly one is given, TypeError for a prompt that is no text or list of
+    texts."""
+    if (prompt is None) == (embeds is None):
+        raise ValueError(f"give exactly one of {name} and {embeds_name}")
+    check_text(name, prompt)
+
+
+def check_text(name: str, text: Any) -> None:
+    if text is not None and not isinstance(text, str):
+        if not isinstance(text, list) or not text or not all(isinstance(t, str) for t in text):
+            raise TypeError(f"{name} must be a string or a non-empty list of strings, not {text!r}")
+
+
+def as_list(text: str | list[str] | None, batch: int, name: str) -> list[str]:
+    """One text for each of `batch` prompts. Raises ValueError for a list of another length."""
+    texts = text if isinstance(text, list) else [text or ""] * batch
+    if len(texts) != batch:
+        raise ValueError(f"{name} is a list of {len(texts)}, but there are {batch} prompts")
+    return texts
+
+
+def check_count(name: str, count: Any) -> int:
+    """Raises ValueError unless `count` is a positive integer."""
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}={count!r}: must be a positive integer")
+    return count
+
+
 def check_generators(generator: Generators, count: int) -> Generators:
     """Raises ValueError when a list of generators does not give one to each of `count` images."""
     if isinstance(generator, Sequence) and len(generator) != count:
@@ -327,13 +420,15 @@ def gpu_device(gpu_id: int | None) -> torch.device | None:
     return device if device is None or gpu_id is None else torch.device(device.type, gpu_id)
 
 
-def _class_of(cls: type[Pipeline], name: str, index: Mapping[str, Any]) -> type:
+def _class_of(cls: type[Pipeline], name: str, index: Mapping[str, Any]) -> type | None:
     kinds = cls.parts[name]
     entry = index.get(name)
     if not isinstance(entry, (list, tuple)) or len(entry) != 2 or entry[1] is None:
+        if name in cls.optional_parts:
+            return None
         raise ValueError(f"model_index.json lists no {name!r}: pass {name}= to {cls.__name__}")
     for kind in kinds:
-        if entry[1].removesuffix("Fast") == kind.__name__:
+        if entry[1].removesuffix("Fast") == kind.__name__ or entry[1] in getattr(kind, "relatives", ()):
             return kind
     wanted = " or ".join(kind.__name__ for kind in kinds)
     raise ValueError(f"model_index.json: {name} is a {entry[1]}; {cls.__name__} takes {wanted}")

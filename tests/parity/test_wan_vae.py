@@ -387,7 +387,7 @@ def test_posterior(dtype):
     alone = DiagonalGaussian(parameters[1:2]).sample(torch.Generator().manual_seed(8))
     listed = found.sample([torch.Generator().manual_seed(seed) for seed in (7, 8, 9)])
     assert torch.equal(listed[1:2], alone)
-    with pytest.raises(ValueError, match="list of 2.* 3 samples"):
+    with pytest.raises(ValueError, match="list of 2.* 3 images"):
         found.sample([torch.Generator(), torch.Generator()])
 
 

@@ -1,0 +1,468 @@
+"""LoRA adapters for any of the networks: running, fusing, saving. What files hold is read in `lora_files`.
+
+An adapter adds strength * alpha / r * up @ down to a weight. The networks know nothing of it: reading
+`.weight` of an adapted layer gives the sum, computed in fp32 and rounded to the dtype of the weight, while
+the parameter itself, and with it `state_dict`, `to` and `save_pretrained`, stays the network's own. This
+costs one small matrix product per layer and step, whatever the number of tokens. `fuse_lora` stores the sum
+in the parameter instead, which costs nothing per step; both give the same, bit for bit.
+
+Source: arXiv 2106.09685; diffusers `loaders/lora_base.py`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from joyedit.lora_files import WEIGHT_NAME, Changes, Delta, open_lora, read_lora
+from joyedit.weights import Network, replacing
+
+log = logging.getLogger("joyedit")
+
+STATE = "lora_adapters"  # the attribute of a network that holds its AdapterState
+
+Weighted = list[tuple[Delta, float]]  # deltas and their strengths
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraReport:
+    """What became of a file. The tensors of `matched` and `lacking` are named network by network.
+
+    matched: those that the adapter changes. unmatched: keys of the file that no network has. lacking: those
+    of other blocks that are named like matched ones, and that the file has nothing for.
+    """
+
+    name: str
+    matched: Mapping[str, tuple[str, ...]]
+    unmatched: tuple[str, ...]
+    lacking: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        changes: Mapping[str, Changes],
+        unmatched: Sequence[str],
+        networks: Mapping[str, Network],
+    ) -> "LoraReport":
+        lacking = {}
+        for network, found in changes.items():
+            alike = {_without_numbers(tensor) for tensor in found}
+            others = [tensor for tensor, _ in networks[network].named_parameters() if tensor not in found]
+            lacking[network] = tuple(tensor for tensor in others if _without_numbers(tensor) in alike)
+        matched = {network: tuple(found) for network, found in changes.items()}
+        return cls(name, matched, tuple(unmatched), lacking)
+
+    def __str__(self) -> str:
+        counts = [f"{len(tensors)} tensors of {network}" for network, tensors in self.matched.items()]
+        text = f"adapter {self.name!r} changes {', '.join(counts)}"
+        if self.unmatched:
+            text += f"; {len(self.unmatched)} keys of the file match nothing{_sample(self.unmatched)}"
+        lacking = [f"{network}.{tensor}" for network, tensors in self.lacking.items() for tensor in tensors]
+        return text + (f"; nothing for {len(lacking)} alike{_sample(lacking)}" if lacking else "")
+
+
+def _without_numbers(tensor: str) -> str:
+    return re.sub(r"\d+", "*", tensor)
+
+
+def _sample(names: Sequence[str]) -> str:
+    return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+
+
+class Adapters:
+    """The adapters of some networks, together: what pipelines offer under the same names.
+
+    All state is in the networks, so pipelines that share a network share its adapters.
+    """
+
+    def __init__(self, networks: Mapping[str, Network]):
+        """`networks`: by the name that files use as prefix: "unet", "transformer", "text_encoder"."""
+        self.networks = dict(networks)
+
+    def load_lora_weights(
+        self,
+        source: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        **options: Any,
+    ) -> LoraReport:
+        """Load an adapter from a file, a folder, a Hub repository, or a state dict; from then on it is the
+        active one, with weight 1.
+
+        adapter_name: default "default_0", "default_1", ... weight_name: which file of a folder or repository.
+        options: revision, token, cache_dir, local_files_only, force_download, use_safetensors.
+        Nothing is changed when it raises: FileNotFoundError, or ValueError for a name in use, a file in which
+        nothing matches (saying what it looks like), factors of the wrong shape, a kind that is not supported.
+        """
+        states = self._states
+        taken = {name for state in states.values() for name in state.loaded}
+        name = adapter_name or next(n for i in itertools.count() if (n := f"default_{i}") not in taken)
+        if name in taken:
+            raise ValueError(f"adapter_name={name!r} is in use: choose another, or delete_adapters({name!r})")
+        tensors, metadata, label = source, {}, "the state dict"
+        if not isinstance(tensors, Mapping):
+            tensors, metadata = open_lora(tensors, weight_name, subfolder or "", options)
+            label = str(tensors)
+        try:
+            changes, unmatched = read_lora(tensors, metadata, self.networks)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
+        report = LoraReport.of(name, changes, unmatched, self.networks)
+        log.log(logging.WARNING if unmatched else logging.INFO, "%s: %s", label, report)
+        for network, state in states.items():
+            state.weights[name] = 1.0
+            if network in changes:
+                state.loaded[name] = changes[network]
+            state.activate([name] if network in changes else [], self.networks[network])
+        return report
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
+        """Make these adapters the active ones.
+
+        adapter_weights: one number for all, or one for each; in place of a number {"unet": 0.7,
+        "text_encoder": 0}, where a network without an entry has 1. Raises ValueError for unknown names.
+        """
+        names = self._known([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        weights = (
+            adapter_weights if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
+        )
+        if len(weights) != len(names):
+            raise ValueError(f"adapter_weights has {len(weights)} values for {len(names)} adapters {names}")
+        tables = [self._weight_table(weight) for weight in weights]
+        for network, state in self._states.items():
+            for name, table in zip(names, tables, strict=True):
+                state.weights[name] = table[network]
+            state.activate([name for name in names if name in state.loaded], self.networks[network])
+
+    def get_active_adapters(self) -> list[str]:
+        return list(dict.fromkeys(name for state in self._states.values() for name in state.active))
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The loaded adapters of each network that has any."""
+        return {network: list(state.loaded) for network, state in self._states.items() if state.loaded}
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The adapters that are in the weights now."""
+        return {name for state in self._states.values() for name in state.fused}
+
+    def enable_lora(self) -> None:
+        self._set_enabled(True)
+
+    def disable_lora(self) -> None:
+        """Run without the adapters that are not fused, until `enable_lora`."""
+        self._set_enabled(False)
+
+    @contextlib.contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """All adapters that are not fused, times `scale` while the block runs."""
+        states = self._states
+        before = {network: state.scale for network, state in states.items()}
+        try:
+            for network, state in states.items():
+                state.set_scale(before[network] * scale, self.networks[network])
+            yield
+        finally:
+            for network, state in states.items():
+                state.set_scale(before[network], self.networks[network])
+
+    def fuse_lora(
+        self,
+        lora_scale: float = 1.0,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        components: Sequence[str] | None = None,
+        safe_fusing: bool = False,
+        reversible: bool = True,
+    ) -> None:
+        """Add adapters (default: the active ones) to the weights, each times lora_scale and its own weight.
+
+        reversible=True keeps the original tensors in main memory, as much again as the adapted weights; those
+        that are mapped from a file cost nothing. safe_fusing=True raises ValueError, before anything is
+        changed, when a weight would not be finite. ValueError also for names that are unknown or fused.
+        """
+        components = self._components(components)
+        names = self._known(adapter_names or self.get_active_adapters())
+        if not names:
+            raise ValueError("fuse_lora: no adapter is active: load one first, or give adapter_names")
+        if again := [n for n in names if any(n in self._states[c].fused for c in components)]:
+            raise ValueError(f"{again} are fused already: unfuse_lora() first")
+        plans = {}
+        for network in components:
+            state = self._states[network]
+            plans[network] = {n: lora_scale * state.weights[n] for n in names if n in state.loaded}
+            if safe_fusing:
+                state.check_finite(plans[network], self.networks[network])
+        for network, plan in plans.items():
+            self._states[network].fuse(plan, self.networks[network], reversible)
+
+    def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
+        """Put the original tensors back, bit for bit; the adapters are active again.
+
+        Raises ValueError when they were not kept.
+        """
+        for network in self._components(components):
+            self._states[network].check_reversible()
+        for network in self._components(components):
+            self._states[network].unfuse(self.networks[network])
+
+    def unload_lora_weights(self) -> None:
+        """Forget all adapters. Fused weights stay fused, as saving them needs: call `unfuse_lora` before this
+        to have the originals back."""
+        for network, state in self._states.items():
+            if state.fused:
+                log.info("%s keeps the fused adapters %s", network, sorted(state.fused))
+            state.activate([], self.networks[network])
+            del self.networks[network].__dict__[STATE]
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Forget some adapters. Raises ValueError for fused ones."""
+        names = self._known([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        if fused := self.fused_loras & set(names):
+            raise ValueError(f"{sorted(fused)} are fused: unfuse_lora() first")
+        for network, state in self._states.items():
+            for name in names:
+                state.loaded.pop(name, None)
+                state.weights.pop(name, None)
+            state.activate([name for name in state.active if name not in names], self.networks[network])
+
+    def save_lora_weights(
+        self,
+        save_directory: str | Path,
+        adapter_name: str | None = None,
+        *,
+        weight_name: str = WEIGHT_NAME,
+        **layers: Mapping[str, Tensor] | None,
+    ) -> Path:
+        """Write one adapter under Diffusers' names (PEFT factors) with its strength multiplied into `up`, so
+        that every reader gives it the same. Returns the file.
+
+        adapter_name: default the only active one. unet_lora_layers=, text_encoder_lora_layers=,
+        transformer_lora_layers=: save these factors (`<layer>.lora_A.weight`, ...) instead.
+        Raises ValueError when there is nothing to save.
+        """
+        known = [f"{network}_lora_layers" for network in self.networks]
+        if unknown := set(layers) - set(known):
+            raise TypeError(f"unknown arguments {sorted(unknown)}; accepted: {known}")
+        state: dict[str, Tensor] = {}
+        for argument, tensors in layers.items():
+            prefix = argument.removesuffix("lora_layers").removesuffix("_")
+            state.update({f"{prefix}.{key}": tensor for key, tensor in (tensors or {}).items()})
+        if not layers:
+            active = self.get_active_adapters()
+            if adapter_name is None and len(active) != 1:
+                raise ValueError(f"adapter_name: say which one to save, {active} are active")
+            (name,) = self._known([adapter_name or active[0]])
+            for network, loaded in self._states.items():
+                shapes = {name: p.shape for name, p in self.networks[network].named_parameters()}
+                for tensor, deltas in loaded.loaded.get(name, {}).items():
+                    keys = keys_to_save(tensor, deltas, loaded.loaded[name], shapes[tensor])
+                    state.update({f"{network}.{key}": value for key, value in keys.items()})
+        if not state:
+            raise ValueError("save_lora_weights: there is nothing to save")
+        path = Path(save_directory) / weight_name
+        with replacing(path) as temporary:
+            made = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
+            save_file(made, temporary, {"format": "pt"})
+        return path
+
+    @property
+    def _states(self) -> dict[str, "AdapterState"]:
+        return {
+            name: network.__dict__.setdefault(STATE, AdapterState())
+            for name, network in self.networks.items()
+        }
+
+    def _known(self, names: Iterable[str]) -> list[str]:
+        names = list(dict.fromkeys(names))
+        known = {name for state in self._states.values() for name in state.loaded}
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"no adapter is called {unknown}; loaded are {sorted(known)}")
+        return names
+
+    def _components(self, names: Sequence[str] | None) -> list[str]:
+        if unknown := set(names or ()) - set(self.networks):
+            raise ValueError(f"components={sorted(unknown)}: adapters go into {sorted(self.networks)}")
+        return list(names or self.networks)
+
+    def _weight_table(self, weight: Any) -> dict[str, Any]:
+        table = weight if isinstance(weight, Mapping) else dict.fromkeys(self.networks, weight)
+        if unknown := set(table) - set(self.networks):
+            raise ValueError(f"adapter_weights names {sorted(unknown)}; known are {sorted(self.networks)}")
+        for network, number in table.items():
+            if number is not None and not isinstance(number, (int, float)):
+                raise ValueError(f"adapter_weights: {number!r} for {network} is not a number")
+        return {network: 1.0 if table.get(network) is None else table[network] for network in self.networks}
+
+    def _set_enabled(self, enabled: bool) -> None:
+        for network, state in self._states.items():
+            state.enabled = enabled
+            state.sync(self.networks[network])
+
+
+def merge(base: Tensor, deltas: Weighted) -> Tensor:
+    """The sum of a parameter and its deltas, in fp32, rounded once to the dtype of the parameter, whose
+    memory layout it keeps."""
+    total = base.reshape(base.shape[0], -1).to(torch.promote_types(base.dtype, torch.float32))
+    for delta, strength in deltas:
+        total = delta.add_to(total, strength)
+    return torch.empty_like(base).copy_(total.view(base.shape))
+
+
+class AdapterState:
+    """The adapters of one network."""
+
+    def __init__(self):
+        self.loaded: dict[str, Changes] = {}
+        self.weights: dict[str, float] = {}
+        self.active: list[str] = []
+        self.enabled = True
+        self.scale = 1.0  # of the running call
+        self.fused: dict[str, float] = {}  # adapter -> the strength with which it is in the weights
+        self.originals: dict[str, Tensor] = {}  # tensor -> what it was before the first fuse
+        self.reversible = True
+        self.adapted: set[str] = set()  # modules whose parameters are read with their deltas
+
+    def activate(self, names: Sequence[str], network: nn.Module) -> None:
+        self.active = list(names)
+        self.sync(network)
+
+    def set_scale(self, scale: float, network: nn.Module) -> None:
+        if scale != self.scale:
+            self.scale = scale
+            self.sync(network)
+
+    def sync(self, network: nn.Module) -> None:
+        """Let the network's modules read the sums that are wanted now."""
+        running = {
+            n: self.weights[n] * self.scale for n in self.active if self.enabled and n not in self.fused
+        }
+        live: dict[str, dict[str, Weighted]] = {}
+        for tensor, deltas in self.collect(running).items():
+            path, _, leaf = tensor.rpartition(".")
+            live.setdefault(path, {})[leaf] = deltas
+        for path in self.adapted | live.keys():
+            read_with_deltas(network.get_submodule(path), live.get(path, {}))
+        self.adapted = set(live)
+
+    def collect(self, strengths: Mapping[str, float]) -> dict[str, Weighted]:
+        """Tensor -> the deltas of these adapters."""
+        found: dict[str, Weighted] = {}
+        for name, strength in strengths.items():
+            for tensor, deltas in self.loaded.get(name, {}).items() if strength else ():
+                found.setdefault(tensor, []).extend((delta, strength) for delta in deltas)
+        return found
+
+    def check_finite(self, strengths: Mapping[str, float], network: nn.Module) -> None:
+        for tensor, deltas in self.collect(strengths).items():
+            if not merge(_parameter(network, tensor).data, deltas).isfinite().all():
+                raise ValueError(f"{tensor} would not be finite with {sorted(strengths)}: nothing was fused")
+
+    def fuse(self, strengths: Mapping[str, float], network: nn.Module, reversible: bool) -> None:
+        """Sums are made from the originals, so that the order of several calls does not round differently."""
+        together = {**self.fused, **strengths} if reversible and self.reversible else dict(strengths)
+        changed = self.collect(strengths)
+        for tensor, deltas in self.collect(together).items():
+            if tensor not in changed:
+                continue
+            parameter = _parameter(network, tensor)
+            original = self.originals.get(tensor, parameter.data)
+            if reversible and self.reversible:
+                self.originals[tensor] = original.to("cpu")
+                parameter.data = merge(original.to(parameter.device, parameter.dtype), deltas)
+            else:
+                parameter.data = merge(parameter.data, deltas)
+        self.fused.update(strengths)
+        if not reversible and strengths:
+            self.reversible = False
+            self.originals.clear()
+        self.sync(network)
+
+    def check_reversible(self) -> None:
+        if self.fused and not self.reversible:
+            raise ValueError(
+                "fused with reversible=False: the original weights are gone, load the network again"
+            )
+
+    def unfuse(self, network: nn.Module) -> None:
+        for tensor, original in self.originals.items():
+            parameter = _parameter(network, tensor)
+            parameter.data = original.to(parameter.device, parameter.dtype)
+        self.originals.clear()
+        self.fused.clear()
+        self.sync(network)
+
+
+def _parameter(network: nn.Module, tensor: str) -> nn.Parameter:
+    """The parameter itself, where reading the attribute would give a sum."""
+    path, _, leaf = tensor.rpartition(".")
+    parameter = network.get_submodule(path)._parameters[leaf]
+    assert parameter is not None
+    return parameter
+
+
+def read_with_deltas(module: nn.Module, deltas: dict[str, Weighted]) -> None:
+    """From now on, reading these parameters as attributes of `module` gives them with the deltas added.
+
+    The class of this one object becomes a subclass in which the parameters are properties. `_parameters`, and
+    so everything that walks over parameters, is untouched.
+    """
+    plain = getattr(type(module), "plain_class", type(module))
+    if deltas:
+        module.__dict__["lora_deltas"] = deltas
+        module.__class__ = _reading_class(plain, frozenset(deltas))
+    else:
+        module.__dict__.pop("lora_deltas", None)
+        module.__class__ = plain
+
+
+@functools.cache
+def _reading_class(plain: type[nn.Module], leaves: frozenset[str]) -> type[nn.Module]:
+    def reading(leaf: str) -> property:
+        def read(module: nn.Module) -> Tensor:
+            parameter = module._parameters[leaf]
+            assert parameter is not None
+            return merge(parameter, module.__dict__["lora_deltas"][leaf])
+
+        return property(read)
+
+    return type(plain.__name__, (plain,), {"plain_class": plain, **{leaf: reading(leaf) for leaf in leaves}})
+
+
+def keys_to_save(
+    tensor: str, deltas: Sequence[Delta], changes: Changes, shape: Sequence[int]
+) -> dict[str, Tensor]:
+    """The PEFT keys of one tensor's deltas. A whole weight, or the bias of a layer without factors, has none:
+    it is written as `diff`, which ComfyUI and `lora_files` read."""
+    layer, _, leaf = tensor.rpartition(".")
+    factored = any(delta.up is not None for delta in changes.get(f"{layer}.weight", ()))
+    state = {}
+    for delta in deltas:
+        if delta.up is not None:
+            ones = (1,) * (len(shape) - 2)
+            state[f"{layer}.lora_A.weight"] = delta.down.reshape(-1, *shape[1:])
+            state[f"{layer}.lora_B.weight"] = _times(delta.up, delta.scale).reshape(*delta.up.shape, *ones)
+        else:
+            forms = {"weight": "diff", "bias": "lora_B.bias" if factored else "diff_b"}
+            key = f"{layer}.{forms[leaf]}" if leaf in forms else f"{tensor}.diff"
+            whole = _times(delta.down, delta.scale).reshape(shape)
+            state[key] = state[key] + whole if key in state else whole
+    return state
+
+
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    """The product in the tensor's dtype where that is exact, else in fp32."""
+    wide = tensor.float() * scale
+    return wide.to(tensor.dtype) if torch.equal(wide.to(tensor.dtype).float(), wide) else wide
