@@ -13,7 +13,6 @@ import contextlib
 import inspect
 import json
 import logging
-import math
 import os
 import secrets
 import shutil
@@ -26,24 +25,37 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from joyedit import __version__
+from joyedit.arguments import (
+    CAPTION_MODEL,
+    CAPTION_SETTINGS,
+    CAPTIONS,
+    DEFAULT_MODEL,
+    LARGEST_SEED,
+    OUTPUT_SUFFIXES,
+    SIDE_OUTPUTS,
+    parse,
+)
 
 if TYPE_CHECKING:
     from joyedit.info import Checkpoint
 
 log = logging.getLogger("joyedit")
 
-DEFAULT_MODEL = "tiny-joyimage"
-OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
-LARGEST_SEED = 2**63 - 1
-
 # What `--config-from` takes over: names of options and of the recorded metadata alike, and the JSON type.
 REPEATED: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
+    "source_prompt": str,
+    "target_prompt": str,
     "negative_prompt": str,
     "seed": int,
     "num_inference_steps": int,
     "guidance_scale": (int, float),
+    "inpaint_strength": (int, float),
+    "mask_encode_strength": (int, float),
+    "mask_thresholding_ratio": (int, float),
+    "num_maps_per_mask": int,
+    "invert_guidance_scale": (int, float),
+    "composite": bool,
     "height": int,
     "width": int,
     "basesize": int,
@@ -53,13 +65,15 @@ REPEATED: dict[str, type | tuple[type, ...]] = {
     "parts": dict,
     "dtype": str,
     "device": str,
+    "prediction_type": str,
     "reference_quirks": bool,
 }
+LARGEST_SIDE = 768  # of a square of as many pixels as an edit between captions works on by itself
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; wrong arguments raise SystemExit(2)."""
-    args = parse(argv)
+    args = parse(argv, {"edit": edit, "generate": generate, "convert": convert, "info": info})
     with log_to_stderr(args.verbosity):
         try:
             args.run(args)
@@ -117,20 +131,10 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def make(args: argparse.Namespace, source: str | None) -> None:
-    """Make images from `args.prompt` and, unless `source` is None, the photograph at that path or URL.
+    """Make images from what `args` say and, unless `source` is None, the photograph at that path or URL.
 
     Everything that can be refused is refused before the model is loaded.
     """
-    if args.prompt is None and args.config_from is None:
-        args.parser.error(
-            "say what to do: an instruction or prompt is missing, and there is no --config-from"
-        )
-    if (args.height is None) != (args.width is None):
-        args.parser.error("give both --height and --width, or neither")
-    if args.output and not Path(args.output).is_dir() and not args.output.lower().endswith(OUTPUT_SUFFIXES):
-        suffixes = ", ".join(OUTPUT_SUFFIXES)
-        args.parser.error(f"argument -o/--output: {args.output!r} is neither a folder nor ends in {suffixes}")
-
     photo, photo_facts = None, None
     if source is not None:
         from joyedit.images import load_photo
@@ -144,23 +148,82 @@ def make(args: argparse.Namespace, source: str | None) -> None:
         raise ValueError(f"seed {seed} is not within 0 and {LARGEST_SEED}")
     seeds = list(range(seed, seed + (args.num_images or 1)))
     paths = output_paths(args.output, None if photo_facts is None else photo_facts["name"], seeds)
-    refuse_unwritable(paths, args.force)
+    asked = [name for name in SIDE_OUTPUTS if vars(args).get(name)]
+    files = {"output": paths, **{name: numbered(Path(vars(args)[name]), seeds) for name in asked}}
+    refuse_unwritable([path for each in files.values() for path in each], args.force)
+    refuse_other_model(args)
 
     pipe = open_pipeline(args)
-    given = {
-        name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")
-    }
-    given |= {"prompt": args.prompt, "negative_prompt": args.negative_prompt, "image": photo}
-    given = {name: value for name, value in given.items() if value is not None}
+    profile = photo.info.get("icc_profile") if photo else None
     log.info("seed %s", " ".join(map(str, seeds)))
-    images = run_pipeline(pipe, given, seeds)
-    for image, seed, path in zip(images, seeds, paths, strict=True):
+    given = given_options(args)
+    if is_by_captions(args):
+        assert photo is not None
+        given["image"] = photo = working_copy(photo, args)
+        made = edit_by_captions(pipe, given, seeds)
+    else:
+        given |= {} if photo is None else {"image": photo}
+        made = [{"output": image} for image in run_pipeline(pipe, given, seeds)]
+    for i, (seed, pictures) in enumerate(zip(seeds, made, strict=True)):
         metadata = None
         if args.metadata:
             metadata = facts_of_run(args, pipe, given, photo_facts)
-            metadata |= {"seed": seed, "height": image.height, "width": image.width}
-        write_image(image, path, metadata, args.force, photo.info.get("icc_profile") if photo else None)
-        print(path, flush=True)
+            metadata |= {"seed": seed, "height": pictures["output"].height, "width": pictures["output"].width}
+        for name, each in files.items():
+            write_image(pictures[name], each[i], metadata if name == "output" else None, args.force, profile)
+            print(each[i], flush=True)
+
+
+def is_by_captions(args: argparse.Namespace) -> bool:
+    """Whether the edit is between two captions, as Stable Diffusion does it."""
+    return vars(args).get("source_prompt") is not None
+
+
+def model_name(args: argparse.Namespace) -> str:
+    return args.model or (CAPTION_MODEL if is_by_captions(args) else DEFAULT_MODEL)
+
+
+def refuse_other_model(args: argparse.Namespace) -> None:
+    """Raises ValueError for a model that is not told what to do in this way."""
+    from joyedit.loading import pipeline_name
+
+    model = model_name(args)
+    options = {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
+    takes_captions = pipeline_name(model, **options) == "StableDiffusionDiffEditPipeline"
+    if takes_captions and args.command == "generate":
+        raise ValueError(f"{model} edits photographs here: joyedit edit PHOTO --source TEXT --target TEXT")
+    if takes_captions and not is_by_captions(args):
+        raise ValueError(
+            f"{model} takes no instruction: say what the photograph shows and what it shall show, as in "
+            "joyedit edit PHOTO --source 'a bowl of fruits' --target 'a bowl of pears'"
+        )
+    if not takes_captions and is_by_captions(args):
+        raise ValueError(
+            f"{model} edits by instruction, not from --source to --target: say what to do, as in "
+            "joyedit edit PHOTO 'Make it red.'"
+        )
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was said of the picture, as the pipeline's call takes it."""
+    names = ["negative_prompt", "num_inference_steps", "guidance_scale"]
+    names += [*CAPTIONS, *CAPTION_SETTINGS] if is_by_captions(args) else ["prompt", "height", "width"]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def working_copy(photo: Any, args: argparse.Namespace) -> Any:
+    """The photograph in the size that is asked for, or else in its own, up to LARGEST_SIDE squared."""
+    import PIL.Image
+
+    size = (args.width, args.height)
+    if args.height is None:
+        scale = (args.basesize or LARGEST_SIDE) / (photo.width * photo.height) ** 0.5
+        scale = scale if args.basesize else min(scale, 1)
+        size = tuple(max(int(side * scale) // 8 * 8, 8) for side in photo.size)
+    if size == photo.size:
+        return photo
+    log.info("working at %d x %d pixels, the photograph has %d x %d", *size, *photo.size)
+    return photo.resize(size, PIL.Image.Resampling.LANCZOS)
 
 
 def open_pipeline(args: argparse.Namespace) -> Any:
@@ -168,10 +231,10 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     from joyedit.loading import load
 
     table = None if args.basesize is None else buckets(args.basesize)
-    options = {name: getattr(args, name) for name in ("device", "dtype", "offload", "reference_quirks")}
-    options |= source_options(args)
+    names = ("device", "dtype", "offload", "reference_quirks", "prediction_type")
+    options = {name: getattr(args, name) for name in names} | source_options(args)
     given = {name: value for name, value in options.items() if value is not None}
-    pipe = load(args.model or DEFAULT_MODEL, **given, **(args.parts or {}))
+    pipe = load(model_name(args), **given, **(args.parts or {}))
     if table is not None:
         pipe.buckets = table
     # Shown on a terminal only (None), unless asked for or against.
@@ -194,6 +257,23 @@ def run_pipeline(pipe: Any, given: dict[str, Any], seeds: list[int]) -> list[Any
     return pipe(**given, generator=generators, num_images_per_prompt=len(seeds)).images
 
 
+def edit_by_captions(pipe: Any, given: dict[str, Any], seeds: list[int]) -> list[dict[str, Any]]:
+    """For each seed the result, the mask in its size, and the grid of photograph, mask on it and result."""
+    import torch
+
+    from joyedit.images import make_image_grid
+    from joyedit.masks import mask_overlay, to_mask_images
+
+    made = []
+    for seed in seeds:
+        (result,), _, mask, _ = pipe.edit(**given, generator=torch.Generator("cpu").manual_seed(seed))
+        (white,) = to_mask_images(torch.from_numpy(mask))
+        white = white.resize(result.size, 0)  # 0: the nearest pixel
+        shown = [given["image"], mask_overlay(given["image"], white), result]
+        made.append({"output": result, "mask_out": white, "grid": make_image_grid(shown, 1, 3)})
+    return made
+
+
 def facts_of_run(
     args: argparse.Namespace, pipe: Any, given: dict[str, Any], photo_facts: dict[str, str] | None
 ) -> dict[str, Any]:
@@ -203,15 +283,18 @@ def facts_of_run(
     from joyedit.hub import Origin
     from joyedit.loading import BUILT_IN
 
-    defaults = {name: p.default for name, p in inspect.signature(pipe.__call__).parameters.items()}
-    model, revision = args.model or DEFAULT_MODEL, None
+    by_captions = is_by_captions(args)
+    call = pipe.edit if by_captions else pipe.__call__
+    defaults = {name: parameter.default for name, parameter in inspect.signature(call).parameters.items()}
+    settings = ["num_inference_steps", "guidance_scale", *(CAPTION_SETTINGS if by_captions else ())]
+    model, revision = model_name(args), None
     if model not in BUILT_IN and not Path(model).exists():
         revision = Origin(model, args.revision, cache_dir=args.cache_dir, local_files_only=True).commit
     repeated = {
         "prompt": args.prompt,
+        **{name: vars(args).get(name) for name in CAPTIONS},
         "negative_prompt": args.negative_prompt,
-        "num_inference_steps": given.get("num_inference_steps", defaults["num_inference_steps"]),
-        "guidance_scale": given.get("guidance_scale", defaults["guidance_scale"]),
+        **{name: given.get(name, defaults[name]) for name in settings},
         "basesize": args.basesize,
         "model": model,
         "revision": revision,
@@ -219,6 +302,7 @@ def facts_of_run(
         "parts": args.parts,
         "dtype": args.dtype or "auto",
         "device": pipe.device.type,
+        "prediction_type": args.prediction_type,
         "reference_quirks": bool(args.reference_quirks),
     }
     circumstances = {
@@ -242,9 +326,13 @@ def fill_from_image(args: argparse.Namespace, photo_facts: dict[str, str] | None
     from joyedit.pipelines.pipeline import accelerator_device
 
     recorded = read_metadata(args.config_from)
-    kept = set(REPEATED)
+    kept = set(REPEATED) & set(vars(args))
     if args.model is not None:
-        kept -= {"revision", "variant", "parts"}  # they belong to the recorded model
+        kept -= {"revision", "variant", "parts", "prediction_type"}  # they belong to the recorded model
+    if args.prompt is not None:
+        kept -= {*CAPTIONS, *CAPTION_SETTINGS}
+    elif any(vars(args).get(name) is not None for name in CAPTIONS):
+        kept -= {"prompt"}
     before = recorded.get("input", {})
     if not isinstance(before, dict):
         raise ValueError(f"{args.config_from}: the recorded input is damaged: {before!r}")
@@ -262,7 +350,7 @@ def fill_from_image(args: argparse.Namespace, photo_facts: dict[str, str] | None
             log.warning("the recorded device (%s) is not here: the result will differ by rounding", value)
             continue
         setattr(args, name, value)
-    if args.prompt is None:
+    if args.prompt is None and any(vars(args).get(name) is None for name in CAPTIONS):
         raise ValueError(f"{args.config_from} records no prompt: give one")
 
 
@@ -279,12 +367,20 @@ def output_paths(output: str | None, photo: str | None, seeds: list[int]) -> lis
     if output is None or chosen.is_dir():
         stem = "generated" if photo is None else f"{PurePath(photo).stem}-edit"
         return [chosen / f"{stem}-{seed}.png" for seed in seeds]
+    return numbered(chosen, seeds)
+
+
+def numbered(path: Path, seeds: list[int]) -> list[Path]:
+    """`path` itself for one seed, otherwise one path for each with the seed in its name."""
+    path = path.expanduser()
     if len(seeds) == 1:
-        return [chosen]
-    return [chosen.with_name(f"{chosen.stem}-{seed}{chosen.suffix}") for seed in seeds]
+        return [path]
+    return [path.with_name(f"{path.stem}-{seed}{path.suffix}") for seed in seeds]
 
 
 def refuse_unwritable(paths: list[Path], force: bool) -> None:
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise ValueError(f"two results would be written to one file: {', '.join(map(str, paths))}")
     for path in paths:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
@@ -329,7 +425,8 @@ def convert(args: argparse.Namespace) -> None:
     checkpoint = describe(args.source, **options)
     refuse_full_disk(target, checkpoint, args.dtype)
     dtype = {} if args.dtype is None else {"dtype": args.dtype}
-    pipe = load(args.source, device="cpu", **dtype, **options, **(args.parts or {}))
+    told = {} if args.prediction_type is None else {"prediction_type": args.prediction_type}
+    pipe = load(args.source, device="cpu", **dtype, **told, **options, **(args.parts or {}))
     local = Path(args.source).expanduser().exists()
     provenance = {
         "joyedit.version": __version__,
@@ -399,191 +496,3 @@ def info(args: argparse.Namespace) -> None:
         checkpoint = facts.describe(args.target, **options)
         found, shown = checkpoint.to_dict(), checkpoint.lines()
     print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else "\n".join(shown))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments. Raises SystemExit(2), with the reason on standard error, for wrong ones."""
-    args, left = build_parser().parse_known_args(argv)
-    if len(left) == 1 and not left[0].startswith("-") and getattr(args, "prompt", "") is None:
-        args.prompt = left.pop()  # before Python 3.12.7 argparse loses it when an option follows PHOTO
-    if left:
-        args.parser.error(f"unrecognized arguments: {' '.join(left)}")
-    return args
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="joyedit", description="Edit images by instruction.")
-    parser.add_argument("--version", action="version", version=f"joyedit {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(name: str, run: Any, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text, parents=[*parents, verbosity_options()])
-        made.set_defaults(run=run, parser=made)
-        return made
-
-    made = command("edit", edit, "edit a photograph as an instruction says", image_options(), *part_options())
-    made.add_argument("photo", metavar="PHOTO", help="path or http(s) URL of the photograph")
-    made.add_argument("prompt", metavar="INSTRUCTION", nargs="?", help="what to change")
-
-    made = command("generate", generate, "make an image from text", image_options(), *part_options())
-    made.add_argument("prompt", metavar="PROMPT", nargs="?", help="what to show")
-
-    made = command("convert", convert, "write a checkpoint in another layout or dtype", *part_options())
-    made.add_argument("source", metavar="SRC", help="folder, weight file or Hub name of the checkpoint")
-    made.add_argument("target", metavar="DST", help="folder to write")
-    made.add_argument(
-        "--to", choices=("diffusers", "original", "comfyui"), default="diffusers", help="default: diffusers"
-    )
-    made.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES[:4])} (as stored)")
-    made.add_argument("--force", action="store_true", help="replace a checkpoint that is there already")
-
-    made = command(
-        "info",
-        info,
-        "what a checkpoint holds, how an image was made, or (without TARGET) what this installation is",
-        file_options(),
-    )
-    made.add_argument(
-        "target", metavar="TARGET", nargs="?", help="folder, weight file, Hub name, or a PNG made here"
-    )
-    made.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def image_options() -> argparse.ArgumentParser:
-    """Options of the commands that make images. Those of the picture default to what the pipeline says."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add = parser.add_argument_group("the image").add_argument
-    add(
-        "-o",
-        "--output",
-        metavar="OUT",
-        help="file to write (.png, .jpg, .webp) or a folder; default: PHOTO-edit-SEED.png",
-    )
-    add(
-        "--seed",
-        type=seed_number,
-        help="seed of the first image, the next ones count up; default: a random one",
-    )
-    add("--num-images", type=positive, metavar="N", help="how many images, default 1")
-    add("--steps", type=positive, metavar="N", dest="num_inference_steps", help="denoising steps")
-    add(
-        "--guidance-scale",
-        type=finite,
-        metavar="G",
-        help="how closely to follow the text; 1 turns guidance off",
-    )
-    add("--negative-prompt", metavar="TEXT", help="what to avoid")
-    add("--height", type=pixels, help="with --width: the nearest size that the model knows is used")
-    add("--width", type=pixels)
-    add(
-        "--basesize", type=int, choices=(256, 512, 768, 1024), help="work in sizes of about this edge squared"
-    )
-    add("--config-from", metavar="PNG", help="take every option that is not given from an image made here")
-    add(
-        "--no-metadata", action="store_false", dest="metadata", help="do not record the parameters in the PNG"
-    )
-    add("--force", action="store_true", help="replace files that are there already")
-    add = parser.add_argument_group("the model").add_argument
-    add("-m", "--model", metavar="NAME", help=f"folder, weight file or Hub name; default: {DEFAULT_MODEL}")
-    add("--device", metavar="DEVICE", help="auto (an accelerator if there is one), cpu, cuda, cuda:1, mps")
-    add(
-        "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES[:4])}; default: auto (as stored)"
-    )
-    add(
-        "--offload",
-        choices=("none", "model", "sequential"),
-        help="keep the networks in main memory and bring one, or one block, at a time to the accelerator",
-    )
-    add(
-        "--reference-quirks",
-        action=argparse.BooleanOptionalAction,
-        help="repeat the defects of the reference implementation",
-    )
-    return parser
-
-
-def file_options() -> argparse.ArgumentParser:
-    """Where a checkpoint's files are."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add = parser.add_argument_group("its files").add_argument
-    add("--revision", help="branch, tag or commit of a Hub repository")
-    add("--variant", help="files of this variant, such as fp16")
-    add("--cache-dir", metavar="DIR", help="where downloads are kept")
-    add("--offline", action="store_true", help="use only what is on this disk")
-    return parser
-
-
-def part_options() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """`file_options`, and parts from elsewhere."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--part",
-        action=PartAction,
-        dest="parts",
-        metavar="NAME=PATH",
-        help="take one part (vae, processor, ...) from another folder, file or Hub name; may be repeated",
-    )
-    return file_options(), parser
-
-
-def verbosity_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.set_defaults(verbosity=0)
-    parser.add_argument(
-        "-q", "--quiet", action="store_const", const=-1, dest="verbosity", help="show errors only"
-    )
-    parser.add_argument(
-        "-v",
-        "--verbose",
-        action="store_const",
-        const=1,
-        dest="verbosity",
-        help="show everything, and tracebacks",
-    )
-    return parser
-
-
-class PartAction(argparse.Action):
-    """Collects NAME=PATH in a dict."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        name, found, path = values.partition("=")
-        if not found or not name.isidentifier() or not path:
-            raise argparse.ArgumentError(self, f"{values!r} is not of the form NAME=PATH")
-        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), name: path})
-
-
-def positive(text: str) -> int:
-    return whole_number(text, 1, 10**9)
-
-
-def seed_number(text: str) -> int:
-    return whole_number(text, 0, LARGEST_SEED)
-
-
-def pixels(text: str) -> int:
-    value = whole_number(text, 16, 10**6)
-    if value % 16:
-        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 16")
-    return value
-
-
-def whole_number(text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
-    return value
-
-
-def finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not finite")
-    return value

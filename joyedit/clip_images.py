@@ -90,6 +90,7 @@ class CLIPImageProcessor:
     """Pictures to what the CLIP vision towers read: the central square of each, 224 pixels wide."""
 
     library = "transformers"  # under which model_index.json lists it
+    relatives = frozenset({"CLIPFeatureExtractor", "CLIPImageProcessorPil"})  # its other names there
 
     def __init__(self, config: CLIPImageConfig | None = None):
         self.config = config or CLIPImageConfig()

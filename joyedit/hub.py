@@ -131,6 +131,25 @@ class Origin:
             names += shards_of(self.fetch([posixpath.join(subfolder, "config.json"), index]) / index)
         return [posixpath.join(subfolder, name) for name in names]
 
+    def variants(
+        self, stems: Mapping[str, str], variant: str | None, use_safetensors: bool | None
+    ) -> dict[str, str | None]:
+        """The variant to take of each network (folder -> weights stem): `variant`, and None with a warning
+        where the folder does not hold it. Raises FileNotFoundError when no folder does."""
+        lacking = {}
+        for name, stem in stems.items() if variant else ():
+            where = f"{self.name}/{name}"
+            try:
+                choose_weight_files(self._inside(name), stem, variant, use_safetensors, where)
+            except FileNotFoundError as error:
+                lacking[name] = error
+        if not lacking:
+            return dict.fromkeys(stems, variant)
+        if len(lacking) == len(stems):
+            raise next(iter(lacking.values()))
+        log.warning("no variant %r of %s: the usual files are used", variant, ", ".join(lacking))
+        return {name: None if name in lacking else variant for name in stems}
+
     def small_files(self, subfolder: str) -> list[str]:
         """The files of `subfolder` that are no weights: configs, vocabularies, templates."""
         inside = self._inside(subfolder)

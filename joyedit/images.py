@@ -532,7 +532,8 @@ def parameters_text(metadata: Mapping[str, Any]) -> str:
     settings = ", ".join(
         f"{label}: {shown[key]}" for key, label in labels.items() if shown.get(key) is not None
     )
-    lines = [str(shown.get("prompt") or ""), f"Negative prompt: {negative}" if negative else "", settings]
+    prompt = str(shown.get("prompt") or shown.get("target_prompt") or "")
+    lines = [prompt, f"Negative prompt: {negative}" if negative else "", settings]
     return "\n".join(line for line in lines if line)
 
 

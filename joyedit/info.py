@@ -8,6 +8,7 @@ from the Hub, and the number of parameters stays unknown.
 import dataclasses
 import importlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import posixpath
@@ -29,9 +30,11 @@ from joyedit.loading import (
     WEIGHT_SUFFIXES,
     layout_of,
     licence_of,
+    pipeline_for,
     read_infer_config,
 )
 from joyedit.random_checkpoint import cached_random_checkpoint
+from joyedit.single_file import read_single_file
 from joyedit.weights import (
     AUTO_BF16_BYTES,
     Network,
@@ -46,7 +49,9 @@ from joyedit.weights import (
 KEY_SETTINGS = """
     hidden_size num_layers num_hidden_layers depth num_attention_heads num_heads num_key_value_heads head_dim
     text_dim rope_dim_list in_channels patch_size vocab_size base_dim z_dim dim_mult num_res_blocks shift
-    use_dynamic_shifting joyai_original num_train_timesteps
+    use_dynamic_shifting joyai_original num_train_timesteps block_out_channels layers_per_block
+    cross_attention_dim attention_head_dim use_linear_projection scaling_factor hidden_act beta_schedule
+    prediction_type
 """.split()
 
 
@@ -127,7 +132,7 @@ def describe(
 ) -> Checkpoint:
     """What the folder, weight file or Hub repository `name` holds; names and errors as in `joyedit.load`."""
     if name in BUILT_IN and not Path(name).exists():
-        return dataclasses.replace(describe(str(cached_random_checkpoint())), name=name)
+        return dataclasses.replace(describe(str(cached_random_checkpoint(name))), name=name)
     path = Path(name).expanduser()
     if path.is_file():
         return describe_file(path)
@@ -169,8 +174,11 @@ def describe(
 
 
 def describe_file(path: Path) -> Checkpoint:
-    """What a single weight file holds: the first network whose names and shapes it fits."""
+    """What a single weight file holds: Stable Diffusion, or the first network whose names and shapes it
+    fits."""
     layout = layout_of(str(path), [])
+    if layout == "ldm":
+        return describe_single_file(path)
     files = TensorFiles([path])
     beside = path.with_name("config.json")
     raw = read_json(beside) if beside.is_file() else {}
@@ -186,6 +194,20 @@ def describe_file(path: Path) -> Checkpoint:
     provenance = read_provenance([path])
     licence = provenance.get("license", "not stated")
     return Checkpoint(str(path), layout, "one network", None, licence, {part: found}, size, provenance)
+
+
+def describe_single_file(path: Path) -> Checkpoint:
+    """Each network of a whole Stable Diffusion file."""
+    parts = {}
+    for part, (kind, config, files) in read_single_file(path).networks.items():
+        dtypes = dtypes_of(files)
+        parts[part] = Part(
+            kind.__name__, (path.name,), files.nbytes(), sum(dtypes.values()), dtypes, config.to_dict()
+        )
+    provenance = read_provenance([path])
+    licence = provenance.get("license", "not stated")
+    name, size = "StableDiffusionDiffEditPipeline", path.stat().st_size
+    return Checkpoint(str(path), "ldm", name, None, licence, parts, size, provenance)
 
 
 def fits(kind: type[Network], raw: Mapping[str, Any], files: TensorFiles) -> bool:
@@ -216,10 +238,9 @@ def places(layout: str, pipeline: str, index: Mapping[str, Any]) -> dict[str, tu
 
 
 def pipeline_parts(pipeline: str) -> Mapping[str, tuple[type, ...]]:
-    """The parts of a pipeline of ours, none for another's."""
-    if pipeline not in PIPELINES:
-        return {}
-    return getattr(importlib.import_module(PIPELINES[pipeline]), pipeline).parts
+    """The parts of a pipeline of ours, or of the one of ours that opens its folders; none for others."""
+    ours = pipeline_for(pipeline)
+    return getattr(importlib.import_module(PIPELINES[ours]), ours).parts if ours else {}
 
 
 def known_class(pipeline: str, part: str, class_name: str) -> type:
@@ -239,9 +260,9 @@ def weight_files(
         return [file for file in inside if is_weights([file])]
     names = [PurePosixPath(file).name for file in inside]
     stems = (kind.weights_stem,) if kind is not Network else ("diffusion_pytorch_model", "model")
-    for stem in stems:
+    for stem, wanted in itertools.product(stems, dict.fromkeys((variant, None))):
         try:
-            chosen = choose_weight_files(names, stem, variant, None, f"{origin.name}/{folder}")
+            chosen = choose_weight_files(names, stem, wanted, None, f"{origin.name}/{folder}")
         except FileNotFoundError:
             continue
         if chosen[0].endswith(".json"):
@@ -281,9 +302,14 @@ def count_dtypes(files: Sequence[Path]) -> dict[str, int]:
     """How many parameters of each dtype the weight files hold."""
     counted: Counter[str] = Counter()
     for file in files:
-        opened = TensorFiles([file])
-        for name, shape in opened.shapes.items():
-            counted[str(opened.dtypes[name]).removeprefix("torch.")] += torch.Size(shape).numel()
+        counted.update(dtypes_of(TensorFiles([file])))
+    return dict(counted)
+
+
+def dtypes_of(files: TensorFiles) -> dict[str, int]:
+    counted: Counter[str] = Counter()
+    for name, shape in files.shapes.items():
+        counted[str(files.dtypes[name]).removeprefix("torch.")] += torch.Size(shape).numel()
     return dict(counted)
 
 

@@ -4,6 +4,7 @@ Layouts of whole checkpoints:
   diffusers   model_index.json and one folder per part
   original    transformer/transformer.pth, vae/<one file>, JoyAI-Image-Und/, infer_config.py
   comfyui     diffusion_models/, text_encoders/ and vae/ with one file each, or such a file alone
+  ldm         one file with all of Stable Diffusion, see `single_file.py`
 
 Files without a config beside them have the released one. Nothing of a repository is executed.
 """
@@ -20,6 +21,7 @@ import torch
 from joyedit.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
 from joyedit.random_checkpoint import cached_random_checkpoint
+from joyedit.single_file import is_single_file, open_single_file, read_single_file
 from joyedit.weights import (
     LoadOptions,
     Network,
@@ -34,8 +36,20 @@ from joyedit.weights import (
 
 log = logging.getLogger("joyedit")
 
-PIPELINES = {"JoyImageEditPipeline": "joyedit.pipelines.joyimage"}  # class -> module
-BUILT_IN = {"tiny-joyimage": "JoyImageEditPipeline"}
+PIPELINES = {  # class -> module
+    "JoyImageEditPipeline": "joyedit.pipelines.joyimage",
+    "StableDiffusionDiffEditPipeline": "joyedit.pipelines.diffedit",
+}
+BUILT_IN = {
+    "tiny-joyimage": "JoyImageEditPipeline",
+    "tiny-diffedit": "StableDiffusionDiffEditPipeline",
+}
+
+# Why some folders hold none of them, by the beginning of their pipeline's name.
+REFUSED = {
+    "StableDiffusionInpaintPipeline": "an inpainting UNet takes 9 channels: a text-to-image one is needed",
+    "StableDiffusionXL": "Stable Diffusion XL has other networks than 1.x and 2.x, which are known here",
+}
 
 ORIGINAL_TEXT_ENCODER = "JoyAI-Image-Und"
 ORIGINAL_SHIFT = 4.0  # of jd-opensource/JoyAI-Image where infer_config.py does not say
@@ -56,6 +70,8 @@ def load(
     variant: str | None = None,
     offload: str = "none",
     reference_quirks: bool = False,
+    prediction_type: str | None = None,
+    ema: bool = False,
     **components: Any,
 ) -> Any:
     """Load a pipeline from a folder, a weight file, a Hub repository, or one of the built-in names.
@@ -63,8 +79,11 @@ def load(
     pipeline: class name, where a checkpoint serves several. device: "auto" takes the accelerator if there is
     one.
     dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16.
+    variant: where only some folders hold it, the usual files of the others are used.
     offload: "none", "model" or "sequential". components: parts to use instead (`transformer=`, `vae=`,
     `scheduler=`, ...): an object, or the path or Hub name of one.
+    Of a single file of Stable Diffusion, which does not say it: prediction_type is "epsilon" or
+    "v_prediction"; ema=True takes the averaged UNet.
 
     Returns the pipeline. Raises FileNotFoundError, ValueError or TypeError before any tensor is read.
     """
@@ -80,13 +99,17 @@ def load(
         "local_files_only": local_files_only,
     }
     if name in BUILT_IN and not Path(name).exists():
-        name = str(cached_random_checkpoint())
+        name = str(cached_random_checkpoint(name))
     origin = Origin(name, **origin_options)
     options = LoadOptions(dtype=parse_dtype(dtype), variant=variant, origin=origin_options)
     listing = [] if Path(name).is_file() else origin.listing()
     layout = layout_of(name, listing)
     class_name = pipeline or _pipeline_class(origin, layout)
-    cls = getattr(importlib.import_module(PIPELINES[class_name]), class_name)
+    if layout != "diffusers" and class_name != (held := _pipeline_class(origin, layout)):
+        raise ValueError(f"pipeline={pipeline!r}: {name} is of a {held}")
+    cls = _open_class(class_name)
+    if layout != "ldm" and (prediction_type is not None or ema):
+        raise ValueError(f"prediction_type and ema are for single files of Stable Diffusion, not {name}")
     if unknown := set(components) - set(cls.parts):
         raise TypeError(
             f"unknown argument {sorted(unknown)}; {class_name} has the parts {', '.join(cls.parts)}"
@@ -94,6 +117,9 @@ def load(
     given = {part: _open_part(cls, part, value, options) for part, value in components.items()}
     if layout == "diffusers":
         pipe = cls.from_origin(origin, options, given, reference_quirks)
+    elif layout == "ldm":
+        parts = open_single_file(Path(name), options, given, prediction_type, ema)
+        pipe = cls(**{**parts, **given}, reference_quirks=reference_quirks)
     else:
         opened = _open_original if layout == "original" else _open_comfyui
         parts = opened(cls, origin, listing, options, given)
@@ -111,11 +137,21 @@ def load(
     return pipe
 
 
+def pipeline_name(name_or_path: str | Path, **options: Any) -> str:
+    """Which pipeline `load` would return, from names and small files alone. Options: where a Hub repository's
+    files come from, as in `load`. Raises FileNotFoundError or ValueError as `load` does."""
+    name = str(name_or_path)
+    if name in BUILT_IN and not Path(name).exists():
+        return BUILT_IN[name]
+    origin = Origin(name, **options)
+    return _pipeline_class(origin, layout_of(name, [] if Path(name).is_file() else origin.listing()))
+
+
 def layout_of(name: str, listing: list[str]) -> str:
-    """ "diffusers", "original" or "comfyui". Raises ValueError saying what was found."""
+    """ "diffusers", "original", "comfyui" or "ldm". Raises ValueError saying what was found."""
     if not listing and not Path(name).is_dir():
         if name.endswith(WEIGHT_SUFFIXES):
-            return "comfyui"
+            return "ldm" if Path(name).is_file() and is_single_file(Path(name)) else "comfyui"
         raise ValueError(f"{name} is a file, but not of weights ({', '.join(WEIGHT_SUFFIXES)})")
     if "model_index.json" in listing:
         return "diffusers"
@@ -134,11 +170,25 @@ def layout_of(name: str, listing: list[str]) -> str:
 
 def _pipeline_class(origin: Origin, layout: str) -> str:
     if layout != "diffusers":
-        return "JoyImageEditPipeline"
+        return "StableDiffusionDiffEditPipeline" if layout == "ldm" else "JoyImageEditPipeline"
     name = read_json(origin.fetch(["model_index.json"]) / "model_index.json").get("_class_name")
-    if name not in PIPELINES:
-        raise ValueError(f"{origin.name} holds a {name}; joyedit has {', '.join(PIPELINES)}")
-    return name
+    found = pipeline_for(str(name))
+    if found is None:
+        reasons = [f": {REFUSED[start]}" for start in REFUSED if str(name).startswith(start)]
+        ours = ", ".join(PIPELINES)
+        raise ValueError(f"{origin.name} holds a {name}{''.join(reasons)}; joyedit has {ours}")
+    return found
+
+
+def pipeline_for(class_name: str) -> str | None:
+    """Our pipeline for the folders of a Diffusers pipeline of that name; None if there is none."""
+    if class_name in PIPELINES:
+        return class_name
+    return next((name for name in PIPELINES if class_name in _open_class(name).relatives), None)
+
+
+def _open_class(name: str) -> type[Pipeline]:
+    return getattr(importlib.import_module(PIPELINES[name]), name)
 
 
 def licence_of(origin: Origin, listing: list[str]) -> str:
@@ -174,6 +224,10 @@ def _open_part(cls: type[Pipeline], part: str, value: Any, options: LoadOptions)
     kind = cls.parts[part][0]
     path = Path(value)
     if path.is_file() and issubclass(kind, Network):
+        if is_single_file(path):
+            whole = read_single_file(path)
+            if part in whole.networks and whole.networks[part][0] is kind:
+                return whole.load(part, options)
         return open_file(kind, path, options.dtype)
     inside = path.joinpath(part).is_dir() or not path.exists()
     extra = {"dtype": options.dtype, "variant": options.variant} if issubclass(kind, Network) else {}
@@ -302,7 +356,7 @@ def save_checkpoint(
     pipe: Any, folder: Path, to: str = "diffusers", metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a pipeline as "diffusers", "original" (JoyAI) or "comfyui" files. Raises FileExistsError for a
-    folder that holds something.
+    folder that holds something, ValueError for Stable Diffusion in another layout than "diffusers".
 
     `metadata` goes into the header of every safetensors file. In the foreign layouts, too, a network of
     another size than the released one gets a config.json beside its file.
@@ -314,6 +368,8 @@ def save_checkpoint(
     if to == "diffusers":
         pipe.save_pretrained(folder, metadata=metadata)
         return
+    if "unet" in pipe.components:
+        raise ValueError(f"to={to!r} is for JoyAI-Image: Stable Diffusion is written as 'diffusers' only")
     if lost := sorted(pipe.settings_to_save()):
         log.warning("the %s layout has no place for %s: the released ones will be used", to, ", ".join(lost))
     if to == "comfyui":

@@ -82,6 +82,15 @@ def to_mask_images(mask: Tensor) -> list[Image]:
     return [PIL.Image.fromarray(page) for page in levels.numpy()]
 
 
+def mask_overlay(image: Image, mask: Image) -> Image:
+    """The picture in RGB, reddened where the mask is white. A mask of another size is scaled by the nearest
+    pixel."""
+    picture = to_pil_list(image, "image")[0]
+    white = mask.convert("L").resize(picture.size, PIL.Image.Resampling.NEAREST)
+    red = PIL.Image.blend(picture, PIL.Image.new("RGB", picture.size, (255, 0, 0)), 0.5)
+    return PIL.Image.composite(red, picture, white)
+
+
 def paste_back(pictures: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
     """The original pixels (B, 3, H, W) outside the mask (B, 1, h, w), the edited pictures (B, 3, H, W)
     inside."""

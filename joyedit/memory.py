@@ -23,8 +23,8 @@ class BlockStreaming:
         self.blocks = [block for block in self.blocks if id(block) not in inner]
         self.masters: dict[nn.Parameter, torch.Tensor] = {}
         streamed = {id(p) for block in self.blocks for p in block.parameters()}
-        for parameter in network.parameters():
-            if id(parameter) not in streamed:
+        for name, parameter in network.named_parameters():
+            if id(parameter) not in streamed and not network.stays_behind(name):
                 parameter.data = parameter.data.to(device)
         self.device = device
         self.hooks = [block.register_forward_pre_hook(self._bring) for block in self.blocks]

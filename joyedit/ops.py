@@ -8,7 +8,6 @@ checkpoint and the arithmetic of the wide one.
 B batch   N tokens   D width   H heads   E = D / H
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +19,9 @@ Size = int | tuple[int, ...]  # one number for all axes, or one per axis
 LARGE_PLANE = 128 * 128  # positions from which sums over a channels-last plane need care on a CPU
 
 
+CPU_HAS_BF16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def compute_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     """The dtype to compute in for weights of `dtype` on `device`.
 
@@ -28,13 +30,13 @@ def compute_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype
     are used.
     """
     if torch.device(device).type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        return dtype if dtype is torch.bfloat16 and _cpu_has_bf16() else torch.float32
+        return dtype if dtype is torch.bfloat16 and CPU_HAS_BF16 else torch.float32
     return dtype
 
 
-@functools.cache
-def _cpu_has_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and rotations of x: fp32, or float64 where x is that already."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -96,24 +98,20 @@ def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
     """LayerNorm over the last axis, statistics in fp32. x (..., D); weight, bias (D)."""
-    out = F.layer_norm(
-        x.float(),
-        x.shape[-1:],
-        None if weight is None else weight.float(),
-        None if bias is None else bias.float(),
-        eps,
-    )
-    return out.to(x.dtype)
+    dtype = wide_dtype(x)
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
 def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift. x (B, N, D); shift, scale (B or 1, D)."""
-    if (
-        shift.shape[0] == 1
-    ):  # one for all samples: the modulation is the affine part of the norm, one pass over x
-        return F.layer_norm(x.float(), x.shape[-1:], 1 + scale[0].float(), shift[0].float(), eps).to(x.dtype)
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift[:, None].float(), normed, 1 + scale[:, None].float()).to(x.dtype)
+    dtype = wide_dtype(x)
+    shift, scale = shift.to(dtype), 1 + scale.to(dtype)
+    if len(shift) == 1:
+        # One for all samples: the modulation is the affine part of the norm, and one pass over x is enough.
+        return F.layer_norm(x.to(dtype), x.shape[-1:], scale[0], shift[0], eps).to(x.dtype)
+    normed = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift[:, None], normed, scale[:, None]).to(x.dtype)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -123,7 +121,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / rms(x) * weight over the last axis, statistics in fp32. x (..., D); weight (D)."""
-    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+    dtype = wide_dtype(x)
+    return F.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), eps).to(x.dtype)
 
 
 def channel_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
@@ -141,7 +140,7 @@ def channel_rms_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def _channel_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12)
     scale = gamma.to(wide).view(-1, *(1,) * (x.ndim - 2)) * gamma.numel() ** 0.5  # |x| = rms(x) * sqrt(C)
     return (x * length.reciprocal()).mul_(scale)
@@ -158,7 +157,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 
 
 def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
     if x.device.type == "cpu" and x.ndim == 4 and x.shape[2] * x.shape[3] >= LARGE_PLANE and x.stride(1) == 1:
         return _group_norm_by_lines(x, weight, bias, groups, eps)
@@ -187,14 +186,14 @@ def _group_norm_by_lines(x: Tensor, weight: Tensor, bias: Tensor, groups: int, e
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs (x0, x1) by the angles of each token, in fp32. x (B, N, H, E); cos, sin (N, E
     / 2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # (B, N, H, E/2)
+    pairs = torch.view_as_complex(x.to(wide_dtype(x)).unflatten(-1, (-1, 2)).contiguous())  # (B, N, H, E/2)
     turned = pairs * torch.complex(cos, sin)[:, None]
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (x[j], x[j + E/2]) by the angles of each token. x (B, N, H, E); cos, sin (B or 1, N, E / 2)."""
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.to(wide_dtype(x)).chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 
-def axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
-    """position * theta ** (-2 j / dim), j = 0 .. dim/2 - 1, in fp32. positions (N) -> (N, dim / 2)."""
+def axis_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """position * theta ** (-2 j / dim), j = 0 .. dim/2 - 1, in `dtype`. positions (N) -> (N, dim / 2)."""
     frequency = 1.0 / theta ** (
-        torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)[: dim // 2] / dim
+        torch.arange(0, dim, 2, dtype=dtype, device=positions.device)[: dim // 2] / dim
     )
-    return torch.outer(positions.float(), frequency)
+    return torch.outer(positions.to(dtype), frequency)
 
 
 def grid_rope(

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import types
 import typing
@@ -74,9 +73,11 @@ class Config(Mapping):
             name = cls.aliases.get(key, key)
             if name in known:
                 hint = hints[name]
-                if isinstance(hint, type) and issubclass(hint, Config) and not isinstance(value, Config):
-                    value = hint.from_dict(value)
+                if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
+                    value = value if isinstance(value, Config) else hint.from_dict(value)
                 values[name] = _freeze(value)
+                if not _fits(values[name], hint):
+                    raise ValueError(f"{cls.__name__}: {key}={value!r} is not of type {_spelled(hint)}")
             elif cls.keeps_unknown:
                 extra[key] = value
             elif not key.startswith("_") and key not in cls.ignored:
@@ -124,6 +125,29 @@ class Config(Mapping):
         return sum(1 for _ in self)
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type; an integer is a float too, a bool is no number."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    origin = typing.get_origin(hint) or hint
+    if origin is tuple:
+        items = typing.get_args(hint)
+        if not isinstance(value, tuple) or not items:
+            return isinstance(value, tuple)
+        if items[-1] is Ellipsis:
+            items = items[:1] * len(value)
+        return len(items) == len(value) and all(map(_fits, value, items))
+    if origin is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(origin, type) or isinstance(value, origin)
+
+
+def _spelled(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
 def _freeze(value: Any) -> Any:
     return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
 
@@ -159,13 +183,9 @@ class Network(nn.Module):
     table: ClassVar[str]  # module of joyedit.convert that knows the layouts of this network
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"  # transformers networks use "model"
     library: ClassVar[str] = "diffusers"  # under which model_index.json lists it
-    fp32_modules: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # path components whose parameters stay fp32 in half precision
-
-    mapped_modules: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # path components of weights that are rarely needed
+    # Path components whose parameters stay fp32 in half precision, and of those that `to` leaves in memory.
+    fp32_modules: ClassVar[frozenset[str]] = frozenset()
+    mapped_modules: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any):
         super().__init__()
@@ -205,9 +225,9 @@ class Network(nn.Module):
         here and in diffusers or transformers."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", self.config_to_save())
         inverse = self.layouts()[0].invert(self.state_dict())
         save_tensors(folder, self.weights_stem, inverse, max_shard_size, variant, metadata)
+        write_json(folder / "config.json", self.config_to_save())
 
     def config_to_save(self) -> dict[str, Any]:
         return {"_class_name": type(self).__name__, **self.config.to_dict()}
@@ -221,8 +241,8 @@ class Network(nn.Module):
         return not cls.fp32_modules.isdisjoint(name.split("."))
 
     @classmethod
-    def stays_in_file(cls, name: str) -> bool:
-        """Whether the parameter `name` is left mapped as it is stored, on load and by `to`."""
+    def stays_behind(cls, name: str) -> bool:
+        """Whether the parameter `name` is left in main memory, or mapped from its file, by `to`."""
         return not cls.mapped_modules.isdisjoint(name.split("."))
 
     @property
@@ -236,18 +256,20 @@ class Network(nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
-        wanted = {}
+        ranks = {torch.channels_last: 4, torch.channels_last_3d: 5}  # what a memory format is a word about
+        names = {}
         for name, parameter in self.named_parameters():
-            if self.stays_in_file(name):
-                wanted[id(parameter)] = (parameter.device, parameter.dtype)
-            elif dtype in HALF and self.stays_fp32(name):
-                wanted[id(parameter)] = (device, torch.float32)
+            names[id(parameter)] = names[id(parameter.grad)] = name
 
         def move(t: Tensor) -> Tensor:
-            place, kind = wanted.get(id(t), (device, dtype))
-            kind = kind if t.is_floating_point() else None
-            kept = layout is None or t.ndim != 4  # `memory_format` is a word about the kernels of images
-            return t.to(place, kind, non_blocking, memory_format=torch.preserve_format if kept else layout)
+            name = names.get(id(t), "")
+            kind = torch.float32 if dtype in HALF and self.stays_fp32(name) else dtype
+            return t.to(
+                t.device if self.stays_behind(name) else device,
+                kind if t.is_floating_point() else None,
+                non_blocking,
+                memory_format=layout if ranks.get(layout) == t.ndim else torch.preserve_format,
+            )
 
         return self._apply(move)
 
@@ -329,16 +351,18 @@ class TensorFiles(Mapping[str, Tensor]):
     """The tensors of one or several weight files by name, read when asked for.
 
     safetensors files are mapped, pickles are opened with `weights_only=True` and mapped where their format
-    allows.
+    allows. `numbers` are what a training program notes in a pickle beside the tensors ("global_step", ...).
     """
 
     def __init__(self, files: Sequence[Path], prefix: str = ""):
         self.files = list(files)
+        self.numbers: dict[str, float] = {}
         self._where: dict[str, Any] = {}  # name -> (open file, name inside)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         for path in self.files:
-            opened = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+            is_pickle = path.suffix != ".safetensors"
+            opened = _open_pickle(path, self.numbers) if is_pickle else _open_safetensors(path)
             for key, shape, dtype, read in opened:
                 name = key.removeprefix(prefix)
                 if name in self._where:
@@ -349,6 +373,9 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._where[name]()
+
+    def __contains__(self, name: object) -> bool:  # Mapping would read the tensor
+        return name in self._where
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -366,6 +393,15 @@ class TensorFiles(Mapping[str, Tensor]):
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]:
         return self._dtypes
+
+    def renamed(self, names: Mapping[str, str]) -> "TensorFiles":
+        """Some of these tensors under other names (new name -> name here). Nothing is read."""
+        view = TensorFiles([])
+        view.files, view.numbers = self.files, self.numbers
+        for new, name in names.items():
+            view._where[new], view._shapes[new] = self._where[name], self._shapes[name]
+            view._dtypes[new] = self._dtypes[name]
+        return view
 
     def nbytes(self) -> int:
         return sum(torch.Size(s).numel() * self._dtypes[n].itemsize for n, s in self._shapes.items())
@@ -398,7 +434,12 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             header = json.loads(file.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"{path} is not a safetensors file: its header is unreadable") from None
-    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    try:
+        end = max(
+            (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0
+        )
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise ValueError(f"{path} is not a safetensors file: its header lists no tensors") from None
     if 8 + length + end != size:
         raise ValueError(
             f"{path} was cut off or damaged: {size} bytes, its header promises {8 + length + end}"
@@ -425,17 +466,28 @@ def _open_safetensors(path: Path):
         )
 
 
-def _open_pickle(path: Path):
+# Checkpoints that Lightning wrote, Stable Diffusion's among them, name this class; an empty one stands in.
+_CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+
+
+def _unpickle(path: Path, mmap: bool) -> Any:
+    with torch.serialization.safe_globals([_CALLBACK]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _open_pickle(path: Path, numbers: dict[str, float]):
+    """The tensors of a pickle; the numbers beside them go into `numbers`."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = _unpickle(path, mmap=True)
     except RuntimeError as error:
         if "mmap" not in str(error):  # the legacy format cannot be mapped, everything else is damage
             raise ValueError(f"{path} is not a readable PyTorch file: {error}") from None
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _unpickle(path, mmap=False)
     except Exception as error:  # the unpickler raises half a dozen types, for damage and for code alike
         raise ValueError(f"{path} cannot be opened as weights only: {error}") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            numbers.update({key: value for key, value in state.items() if isinstance(value, (int, float))})
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict (names to tensors)")
@@ -518,7 +570,7 @@ def target_dtypes(
     dtypes = {}
     for name, step in plan.steps.items():
         stored = files.dtypes[step.sources[0]]
-        wanted = stored if cls.stays_in_file(name) else dtype or stored
+        wanted = dtype or stored
         dtypes[name] = torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
     return dtypes
 
@@ -587,24 +639,18 @@ def save_tensors(
     names = [f"{stem}{tag}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     if count == 1:
         names = [f"{stem}{tag}.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        with replacing(folder / name) as temporary:
-            save_file(
-                {k: t.detach().contiguous() for k, t in shard.items()},
-                temporary,
-                {"format": "pt", **(metadata or {})},
-            )
     index = folder / f"{stem}.safetensors.index{tag}.json"
-    if count > 1:
-        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(tensor.nbytes for tensor in state.values())
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
+    with contextlib.ExitStack() as files:  # all are moved into place together, when the last one is written
+        for name, shard in zip(names, shards, strict=True):
+            tensors = {key: tensor.detach().contiguous() for key, tensor in shard.items()}
+            header = {"format": "pt", **(metadata or {})}
+            save_file(tensors, files.enter_context(replacing(folder / name)), header)
+        if count > 1:
+            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            total = sum(tensor.nbytes for tensor in state.values())
+            content = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+            files.enter_context(replacing(index)).write_text(content + "\n", encoding="utf-8")
     stale = re.compile(re.escape(stem + tag) + r"(-\d{5}-of-\d{5})?\.safetensors")
     for path in folder.iterdir():
         if path.name not in names and stale.fullmatch(path.name) or (count == 1 and path == index):
             path.unlink()
-
-
-def copy_file(source: Path, target: Path) -> None:
-    with replacing(target) as temporary:
-        shutil.copyfile(source, temporary)

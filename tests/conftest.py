@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import joyedit
+
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -54,3 +56,79 @@ def goldens(tmp_path_factory) -> SimpleNamespace:
         runs=load_file(GOLDENS / "runs.safetensors"),
         encoders=load_file(GOLDENS / "encoders.safetensors"),
     )
+
+
+@pytest.fixture(scope="session")
+def sd_reference() -> dict:
+    """Tiny networks of Stable Diffusion 1.x and 2.x in the reference, with the four levels and the layers of
+    the released ones: release -> part -> network."""
+    import diffusers
+    import transformers
+
+    def networks(release):
+        torch.manual_seed(release)
+        widths = (32, 32, 64, 64) if release == 1 else (64, 64, 128, 128)
+        unet = diffusers.UNet2DConditionModel(
+            block_out_channels=widths,
+            attention_head_dim=8 if release == 1 else [width // 64 for width in widths],
+            cross_attention_dim=128,
+            use_linear_projection=release == 2,
+            sample_size=64 if release == 1 else 96,
+        )
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(32, 32, 64, 64),
+            layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            sample_size=512 if release == 1 else 768,
+        )
+        text = transformers.CLIPTextConfig(
+            vocab_size=548,
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            hidden_act="quick_gelu" if release == 1 else "gelu",
+        )
+        made = {"unet": unet, "vae": vae, "text_encoder": transformers.CLIPTextModel(text)}
+        for network in made.values():
+            network.eval().requires_grad_(False)
+            for parameter in network.parameters():
+                if parameter.ndim == 1:  # norms and biases: of ones and zeros no mistake would show
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return made
+
+    return {release: networks(release) for release in (1, 2)}
+
+
+@pytest.fixture(scope="session")
+def sd_states(sd_reference) -> dict:
+    """Their tensors: release -> part -> state dict."""
+    return {
+        release: {part: network.state_dict() for part, network in networks.items()}
+        for release, networks in sd_reference.items()
+    }
+
+
+@pytest.fixture
+def sd_released(shared_data):
+    """A function: name of a published checkpoint -> part -> its tensors at their own size, each a single zero
+    that takes no memory."""
+    kinds = {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "safety_checker": "StableDiffusionSafetyChecker",
+    }
+
+    def zeros(name):
+        found = {}
+        for part in kinds:
+            if (shared_data / name / part).is_dir():
+                with torch.device("meta"):
+                    network = getattr(joyedit, kinds[part]).from_config(shared_data / name / part)
+                sizes = {key: value.shape for key, value in network.state_dict().items()}
+                found[part] = {k: torch.zeros(1, dtype=torch.float16).expand(v) for k, v in sizes.items()}
+        return found
+
+    return zeros

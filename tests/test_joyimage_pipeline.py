@@ -1,6 +1,8 @@
 """What users of JoyImageEditPipeline meet: inputs, outputs, callbacks, refusals, and the work that is not
 done twice."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -291,6 +293,21 @@ MASK = torch.ones(1, 3)
         (dict(latents=torch.full((1, 1, 16, 1, 8, 12), float("nan"))), "NaN or infinite"),
         (dict(latents=torch.full((1, 1, 16, 1, 8, 12), float("inf"))), "NaN or infinite"),
         (dict(callback_on_step_end_tensor_inputs=["noise"]), "'noise'.*only"),
+        (dict(timesteps=[]), "num_inference_steps|at least 1|must be"),
+        (dict(timesteps="abc"), "timesteps"),
+        (dict(sigmas=[float("nan")]), "sigmas"),
+        (dict(generator=0), "generator is, or holds, a int"),
+        (dict(generator=[0]), "generator is, or holds, a int"),
+        (dict(guidance_scale="4"), "guidance_scale='4'"),
+        (dict(guidance_scale=None), "guidance_scale=None"),
+        (dict(latents=np.zeros(3)), "latents is a ndarray"),
+        (dict(prompt=None, prompt_embeds=EMBEDS.numpy(), prompt_embeds_mask=MASK), "must be tensors"),
+        (dict(prompt=None, prompt_embeds=EMBEDS / 0, prompt_embeds_mask=MASK), "prompt_embeds hold NaN"),
+        (
+            dict(prompt=["a", "b"], negative_prompt_embeds=EMBEDS, negative_prompt_embeds_mask=MASK),
+            "for 1 prompts, but there are 2",
+        ),
+        (dict(callback_on_step_end=3), "callback_on_step_end is a int"),
         (dict(prompt="look: <image>\nand see"), "stands for a picture"),
         (dict(prompt="look: <|image_pad|>"), "image_pad"),
     ],
@@ -333,9 +350,85 @@ def test_a_cut_prompt_is_said_aloud(pipe, caplog):
     assert "was cut" in caplog.text
 
 
+def test_buckets_that_fit_no_token_grid(pipe, photo):
+    pipe.buckets = [(100, 100)]
+    with pytest.raises(ValueError, match="multiples of 16"):
+        pipe(image=photo, prompt="a", num_inference_steps=1)
+
+
+def test_parts_of_another_class(loaded):
+    parts = loaded.components
+    with pytest.raises(TypeError, match="vae is a JoyImageEditTransformer3DModel: .* takes AutoencoderKLWan"):
+        JoyImageEditPipeline(**{**parts, "vae": parts["transformer"]})
+    with pytest.raises(TypeError, match="transformer is a NoneType"):
+        JoyImageEditPipeline(**{**parts, "transformer": None})
+    made = JoyImageEditPipeline(**parts)
+    with pytest.raises(TypeError, match="compile its blocks in place"):
+        made.transformer = torch.compile(parts["transformer"])
+
+
+def test_masks_mark_valid_tokens_by_any_value(pipe, photo):
+    embeds = torch.randn(1, 5, 32, generator=seeded(3))
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    call = dict(prompt=None, prompt_embeds=embeds, negative_prompt_embeds=embeds, guidance_scale=2.0)
+    plain = run(pipe, photo, prompt_embeds_mask=mask, negative_prompt_embeds_mask=mask, **call)
+    odd = run(pipe, photo, prompt_embeds_mask=mask * 2.5, negative_prompt_embeds_mask=mask.bool(), **call)
+    np.testing.assert_array_equal(plain, odd)
+
+
+def test_a_callback_may_turn_guidance_off(pipe, photo, monkeypatch):
+    calls = []
+    predict = pipe.transformer.predict_target
+    monkeypatch.setattr(pipe.transformer, "predict_target", lambda *a: calls.append(1) or predict(*a))
+
+    def off(pipe, step, timestep, tensors):
+        pipe.guidance_scale = 1.0
+        return {}
+
+    run(pipe, photo, num_inference_steps=4, callback_on_step_end=off)
+    assert len(calls) == 2 + 3
+
+
+def test_a_callback_that_fails_leaves_the_pipeline_usable(checkpoint, pipe, photo):
+    offloaded = JoyImageEditPipeline.from_pretrained(checkpoint, dtype="float32")
+    offloaded.buckets = BUCKETS
+    offloaded.set_offload("sequential", device="cpu")
+
+    def fail(*_):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        run(offloaded, photo, callback_on_step_end=fail)
+    np.testing.assert_array_equal(run(offloaded, photo), run(pipe, photo))
+
+
+def test_replaced_tensors_must_keep_their_shape(pipe, photo):
+    with pytest.raises(ValueError, match=r"latents of shape \(1,\), wanted \(1, 1, 16, 1, 8, 12\)"):
+        run(pipe, photo, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)})
+
+
+def test_one_pipeline_serves_several_sizes_and_unicode(pipe, photo):
+    first = run(pipe, photo, prompt="你好 🐱")
+    assert run(pipe, photo.rotate(90, expand=True), prompt="").shape[1:3] == (96, 64)
+    np.testing.assert_array_equal(run(pipe, photo, prompt="你好 🐱"), first)
+
+
+def test_a_copied_pipeline_is_its_own(pipe, photo):
+    copied = copy.deepcopy(pipe)
+    expected = run(pipe, photo)
+    with torch.no_grad():
+        for parameter in pipe.transformer.proj_out.parameters():
+            kept = parameter.clone()
+            parameter.zero_()
+            np.testing.assert_array_equal(run(copied, photo), expected)
+            parameter.copy_(kept)
+
+
 def test_unknown_quirk(loaded):
     with pytest.raises(ValueError, match="known are"):
         JoyImageEditPipeline(**loaded.components, reference_quirks=["sloppy"])
+    one = JoyImageEditPipeline(**loaded.components, reference_quirks="padded_prompts")
+    assert one.quirks == {"padded_prompts"}
 
 
 def test_slicing_equals_and_tiling_runs(pipe, photo):
@@ -369,6 +462,23 @@ def test_offload_gives_the_same_image(checkpoint, pipe, photo, offload):
     np.testing.assert_array_equal(run(offloaded, photo), expected)
     offloaded.disable_offload()
     np.testing.assert_array_equal(run(offloaded, photo), expected)
+
+
+def test_offload_without_an_accelerator_does_nothing(pipe, photo, monkeypatch):
+    monkeypatch.setattr("joyedit.pipelines.pipeline.accelerator_device", lambda: None)
+    pipe.enable_model_cpu_offload()
+    pipe.enable_sequential_cpu_offload(gpu_id=0)
+    assert pipe.device == torch.device("cpu")
+    run(pipe, photo, num_inference_steps=1)
+
+
+def test_an_offloaded_pipeline_is_not_moved(checkpoint):
+    pipe = JoyImageEditPipeline.from_pretrained(checkpoint)
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match="disable_offload"):
+        pipe.to("cpu")
+    pipe.disable_offload()
+    pipe.to("cpu")
 
 
 def test_bf16_is_near_fp32(checkpoint, pipe, photo):

@@ -200,6 +200,11 @@ def test_quirks_and_default_checkpoint(monkeypatch, tmp_path, caplog):
     stamp = (made / "model_index.json").stat().st_mtime_ns
     joyedit.load("tiny-joyimage", device="cpu")
     assert (made / "model_index.json").stat().st_mtime_ns == stamp  # made once
+    (made / "model_index.json").unlink()
+    assert joyedit.load("tiny-joyimage", device="cpu").dtype is torch.bfloat16  # half a folder is made again
+    monkeypatch.setattr("joyedit.random_checkpoint._fingerprint", lambda: "changed")
+    joyedit.load("tiny-joyimage", device="cpu")
+    assert len(list(tmp_path.iterdir())) == 2  # changed networks have a checkpoint of their own
 
 
 def test_load_is_still_the_function_after_every_submodule_is_imported(diffusers_folder):

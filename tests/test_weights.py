@@ -188,6 +188,9 @@ def test_broken_files_are_refused_by_name(saved):
     path.write_bytes(b"GIF89a not tensors")
     with pytest.raises(ValueError, match="not a safetensors file"):
         Two.from_pretrained(folder)
+    path.write_bytes((2).to_bytes(8, "little") + b"[]")
+    with pytest.raises(ValueError, match="header lists no tensors"):
+        Two.from_pretrained(folder)
     path.write_bytes(whole)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not valid JSON"):
@@ -258,6 +261,61 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_save_keeps_the_old_weights_whole(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network = Two()
+    network.save_pretrained(tmp_path, max_shard_size=40)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        network.body.weight.zero_()
+    saved = []
+
+    def stop_at_the_second(*args):
+        saved.append(save_file(*args))
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("joyedit.weights.save_file", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        network.save_pretrained(tmp_path, max_shard_size=40)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_network_without_tensors_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        network = Two()
+    with pytest.raises(Exception, match="meta"):
+        network.save_pretrained(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"width": "64"}, "width='64' is not of type int"),
+        ({"width": 4.0}, "width=4.0 is not of type int"),
+        ({"width": True}, "width=True is not of type int"),
+        ({"width": None}, "width=None"),
+        ({"sizes": 3}, "sizes=3"),
+        ({"sizes": [1, "a"]}, "sizes=.1, 'a'."),
+        ({"kind": 3}, "kind=3"),
+    ],
+    ids=str,
+)
+def test_values_of_another_type_name_their_key(raw, message):
+    with pytest.raises(ValueError, match=message):
+        TwoConfig.from_dict(raw)
+
+
+def test_gradients_keep_the_dtype_of_their_parameters():
+    network = Two()
+    (network.body(torch.ones(1, 4)).sum() + network.time_embedder(torch.ones(1, 2)).sum()).backward()
+    network.to(torch.bfloat16)
+    for parameter in network.parameters():
+        assert parameter.grad.dtype is parameter.dtype
+    assert network.time_embedder.weight.dtype is torch.float32
 
 
 def test_sizes():

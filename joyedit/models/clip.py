@@ -95,8 +95,8 @@ class CLIPVisionConfig(Config):
     patch_size: int = 14
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
-    architectures: tuple[str, ...] | None = None
-    dtype: str | None = None
+    architectures: tuple[str, ...] | None = ("CLIPVisionModelWithProjection",)
+    dtype: str | None = "bfloat16"
     model_type: str = "clip_vision_model"
 
     aliases = {"torch_dtype": "dtype"}
@@ -112,6 +112,8 @@ class CLIPVisionConfig(Config):
         "num_attention_heads": 12,
         "patch_size": 32,
         "hidden_act": "quick_gelu",
+        "architectures": None,
+        "dtype": None,
     }
 
     def __post_init__(self):
@@ -125,6 +127,8 @@ VIT_L_14 = CLIPVisionConfig(
     projection_dim=768,
     num_hidden_layers=24,
     hidden_act="quick_gelu",
+    architectures=None,
+    dtype=None,
 )
 
 

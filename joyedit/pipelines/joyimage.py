@@ -14,8 +14,9 @@ B images   L prompt tokens   D width   C latent channels   h, w latent height an
 Source: diffusers `pipeline_joyimage_edit.py`; jd-opensource/JoyAI-Image.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -24,14 +25,14 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from joyedit import images as im
 from joyedit import ops
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
-from joyedit.models.qwen3_vl import ImageFeatures, Prefix, Qwen3VLForConditionalGeneration
+from joyedit.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.noise import Generators, draw_noise
+from joyedit.pipelines.joyimage_prompts import SYSTEM, USER, VISION, Prompt, PromptReader
 from joyedit.pipelines.pipeline import (
     Pipeline,
     as_list,
@@ -45,23 +46,14 @@ from joyedit.tokenizers import Qwen2Tokenizer, Qwen3VLProcessor
 
 log = logging.getLogger("joyedit")
 
-# The defects of the reference that `reference_quirks` reproduces.
-GLOBAL_POSTERIOR = (
-    "global_posterior"  # the VAE posterior is drawn from the global generator, not the given one
-)
-PADDED_PROMPTS = "padded_prompts"  # in a batch, shorter prompts are padded and the padding is attended to
-MISPAIRED_REFERENCES = (
-    "mispaired_references"  # num_images_per_prompt > 1 pairs prompts with other prompts' photos
-)
+# The defects of the reference that `reference_quirks` reproduces: the VAE posterior is drawn from the global
+# generator, not the given one; in a batch, shorter prompts are padded and the padding is attended to; and
+# num_images_per_prompt > 1 pairs prompts with other prompts' photographs.
+GLOBAL_POSTERIOR = "global_posterior"
+PADDED_PROMPTS = "padded_prompts"
+MISPAIRED_REFERENCES = "mispaired_references"
 
-SYSTEM = (
-    "<|im_start|>system\n \\nDescribe the image by detailing the color, shape, size, texture, quantity, "
-    "text, spatial relationships of the objects and background:<|im_end|>\n"
-)
-USER = "<|im_start|>user\n"
-VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 DEFAULT_BASE = 1024
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Picture = Image.Image | np.ndarray | Tensor
 
@@ -70,33 +62,8 @@ class JoyImageEditPipelineOutput(NamedTuple):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class Prompt(NamedTuple):
-    """Embedded prompts, the pair that the encode methods return: embeds (B, L, D), mask (B, L), nonzero at
-    valid tokens."""
-
-    embeds: Tensor
-    mask: Tensor
-
-    @classmethod
-    def of(cls, embeds: Tensor | None, mask: Tensor | None) -> "Prompt | None":
-        return None if embeds is None or mask is None else cls(embeds, mask)
-
-    @classmethod
-    def pad(cls, states: list[Tensor]) -> "Prompt":
-        """From a list of (L, D), zeros after the shorter ones."""
-        masks = [s.new_ones(len(s), dtype=torch.long) for s in states]
-        return cls(pad_sequence(states, batch_first=True), pad_sequence(masks, batch_first=True))
-
-    def repeat(self, count: int) -> "Prompt":
-        """Each prompt `count` times in a row."""
-        return Prompt(self.embeds.repeat_interleave(count, 0), self.mask.repeat_interleave(count, 0))
-
-    def to(self, device: torch.device | None) -> "Prompt":
-        return Prompt(self.embeds.to(device), self.mask.to(device))
-
-
 class JoyImageEditPipeline(Pipeline):
-    """Edit images by instruction, or make them from text.
+    """Edit images by instruction, or make them from text. One call at a time: the scheduler keeps count.
 
     Parts: `scheduler`, `vae`, `text_encoder`, `tokenizer`, `transformer`, `processor`.
     `text_token_max_length` cuts the prompt of text-to-image. `buckets` are the (height, width) sizes the
@@ -147,7 +114,7 @@ class JoyImageEditPipeline(Pipeline):
         self.transformer: JoyImageEditTransformer3DModel
         self.processor: Qwen3VLProcessor
         self.text_token_max_length = text_token_max_length
-        self.buckets = [(int(h), int(w)) for h, w in buckets] if buckets else im.buckets(DEFAULT_BASE)
+        self.buckets = im.buckets(DEFAULT_BASE) if buckets is None else [(int(h), int(w)) for h, w in buckets]
         self.vae_scale_factor_spatial = vae.config.scale_factor_spatial
         self.vae_scale_factor_temporal = vae.config.scale_factor_temporal
         # The system turn and the user's <|im_start|> are not part of the embedding: 34 tokens in the real
@@ -155,6 +122,7 @@ class JoyImageEditPipeline(Pipeline):
         self.num_dropped_tokens = len(tokenizer.encode(SYSTEM + "<|im_start|>"))
         self.guidance_scale = 1.0
         self.num_timesteps = 0
+        self._announced: set[tuple[int, int]] = set()  # sizes whose bucket was said
 
     @classmethod
     def settings(cls) -> tuple[str, ...]:
@@ -163,6 +131,11 @@ class JoyImageEditPipeline(Pipeline):
     def settings_to_save(self) -> dict[str, Any]:
         default = self.buckets == im.buckets(DEFAULT_BASE)
         return {} if default else {"buckets": [list(size) for size in self.buckets]}
+
+    @property
+    def size_multiple(self) -> int:
+        """What both sides of a picture must be multiples of: the pixels of one token."""
+        return self.vae_scale_factor_spatial * self.transformer.config.patch_size[-1]
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -226,21 +199,28 @@ class JoyImageEditPipeline(Pipeline):
             negative_prompt_embeds_mask,
             names,
         )
+        per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
+        _check_numbers(num_inference_steps, per_prompt, guidance_scale, max_sequence_length, output_type)
         given = [Prompt.of(prompt_embeds, prompt_embeds_mask)]
         given += [Prompt.of(negative_prompt_embeds, negative_prompt_embeds_mask)] * (guidance_scale > 1)
         batch = len(prompt) if isinstance(prompt, list) else 1 if given[0] is None else len(given[0].embeds)
         texts = [as_list(prompt, batch, "prompt"), as_list(negative_prompt, batch, "negative_prompt")]
-        per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
-        _check_numbers(num_inference_steps, per_prompt, guidance_scale, max_sequence_length, output_type)
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")
         photos = _one_per_prompt(None if image is None else im.to_pil_list(image, "image"), batch)
         _check_placeholders(texts, photos)
         generator = check_generators(generator, batch * per_prompt)
         size = self.choose_size(photos, height, width)
+        if min(size) < 1 or any(side % self.size_multiple for side in size):
+            raise ValueError(
+                f"buckets hold {size}: both sides must be positive multiples of {self.size_multiple}"
+            )
         if latents is not None:
             _check_latents(latents, self.latent_shape(batch * per_prompt, *size))
         pictures = _each_once(photos, lambda photo: im.resize_center_crop(photo, *size))
+
+        count = num_inference_steps if timesteps is None and sigmas is None else None
+        self.scheduler.set_timesteps(count, device=self.device, timesteps=timesteps, sigmas=sigmas)
 
         self.guidance_scale = guidance_scale
         self._interrupt = False
@@ -249,8 +229,6 @@ class JoyImageEditPipeline(Pipeline):
         prompts = [known or next(read) for known in given]
         prompts = [p.repeat(per_prompt).to(self.device) for p in prompts]
 
-        count = num_inference_steps if timesteps is None and sigmas is None else None
-        self.scheduler.set_timesteps(count, device=self.device, timesteps=timesteps, sigmas=sigmas)
         target, references = self.prepare_latents(
             batch * per_prompt,
             self.transformer.config.in_channels,
@@ -294,7 +272,7 @@ class JoyImageEditPipeline(Pipeline):
                     break
                 target = transformer.embed_image(latents)  # (B, N, D)
                 velocity = self._velocity(target, cond, modulation[i], rope, grid)
-                if uncond is not None:
+                if uncond is not None and self.guidance_scale > 1:  # a callback may have turned it off
                     velocity_uncond = self._velocity(target, uncond, modulation[i], rope, grid)
                     velocity = ops.rescaled_guidance(velocity, velocity_uncond, self.guidance_scale, dim=1)
                 velocity = velocity[:, None].to(latents.dtype)
@@ -368,7 +346,8 @@ class JoyImageEditPipeline(Pipeline):
         if known is None:
             texts = [prompt] if isinstance(prompt, str) else prompt
             template = self.prompt_template_encode[template_type]
-            known = Prompt.pad(self._read([template.format(text) for text in texts], None))
+            with self._reader() as reader:
+                known = Prompt.pad(reader.read([template.format(text) for text in texts], None))
         kept = slice(None, max_sequence_length)
         known = Prompt(known.embeds[:, kept], known.mask[:, kept])
         return known.repeat(num_images_per_prompt).to(device)
@@ -415,83 +394,23 @@ class JoyImageEditPipeline(Pipeline):
             kept = slice(-max_sequence_length if max_sequence_length else None, None)
         texts = [[template.format(text) for text in each] for each in prompts]
         if pictures is not None and PADDED_PROMPTS in self.quirks:
-            return [self._read_padded(each, pictures, kept) for each in texts]
-        states = self._read([text for each in texts for text in each], pictures and pictures * len(texts))
+            with self._reader() as reader:
+                padded = [reader.read_padded(each, pictures) for each in texts]
+            return [Prompt(p.embeds[:, kept], p.mask[:, kept]) for p in padded]
+        with self._reader() as reader:
+            states = reader.read(
+                [text for each in texts for text in each], pictures and pictures * len(texts)
+            )
         rows = iter(state[kept] for state in states)
         return [Prompt.pad(list(islice(rows, len(each)))) for each in texts]
 
-    def _read(self, texts: list[str], pictures: list[Image.Image] | None) -> list[Tensor]:
-        """What Qwen3-VL makes of each chat text, (L, D) before its final norm, the system turn dropped.
-
-        A picture goes through the vision tower once, and the tokens that its texts have in common at their
-        start go through the decoder once.
-        """
-        states: dict[int, Tensor] = {}
-        dropped = self.num_dropped_tokens
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[PromptReader]:
         with self.on_device(self.text_encoder) as encoder:
-            for rows in _rows_by_picture(pictures, len(texts)):
-                seen = None if pictures is None else self._see(encoder, pictures[rows[0]])
-                ids = {row: tuple(self._token_ids(texts[row], seen)) for row in rows}
-                distinct = list(dict.fromkeys(ids.values()))
-                shared = _common_prefix(distinct)
-                if shared < dropped:
-                    wholes = [self._tensor([one]) for one in distinct]
-                    found = [encoder.hidden_states(w, images=seen, keep_from=dropped)[0] for w in wholes]
-                else:
-                    prefix = encoder.prefill(self._tensor([distinct[0][:shared]]), seen, keep_from=dropped)
-                    tails = self._read_on(encoder, prefix, [one[shared:] for one in distinct])
-                    found = [torch.cat((prefix.states[0], tail)) for tail in tails]
-                known = dict(zip(distinct, found, strict=True))
-                states.update({row: known[ids[row]] for row in rows})
-        return [states[row] for row in range(len(texts))]
-
-    def _read_on(
-        self, encoder: Qwen3VLForConditionalGeneration, prefix: Prefix, tails: list[tuple[int, ...]]
-    ) -> list[Tensor]:
-        """States of what follows a prefix, (L, D) each. Every pass reads all weights, so tails of similar length
-        go together, the shorter ones padded where nothing looks."""
-        longest = max(map(len, tails))
-        if longest * len(tails) > 1.5 * sum(map(len, tails)):
-            return [encoder.hidden_states(self._tensor([tail]), prefix=prefix)[0] for tail in tails]
-        padding = [longest - len(tail) for tail in tails]
-        ids = self._tensor([(*tail, *(0,) * more) for tail, more in zip(tails, padding, strict=True)])
-        mask = self._tensor(
-            [(1,) * len(tail) + (0,) * more for tail, more in zip(tails, padding, strict=True)]
-        )
-        states = encoder.hidden_states(ids, mask, prefix=prefix)
-        return [row[: len(tail)] for row, tail in zip(states, tails, strict=True)]
-
-    def _see(self, encoder: Qwen3VLForConditionalGeneration, picture: Image.Image) -> ImageFeatures:
-        inputs = self.processor.image_processor([picture])
-        return encoder.encode_images(
-            inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device)
-        )
-
-    def _token_ids(self, text: str, seen: ImageFeatures | None) -> list[int]:
-        if seen is None:
-            ids = self.tokenizer.encode(text)
-            limit = self.text_token_max_length + self.num_dropped_tokens
-            if len(ids) > limit:
-                log.warning(
-                    "a prompt of %d tokens was cut; lost: %r", len(ids), self.tokenizer.decode(ids[limit:])
-                )
-            return ids[:limit]
-        tokens = len(seen.embeds)
-        return self.tokenizer.encode(text.replace("<|image_pad|>", "<|image_pad|>" * tokens))
-
-    def _tensor(self, rows: list[tuple[int, ...]]) -> Tensor:
-        return torch.tensor(rows, device=self.device)
-
-    def _read_padded(self, texts: list[str], pictures: list[Image.Image], kept: slice) -> Prompt:
-        """As the reference: one right-padded batch whose padding has states of its own."""
-        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
-        ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
-        with self.on_device(self.text_encoder) as encoder:
-            grid = inputs["image_grid_thw"].to(self.device)
-            seen = encoder.encode_images(inputs["pixel_values"].to(self.device), grid)
-            states = encoder.hidden_states(ids, mask, seen)
-        dropped = self.num_dropped_tokens
-        return Prompt(states[:, dropped:][:, kept], mask[:, dropped:][:, kept])
+            limit = self.text_token_max_length
+            yield PromptReader(
+                encoder, self.tokenizer, self.processor, self.device, self.num_dropped_tokens, limit
+            )
 
     def prepare_latents(
         self,
@@ -524,7 +443,8 @@ class JoyImageEditPipeline(Pipeline):
         with self.on_device(self.vae) as vae:
             posterior = vae.encode(im.to_latent_input(distinct, dtype, device)).latent_dist
         copies = batch_size // len(image)
-        rows = torch.tensor([distinct.index(picture) for picture in image], device=device)
+        number = {id(picture): n for n, picture in enumerate(distinct)}
+        rows = torch.tensor([number[id(picture)] for picture in image], device=device)
         rows = rows.repeat(copies) if MISPAIRED_REFERENCES in self.quirks else rows.repeat_interleave(copies)
         source = None if GLOBAL_POSTERIOR in self.quirks else generator
         mean, std = posterior.mean[rows], posterior.std[rows]  # (B, C, T, h, w)
@@ -563,7 +483,8 @@ class JoyImageEditPipeline(Pipeline):
         photograph's."""
         if height is not None and width is not None:
             size = im.nearest_bucket(height, width, self.buckets)
-            if size != (height, width):
+            if size != (height, width) and (height, width) not in self._announced:
+                self._announced.add((height, width))
                 log.warning("height %d and width %d became the nearest bucket, %d x %d", height, width, *size)
             return size
         if photos is not None:
@@ -597,6 +518,10 @@ class JoyImageEditPipeline(Pipeline):
             if mask is None:
                 raise ValueError(f"{name} needs {name}_mask")
             width_wanted = self.transformer.config.text_dim
+            if not isinstance(embeds, Tensor) or not isinstance(mask, Tensor):
+                raise TypeError(f"{name} and {name}_mask must be tensors")
+            if not embeds.isfinite().all():
+                raise ValueError(f"{name} hold NaN or infinite values")
             if embeds.ndim != 3 or embeds.shape[-1] != width_wanted or mask.shape != embeds.shape[:2]:
                 raise ValueError(
                     f"{name} must be (B, L, {width_wanted}) and {name}_mask (B, L), "
@@ -604,15 +529,22 @@ class JoyImageEditPipeline(Pipeline):
                 )
             if not mask.bool().any(1).all():
                 raise ValueError(f"{name}_mask leaves a prompt without a token")
-        if prompt_embeds is not None and negative_prompt_embeds is not None:
-            if prompt_embeds.shape[0] != negative_prompt_embeds.shape[0]:
+        if negative_prompt_embeds is not None:
+            batch = (
+                len(prompt)
+                if isinstance(prompt, list)
+                else 1
+                if prompt_embeds is None
+                else len(prompt_embeds)
+            )
+            if len(negative_prompt_embeds) != batch:
                 raise ValueError(
-                    f"prompt_embeds are for {prompt_embeds.shape[0]} prompts, "
-                    f"negative_prompt_embeds for {negative_prompt_embeds.shape[0]}"
+                    f"negative_prompt_embeds are for {len(negative_prompt_embeds)} prompts, "
+                    f"but there are {batch}"
                 )
         if (height is None) != (width is None):
             raise ValueError(f"height={height}, width={width}: give both or neither")
-        multiple = self.vae_scale_factor_spatial * self.transformer.config.patch_size[-1]
+        multiple = self.size_multiple
         for name, size in (("height", height), ("width", width)):
             if size is not None and (not isinstance(size, int) or size <= 0 or size % multiple):
                 raise ValueError(f"{name}={size!r}: must be a positive multiple of {multiple}")
@@ -624,13 +556,15 @@ def _check_numbers(
     check_count("num_inference_steps", steps)
     check_count("num_images_per_prompt", per_prompt)
     check_count("max_sequence_length", max_length)
-    if not np.isfinite(guidance):
-        raise ValueError(f"guidance_scale={guidance}: must be finite")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
+    if not isinstance(guidance, (int, float)) or not np.isfinite(guidance):
+        raise ValueError(f"guidance_scale={guidance!r}: must be a finite number")
+    if output_type not in im.OUTPUT_TYPES:
+        raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(im.OUTPUT_TYPES)}")
 
 
-def _check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
+def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents is a {type(latents).__name__}: must be a tensor")
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted {shape} (B, 1, C, 1, h, w)")
     if not latents.isfinite().all():
@@ -664,18 +598,3 @@ def _each_once(
         return None
     done = {key: change(photo) for key, photo in {id(photo): photo for photo in photos}.items()}
     return [done[id(photo)] for photo in photos]
-
-
-def _rows_by_picture(pictures: list[Image.Image] | None, count: int) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for row in range(count):
-        groups.setdefault(0 if pictures is None else id(pictures[row]), []).append(row)
-    return list(groups.values())
-
-
-def _common_prefix(ids: list[tuple[int, ...]]) -> int:
-    """How many tokens different texts share at their start, one left over for each. Zero for a single one."""
-    if len(ids) == 1:
-        return 0
-    shortest = min(len(i) for i in ids) - 1
-    return next((n for n in range(shortest) if len({i[n] for i in ids}) > 1), shortest)

@@ -41,12 +41,27 @@ class Pipeline:
     def __init__(self, reference_quirks: bool | Sequence[str] = False, **parts: Any):
         for name, part in parts.items():
             setattr(self, name, part)
+        if isinstance(reference_quirks, str):
+            reference_quirks = (reference_quirks,)
         self.quirks = self.quirk_names if reference_quirks is True else frozenset(reference_quirks or ())
         if unknown := self.quirks - self.quirk_names:
             raise ValueError(f"reference_quirks={sorted(unknown)}: known are {sorted(self.quirk_names)}")
         self._interrupt = False
         self._progress: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises TypeError for a part of another class."""
+        kinds = self.parts.get(name)
+        if kinds and not isinstance(value, kinds) and not (value is None and name in self.optional_parts):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            advice = ""
+            if hasattr(value, "_orig_mod"):
+                advice = "; compile its blocks in place instead: `for block in blocks: block.compile()`"
+            raise TypeError(
+                f"{name} is a {type(value).__name__}: {type(self).__name__} takes {wanted}{advice}"
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(
@@ -68,7 +83,8 @@ class Pipeline:
         given = {name: options.pop(name) for name in cls.parts if name in options}
         parsed = LoadOptions.parse(options, also=(*cls.parts, "offload", "reference_quirks"))
         pipe = cls.from_origin(Origin(str(name_or_path), **parsed.origin), parsed, given, reference_quirks)
-        pipe.set_offload(offload)
+        if offload != "none":
+            pipe.set_offload(offload)
         return pipe
 
     @classmethod
@@ -88,17 +104,24 @@ class Pipeline:
             listed = {name: _class_of(cls, name, index) for name in cls.parts if name not in given}
             classes = {name: kind for name, kind in listed.items() if kind is not None}
             settings = {key: index[key] for key in cls.settings() if key in index}
-        chosen = {"variant": options.variant, "use_safetensors": options.use_safetensors}
+        stems = {name: kind.weights_stem for name, kind in classes.items() if issubclass(kind, Network)}
+        variants = origin.variants(stems, options.variant, options.use_safetensors)
         files: list[str] = []
-        for name, kind in classes.items():
-            if issubclass(kind, Network):
-                files += origin.network_files(name, kind.weights_stem, **chosen)
+        for name in classes:
+            if name in stems:
+                files += origin.network_files(name, stems[name], variants[name], options.use_safetensors)
             else:
                 files += origin.small_files(name)
         root = origin.fetch(files)  # all at once: one commit, one total to announce
         loaded = {}
         for name, kind in classes.items():
-            extra = {"dtype": options.dtype, **chosen} if issubclass(kind, Network) else {}
+            extra = {}
+            if name in stems:
+                extra = {
+                    "dtype": options.dtype,
+                    "variant": variants[name],
+                    "use_safetensors": options.use_safetensors,
+                }
             loaded[name] = kind.from_pretrained(root, subfolder=name, **extra)
         return cls(**loaded, **given, **settings, reference_quirks=quirks)
 
@@ -155,7 +178,12 @@ class Pipeline:
         return self.networks["transformer" if "transformer" in self.networks else "unet"].dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`."""
+        """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`.
+
+        Raises ValueError while the pipeline is offloaded.
+        """
+        if self._offload_device is not None:
+            raise ValueError("the pipeline is offloaded: call disable_offload() before moving it")
         for network in self.networks.values():
             network.to(*args, **kwargs)
         return self
@@ -209,7 +237,7 @@ class Pipeline:
                 BlockStreaming.attach(network, accelerator)
 
     def disable_offload(self) -> None:
-        """Leave the networks where they are, and keep them there."""
+        """Keep the networks in main memory from now on, until they are moved."""
         self._offload_device = None
         for network in self.networks.values():
             BlockStreaming.detach(network)
@@ -247,8 +275,8 @@ class Pipeline:
         if self._offload_device is None or BlockStreaming.is_attached(network):
             yield network
             return
-        network.to(self._offload_device)
         try:
+            network.to(self._offload_device)
             yield network
         finally:
             network.to("cpu")
@@ -282,10 +310,18 @@ class Pipeline:
             raise ValueError(
                 f"the callback returned {sorted(unknown)}; only {sorted(tensors)} can be replaced"
             )
+        for name, tensor in returned.items():
+            if tensor.shape != tensors[name].shape:
+                shapes = f"{tuple(tensor.shape)}, wanted {tuple(tensors[name].shape)}"
+                raise ValueError(f"the callback returned {name} of shape {shapes}")
         return {**tensors, **returned}
 
     def check_callback(self, callback: Callable | None, names: Sequence[str]) -> Sequence[str]:
-        """The tensor names that a callback gets. Raises ValueError for one that cannot be had."""
+        """The tensor names that a callback gets. Raises ValueError for one that cannot be had, TypeError for
+        what cannot be called."""
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback_on_step_end is a {type(callback).__name__}, which cannot be called")
+        names = (names,) if isinstance(names, str) else names
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             names = callback.tensor_inputs
         if unknown := set(names or ()) - self.callback_tensors:
@@ -396,11 +432,16 @@ def check_count(name: str, count: Any) -> int:
     return count
 
 
-def check_generators(generator: Generators, count: int) -> Generators:
-    """Raises ValueError when a list of generators does not give one to each of `count` images."""
-    if isinstance(generator, Sequence) and len(generator) != count:
-        raise ValueError(f"generator is a list of {len(generator)}, but there are {count} images (one each)")
-    return generator[0] if isinstance(generator, Sequence) and count == 1 else generator
+def check_generators(generator: Any, count: int) -> Generators:
+    """Raises TypeError for what is no generator, ValueError for a list without one for each of `count`
+    images."""
+    listed = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+    for one in listed:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(f"generator is, or holds, a {type(one).__name__}: must be a torch.Generator")
+    if listed is generator and len(listed) != count:
+        raise ValueError(f"generator is a list of {len(listed)}, but there are {count} images (one each)")
+    return listed[0] if listed and count == 1 else generator
 
 
 def check_offload(offload: str) -> None:

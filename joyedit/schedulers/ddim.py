@@ -18,7 +18,6 @@ Source: diffusers `scheduling_ddim.py`, `scheduling_ddim_inverse.py`; Song et al
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -27,7 +26,13 @@ import torch
 from torch import Tensor
 
 from joyedit.noise import Generators, draw_noise
-from joyedit.schedulers.scheduler import Scheduler, SchedulerConfig
+from joyedit.schedulers.scheduler import (
+    Scheduler,
+    SchedulerConfig,
+    cumulative_alphas,
+    threshold,
+    to_fp32,
+)
 
 log = logging.getLogger("joyedit")
 
@@ -97,6 +102,16 @@ class DDIMInverseConfig(DiffusionConfig):
         return super().names() | {"set_alpha_to_zero"}
 
 
+# The other solvers of Stable Diffusion; their files hold the settings that DDIM needs.
+RELATIVES = frozenset(
+    f"{name}Scheduler"
+    for name in """
+    DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete
+    KDPM2AncestralDiscrete DEISMultistep DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE UniPCMultistep
+    """.split()
+)
+
+
 class DDIMSchedulerOutput(NamedTuple):
     prev_sample: Tensor
     pred_original_sample: Tensor
@@ -111,6 +126,16 @@ class DDIMScheduler(Scheduler):
 
     Config = DDIMConfig
     config: DDIMConfig
+    # Solvers of the same noise levels, any of which a Stable Diffusion folder may name.
+    relatives: ClassVar[frozenset[str]] = frozenset(
+        f"{name}Scheduler"
+        for name in (
+            "PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete "
+            "KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep "
+            "UniPCMultistep DDPM"
+        ).split()
+    )
+    relatives: ClassVar[frozenset[str]] = RELATIVES
 
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
         super().__init__(config, **settings)
@@ -215,6 +240,7 @@ class DDIMInverseScheduler(Scheduler):
 
     Config = DDIMInverseConfig
     config: DDIMInverseConfig
+    relatives: ClassVar[frozenset[str]] = frozenset({"DPMSolverMultistepInverseScheduler"})
 
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
         super().__init__(config, **settings)
@@ -305,32 +331,6 @@ class Levels:
         return (1 - before - sigma**2).clamp(min=0).sqrt().item(), sigma.item()
 
 
-def cumulative_alphas(config: DiffusionConfig) -> Tensor:
-    """abar: the product of 1 - beta up to and including each training timestep. (N,) float32, falling."""
-    count, low, high = config.num_train_timesteps, config.beta_start, config.beta_end
-    if config.trained_betas is not None:
-        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
-    elif config.beta_schedule == "linear":
-        betas = torch.linspace(low, high, count, dtype=torch.float32)
-    elif config.beta_schedule == "scaled_linear":
-        betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float32) ** 2
-    else:
-        abar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-        ratios = [min(1 - after / before, 0.999) for before, after in zip(abar, abar[1:], strict=False)]
-        betas = torch.tensor(ratios, dtype=torch.float32)
-    if config.rescale_betas_zero_snr:
-        betas = without_final_signal(betas)
-    return (1 - betas).cumprod(dim=0)
-
-
-def without_final_signal(betas: Tensor) -> Tensor:
-    """Betas (N,) whose last abar is 0 and whose first is unchanged. arXiv 2305.08891, algorithm 1."""
-    signal = (1 - betas).cumprod(dim=0).sqrt()
-    signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
-    abar = signal**2
-    return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
-
-
 def spaced_timesteps(config: DiffusionConfig, steps: int) -> list[int]:
     """The timesteps of a run, rising. Only "leading" has an offset. arXiv 2305.08891, table 2."""
     count = config.num_train_timesteps
@@ -371,16 +371,3 @@ def split(kind: str, output: Tensor, sample: Tensor, signal: float, noise: float
     if kind == "sample":
         return output, (sample - signal * output) / noise
     return signal * sample - noise * output, signal * output + noise * sample
-
-
-def threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:
-    """Clamp x0 (B, ...) to a quantile of its own size, between 1 and `largest`, and scale it to [-1, 1].
-    Dynamic thresholding, arXiv 2205.11487, section 2.3."""
-    flat = x0.flatten(1)
-    limit = flat.abs().quantile(ratio, dim=1, keepdim=True).clamp(1, largest)
-    return (flat.clamp(-limit, limit) / limit).reshape(x0.shape)
-
-
-def to_fp32(x: Tensor) -> Tensor:
-    """At least fp32: x0 divides by sqrt(abar), which is below 0.1 where a run starts."""
-    return x if x.dtype == torch.float64 else x.float()

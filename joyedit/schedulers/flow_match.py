@@ -21,7 +21,7 @@ import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from joyedit.schedulers.scheduler import (
     beta_sigmas,
     exponential_sigmas,
     karras_sigmas,
+    shift_sigmas,
 )
 
 log = logging.getLogger("joyedit")
@@ -66,6 +67,13 @@ class FlowMatchEulerConfig(SchedulerConfig):
             raise ValueError(f"only one of {spacings} can be set")
         if not self.shift > 0:
             raise ValueError(f"shift={self.shift!r}: must be positive")
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """A flow solver of the diffusion family (UniPC, DPM++) calls its shift `flow_shift`."""
+        if raw.get("use_flow_sigmas") and "flow_shift" in raw and "shift" not in raw:
+            raw = {**raw, "shift": raw["flow_shift"]}
+        return super().from_dict(raw)
 
 
 class FlowMatchEulerDiscreteSchedulerOutput(NamedTuple):
@@ -283,11 +291,6 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         return self.config.num_train_timesteps
 
 
-def shift_sigmas(sigmas: Any, shift: float) -> Any:
-    """Noise levels (array or tensor in [0, 1]) moved up if shift > 1. arXiv 2403.03206, equation 23."""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-
 @functools.cache
 def _warn_timesteps_alone() -> None:
     log.warning(
@@ -296,7 +299,10 @@ def _warn_timesteps_alone() -> None:
 
 
 def _levels(name: str, values: Sequence[float]) -> np.ndarray:
-    array = np.asarray(values.tolist() if isinstance(values, Tensor) else values).astype(np.float32)
+    try:
+        array = np.asarray(values.tolist() if isinstance(values, Tensor) else values).astype(np.float32)
+    except (TypeError, ValueError):
+        array = np.empty(0)
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"{name} must be a list of finite numbers, got {values!r}")
     return array

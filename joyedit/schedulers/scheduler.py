@@ -1,21 +1,24 @@
-"""What the solvers share: configs that survive a change of solver, spacings of noise levels.
+"""What the solvers share: configs that survive a change of solver, levels of noise.
 
 A scheduler holds a table, built by `set_timesteps`, and takes one step per call of `step`. Unlike a network
 it is constructed with keywords, and a config is handed from one class to another, as in
 `DDIMScheduler.from_config(pndm.config)`: keys of another solver of the family are kept and saved again, but
 have no effect.
 
-Source: `scheduler_config.json` of Diffusers; Karras et al., arXiv 2206.00364; Lee et al., arXiv 2407.12173.
+Source: `scheduler_config.json` of Diffusers; Karras et al., arXiv 2206.00364; Lee et al., arXiv 2407.12173;
+Lin et al., arXiv 2305.08891, algorithm 1.
 """
 
 import dataclasses
 import math
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from joyedit.hub import Origin
 from joyedit.weights import Config, LoadOptions, read_json, write_json
@@ -115,8 +118,17 @@ class Scheduler:
     def config_to_save(self) -> dict[str, Any]:
         return {"_class_name": type(self).__name__, **self.config.to_dict()}
 
+    def select_frames(self, index: Sequence[int] | Tensor) -> None:
+        """Go on with some of the latent frames only: what a solver remembers of a video (B, C, T, h, w) is
+        cut down to these positions, or this mask, of T. Most solvers remember nothing."""
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+def shift_sigmas(sigmas: Any, shift: float) -> Any:
+    """Noise levels (array or tensor in [0, 1]) moved up if shift > 1. arXiv 2403.03206, equation 23."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def karras_sigmas(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -> np.ndarray:
@@ -160,3 +172,42 @@ def _beta_cdf(x: np.ndarray, a: float, b: float) -> np.ndarray:
     series = np.cumprod((k - b) / k) / (a + k)
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
     return x**a * (1 / a + x[..., None] ** k @ series) / math.exp(log_beta)
+
+
+def cumulative_alphas(config: SchedulerConfig) -> Tensor:
+    """abar: the product of 1 - beta up to and including each training timestep. (N,) float32, falling."""
+    count, low, high = config.num_train_timesteps, config.beta_start, config.beta_end
+    if config.trained_betas is not None:
+        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
+    elif config.beta_schedule == "linear":
+        betas = torch.linspace(low, high, count, dtype=torch.float32)
+    elif config.beta_schedule == "scaled_linear":
+        betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float32) ** 2
+    else:
+        abar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+        ratios = [min(1 - after / before, 0.999) for before, after in zip(abar, abar[1:], strict=False)]
+        betas = torch.tensor(ratios, dtype=torch.float32)
+    if config.rescale_betas_zero_snr:
+        betas = without_final_signal(betas)
+    return (1 - betas).cumprod(dim=0)
+
+
+def without_final_signal(betas: Tensor) -> Tensor:
+    """Betas (N,) whose last abar is 0 and whose first is unchanged. arXiv 2305.08891, algorithm 1."""
+    signal = (1 - betas).cumprod(dim=0).sqrt()
+    signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    abar = signal**2
+    return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
+
+
+def threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:
+    """Clamp x0 (B, ...) to a quantile of its own size, between 1 and `largest`, and scale it to [-1, 1].
+    Dynamic thresholding, arXiv 2205.11487, section 2.3."""
+    flat = x0.flatten(1)
+    limit = flat.abs().quantile(ratio, dim=1, keepdim=True).clamp(1, largest)
+    return (flat.clamp(-limit, limit) / limit).reshape(x0.shape)
+
+
+def to_fp32(x: Tensor) -> Tensor:
+    """At least fp32: x0 divides by the signal's factor, which is below 0.1 where a run starts."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -177,6 +177,18 @@ def test_each_block_equals_the_reference(tmp_path):
         assert same_txt is args[1]
 
 
+@torch.no_grad()
+def test_both_ways_through_a_block_agree():
+    """Needs no reference: it still means something after the block was changed."""
+    block = randomize(DoubleStreamBlock(48, 3, 96))
+    img, txt, vec = torch.randn(2, 12, 48), torch.randn(2, 5, 48), torch.randn(2, 6, 48)
+    rope = grid_rope((2, 2, 3), (4, 6, 6), 10000)
+    whole, _ = block(img, txt, vec, rope)
+    for targets in (1, 6, 12):
+        part, _ = block(img, txt, vec, rope, targets)
+        assert relative(part, whole[:, :targets]) <= 1e-6
+
+
 def test_forty_narrow_blocks(tmp_path):
     config = {**TINY, "hidden_size": 32, "num_attention_heads": 2, "num_layers": 40, "mlp_width_ratio": 2.0}
     reference = reference_model(config)
@@ -187,6 +199,7 @@ def test_forty_narrow_blocks(tmp_path):
     assert relative(run_pieces(ours, *batch), wanted[:, -1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_block_of_the_released_width():
     """4096 wide, 32 heads of 128; both sides hold the same 1.6 GB of weights."""
     with torch.device("meta"):
@@ -212,7 +225,7 @@ def test_block_of_the_released_width():
 def test_bf16_is_no_further_from_fp64_than_the_reference(name, bf16_units, tmp_path, monkeypatch):
     config, shape, length = CASES[name]
     reference_model(config).to(torch.bfloat16).save_pretrained(tmp_path)  # every weight rounded, as published
-    monkeypatch.setattr(ops, "_cpu_has_bf16", lambda: bf16_units)
+    monkeypatch.setattr(ops, "CPU_HAS_BF16", bf16_units)
     theirs = Reference.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     ours = JoyImageEditTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     kept = {name for name, parameter in ours.named_parameters() if parameter.dtype == torch.float32}

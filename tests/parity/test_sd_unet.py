@@ -232,7 +232,7 @@ def test_feature_maps_keep_the_layout_of_the_weights(layout):
 @pytest.mark.parametrize("has_bf16", [True, False], ids=["bf16_units", "no_bf16_units"])
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
 def test_bf16_is_at_most_twice_as_far_from_float64_as_the_reference(monkeypatch, name, has_bf16):
-    monkeypatch.setattr(ops, "_cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(ops, "CPU_HAS_BF16", has_bf16)
     half = reference(name).to(torch.bfloat16)
     exact = reference(name).to(torch.bfloat16).double()
     network = ours(half)
@@ -246,7 +246,7 @@ def test_bf16_is_at_most_twice_as_far_from_float64_as_the_reference(monkeypatch,
 
 def test_narrow_weights_with_wide_input(monkeypatch):
     """fp32 latents, bf16 weights, a CPU without bf16 units: computed and returned in fp32."""
-    monkeypatch.setattr(ops, "_cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(ops, "CPU_HAS_BF16", False)
     half = reference("sd1").to(torch.bfloat16)
     network = ours(half)
     x, text = inputs(half)

@@ -127,7 +127,7 @@ def test_flat_pictures(fault):
 @pytest.mark.parametrize("has_bf16", [True, False], ids=["bf16_units", "no_bf16_units"])
 @pytest.mark.parametrize("frames", [1, 5])
 def test_bf16_is_at_most_twice_as_far_from_float64_as_the_reference(monkeypatch, frames, has_bf16):
-    monkeypatch.setattr(ops, "_cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(ops, "CPU_HAS_BF16", has_bf16)
     half = reference("uneven").to(torch.bfloat16)
     exact = reference("uneven").to(torch.bfloat16).double()
     network = ours(half)
@@ -146,7 +146,7 @@ def test_bf16_is_at_most_twice_as_far_from_float64_as_the_reference(monkeypatch,
 
 def test_narrow_weights_with_wide_input(monkeypatch):
     """fp32 pictures, bf16 weights, a CPU without bf16 units: computed and returned in fp32."""
-    monkeypatch.setattr(ops, "_cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(ops, "CPU_HAS_BF16", False)
     half = reference("narrow").to(torch.bfloat16)
     x, z = pixels(half, (1, 5, 16, 8)), latents(half, (1, 5, 16, 8))
     check_codes(ours(half), half.float(), x, z)

@@ -1,0 +1,110 @@
+"""Prompts of Stable Diffusion: checked against the networks, cut or padded to equal length, and read once.
+
+A pipeline's prompts are `Text`s: positive and negative, each as words or as embeddings. Words that are equal,
+in whichever of a call's texts, are one row of one batch of the text encoder. So equal prompts have embeddings
+that are equal to the last bit, which differences between predictions rely on.
+
+B prompts   L tokens (77 if no embeddings of another length are given)   D width of the text encoder
+Source: arXiv 2112.10752; diffusers `pipeline_stable_diffusion.py`.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from joyedit.models.clip import CLIPTextModel
+from joyedit.pipelines.pipeline import Text, as_list
+from joyedit.textual_inversion import TextualInversion
+from joyedit.tokenizers import CLIPTokenizer
+
+log = logging.getLogger("joyedit")
+
+Embeds = tuple[Tensor, Tensor | None]  # of positive and of negative prompts, (B, L, D)
+Item = tuple[str, int, int]  # words, tokens, layers of the encoder left out
+
+
+class PromptReader:
+    """A tokenizer and its text encoder."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel):
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+
+    def check(self, text: Text, name: str = "") -> tuple[int, int]:
+        """Its B and L, once everything is found to fit; `name` is the prefix of the arguments. Raises
+        ValueError or TypeError."""
+        text.check(name)
+        as_list(text.negative, text.batch, f"{name}negative_prompt")
+        wanted = (text.batch, self._length(text), self.text_encoder.config.hidden_size)
+        for kind, embeds in (
+            ("prompt_embeds", text.embeds),
+            ("negative_prompt_embeds", text.negative_embeds),
+        ):
+            if embeds is not None and (tuple(embeds.shape) != wanted or 0 in wanted):
+                raise ValueError(f"{name}{kind} has shape {tuple(embeds.shape)}, wanted {wanted} (B, L, D)")
+        return wanted[:2]
+
+    def check_pair(self, target: Text, source: Text) -> int:
+        """B of two texts that are to be compared. Raises ValueError or TypeError."""
+        (batch, length), (others, tokens) = self.check(target, "target_"), self.check(source, "source_")
+        if (batch, length) != (others, tokens):
+            raise ValueError(
+                "target and source must be as many prompts of as many tokens, but there are "
+                f"{batch} target prompts of {length} and {others} source prompts of {tokens}"
+            )
+        return batch
+
+    def read(
+        self, texts: Sequence[Text], guided: bool, skips: tuple[int, int], device: torch.device
+    ) -> list[Embeds]:
+        """Embeddings of each text, in the dtype of the text encoder; no negative ones unless guided.
+
+        skips: how many layers are left out for positive and for negative prompts.
+        """
+        wanted: list[Item] = []
+        for text in texts:
+            if text.embeds is None:
+                prompts = as_list(text.prompt, text.batch, "prompt")
+                wanted += [(words, self._length(text), skips[0]) for words in prompts]
+            if guided and text.negative_embeds is None:
+                negatives = as_list(text.negative, text.batch, "negative_prompt")
+                wanted += [(words, self._length(text), skips[1]) for words in negatives]
+        states = self._states(wanted, device)
+        rows = iter(states[item] for item in wanted)
+
+        def given_or_next(embeds: Tensor | None, batch: int) -> Tensor:
+            found = torch.stack([next(rows) for _ in range(batch)]) if embeds is None else embeds
+            return found.to(device, self.text_encoder.dtype)
+
+        found: list[Embeds] = []
+        for text in texts:
+            positive = given_or_next(text.embeds, text.batch)
+            found.append((positive, given_or_next(text.negative_embeds, text.batch) if guided else None))
+        return found
+
+    def _states(self, wanted: list[Item], device: torch.device) -> dict[Item, Tensor]:
+        """The embedding (L, D) of each item."""
+        states: dict[Item, Tensor] = {}
+        for how in dict.fromkeys(item[1:] for item in wanted):
+            items = [item for item in dict.fromkeys(wanted) if item[1:] == how]
+            ids = self._token_ids([words for words, *_ in items], how[0]).to(device)
+            states |= zip(items, self.text_encoder.encode(ids, how[1]), strict=True)
+        return states
+
+    def _token_ids(self, texts: list[str], length: int) -> Tensor:
+        texts = TextualInversion(self.tokenizer, self.text_encoder).expand(texts)
+        for text in texts:
+            ids = self.tokenizer.encode(text)
+            if len(ids) > length:
+                lost = self.tokenizer.decode(ids[length - 1 : -1])
+                log.warning("a prompt was cut to %d tokens; lost: %r", length, lost)
+        padded = {"padding": "max_length", "max_length": length, "truncation": True}
+        return self.tokenizer(texts, **padded, return_tensors="pt").input_ids
+
+    def _length(self, text: Text) -> int:
+        """L: of the prompt's embeddings if they are given, else what the tokenizer pads to."""
+        if text.embeds is None or text.embeds.ndim != 3:
+            return self.tokenizer.model_max_length
+        return text.embeds.shape[1]
