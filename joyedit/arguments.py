@@ -52,8 +52,8 @@ def check_images(args: argparse.Namespace) -> None:
     if any(captions) and not all(captions) and args.config_from is None:
         error("give both --source and --target, or neither")
     if args.prompt is None and not any(captions) and args.config_from is None:
-        missing = "a prompt" if args.command == "generate" else "an instruction, or --source and --target,"
-        error(f"say what to do: {missing} is missing, and there is no --config-from")
+        hint = "" if args.command == "generate" else " (Stable Diffusion takes --source and --target)"
+        error(f"say what to do: an instruction or prompt is missing{hint}, and there is no --config-from")
     if args.prompt is not None:
         for name in (*CAPTION_SETTINGS, *SIDE_OUTPUTS):
             if vars(args).get(name) is not None:

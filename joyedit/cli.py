@@ -170,7 +170,8 @@ def make(args: argparse.Namespace, source: str | None) -> None:
             metadata = facts_of_run(args, pipe, given, photo_facts)
             metadata |= {"seed": seed, "height": pictures["output"].height, "width": pictures["output"].width}
         for name, each in files.items():
-            write_image(pictures[name], each[i], metadata if name == "output" else None, args.force, profile)
+            carried = (metadata, args.force, profile) if name == "output" else (None, args.force, None)
+            write_image(pictures[name], each[i], *carried)
             print(each[i], flush=True)
 
 

@@ -83,6 +83,8 @@ def export_to_video(
         raise ValueError(f"bitrate={bitrate!r}: must be positive")
     frames, rate = _frames(video_frames), _rate(fps)
     block = 1 if macro_block_size is None else macro_block_size
+    if block < 1:
+        raise ValueError(f"macro_block_size={macro_block_size!r}: must be positive")
     height, width = (math.ceil(side / block) * block for side in (frames[0].height, frames[0].width))
     if height % 2 or width % 2:
         raise ValueError(f"frames of {width} x {height}: H.264 needs even sides (macro_block_size=2)")

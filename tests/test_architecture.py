@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "joyedit.random_checkpoint": ["pipelines", *BELOW_PIPELINES],
     "joyedit.pipelines.pipeline": BELOW_PIPELINES,
     "joyedit.pipelines.diffedit": ["pipelines", *BELOW_PIPELINES],
+    "joyedit.pipelines.joyimage": ["pipelines", *BELOW_PIPELINES],
     "joyedit.pipelines.contrast": ["pipelines.sd_prompts"],
     "joyedit.pipelines": ["pipelines.pipeline", *BELOW_PIPELINES],
     "joyedit.models": ["weights", "latents", "noise", "layers", "rope", "ops"],

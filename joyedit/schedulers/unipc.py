@@ -104,6 +104,9 @@ class UniPCConfig(SchedulerConfig):
                 raise ValueError("shift_terminal needs use_flow_sigmas=True")
             if self.prediction_type == "flow_prediction":
                 raise ValueError("prediction_type='flow_prediction' needs use_flow_sigmas=True")
+        if self.prediction_type == "flow_prediction" and not self.predict_x0:
+            # Where a flow starts, fp32 does not know eps from x: alpha is 1e-6, and eps steps divide by it.
+            raise ValueError("prediction_type='flow_prediction' needs predict_x0=True")
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -343,9 +346,7 @@ class UniPCMultistepScheduler(Scheduler):
                 return output
             if kind == "sample":
                 return (x - signal * output) / noise
-            if kind == "v_prediction":
-                return signal * output + noise * x
-            return x + signal * output
+            return signal * output + noise * x
         if kind == "epsilon":
             x0 = (x - noise * output) / signal
         elif kind == "sample":

@@ -52,7 +52,7 @@ CASES = {
         5,
     ),
     "joint, edit, batch 2": (JOINT, (2, 7, 2, 10, 6), 11, 5),
-    "joint, one frame": (JOINT, (1, 7, 1, 6, 14), TEXT, 4),
+    "joint, one frame, another epsilon": ({**JOINT, "eps": 1e-3}, (1, 7, 1, 6, 14), TEXT, 4),
     "joint, eight frames": ({**JOINT, "attention_head_dim": 12}, (2, 7, 8, 6, 10), 3, 6),
     "no image, edit, batch 2": (NO_IMAGE, (2, 7, 2, 6, 10), 13, None),
     "no image, eight frames": ({**NO_IMAGE, "attention_head_dim": 32}, (1, 7, 8, 10, 6), 5, None),
@@ -170,6 +170,7 @@ def test_text_of_any_length_with_added_keys(tmp_path):
     reference = reference_model(TINY)
     ours = ours_from(reference, tmp_path)
     latents, timestep, prompt, image = inputs(TINY, (2, 7, 2, 6, 10), 64, 5)
+    image = 0.01 * image  # small enough to tell the epsilon of the image embedder's norms
     wanted = reference(latents, timestep, prompt.repeat(1, 8, 1), image, return_dict=False)[0]
     assert relative(ours(latents, timestep, prompt, image).sample, wanted) < 1e-5
 

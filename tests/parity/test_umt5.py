@@ -184,8 +184,10 @@ def test_bf16_is_at_most_twice_as_far_from_float64_as_the_reference(monkeypatch,
     network = ours(half, tmp_path)
     ids, mask = prompts(half, (40, 17, 25))
     truth = (copy.deepcopy(half).double()(ids, mask).last_hidden_state)[mask.bool()]
+    stream = []
+    network.encoder.block[-1].register_forward_hook(lambda module, args, out: stream.append(out.dtype))
     found = network.encode(ids, mask)
-    assert found.dtype == network.dtype == torch.bfloat16
+    assert found.dtype == network.dtype == torch.bfloat16 and stream == [torch.float32]
     limit = 2 * difference(half(ids, mask).last_hidden_state[mask.bool()], truth)
     assert difference(found[mask.bool()], truth) <= limit
 
