@@ -216,6 +216,13 @@ def write_random_diffedit_checkpoint(
         vae = AutoencoderKL(
             AutoencoderKLConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8)
         )
+        with torch.no_grad():
+            # Masks would be empty if a prompt did the same everywhere: latents must show through the noise,
+            # and cross-attentions choose.
+            vae.quant_conv.weight[: vae.config.latent_channels] *= 80
+            for name, parameter in unet.named_parameters():
+                if name.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):
+                    parameter *= 2
         encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),

@@ -23,7 +23,7 @@ import numpy as np
 import PIL.features
 from PIL.Image import Image
 
-from joyedit.images import to_pil_list
+from joyedit.images import save_png, to_pil_list
 from joyedit.weights import replacing
 
 FILMS = (".mp4", ".mov", ".mkv")
@@ -121,9 +121,7 @@ def export_to_png(video_frames: Any, folder: str | Path) -> list[Path]:
     if others:
         raise FileExistsError(f"{folder} holds frames of another film ({others[0].name}): remove them first")
     for frame, path in zip(frames, paths, strict=True):
-        frame.info = {}
-        with replacing(path) as temporary:
-            frame.save(temporary, format="PNG")
+        save_png(frame, path, force=True)
     return paths
 
 

@@ -175,6 +175,13 @@ def test_an_encoder_that_is_missing(frames, tmp_path, monkeypatch):
         export_to_video(frames, tmp_path / "out.mp4")
 
 
+def test_what_else_a_photograph_carries_is_not_written(tmp_path):
+    photo = PIL.Image.new("RGB", (4, 4))
+    photo.info["comment"] = photo.info["icc_profile"] = b"private"
+    [path] = export_to_png([photo], tmp_path)
+    assert b"private" not in path.read_bytes() and photo.info["comment"] == b"private"
+
+
 def test_frames_of_another_film_are_not_mixed_in(frames, tmp_path):
     export_to_png(frames, tmp_path)
     export_to_png(frames[::-1], tmp_path)

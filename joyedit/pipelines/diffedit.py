@@ -122,18 +122,6 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         requires_safety_checker: bool = True,
         reference_quirks: bool | Sequence[str] = False,
     ):
-        unet.config.check_input_is_latents()
-        if (given := text_encoder.config.hidden_size) != (wanted := unet.config.context_dim):
-            raise ValueError(f"text_encoder is {given} wide, but unet reads prompts that are {wanted} wide")
-        if safety_checker is not None and feature_extractor is None:
-            raise ValueError("a safety_checker needs a feature_extractor; pass both, or safety_checker=None")
-        if safety_checker is None and requires_safety_checker:
-            log.warning("this checkpoint is meant to run with its safety_checker, and there is none")
-        if scheduler.config.steps_offset != 1:  # an old file: the model was never asked about timestep 0
-            scheduler = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
-        known = inverse_scheduler.config if inverse_scheduler is not None else {}
-        if any(known.get(key) != scheduler.config[key] for key in TIMESTEP_SETTINGS):
-            scheduler, inverse_scheduler = ddim_pair(scheduler.config)
         super().__init__(
             reference_quirks,
             vae=vae,
@@ -153,6 +141,18 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         self.safety_checker: StableDiffusionSafetyChecker | None
         self.feature_extractor: CLIPImageProcessor | None
         self.inverse_scheduler: DDIMInverseScheduler
+        unet.config.check_input_is_latents()
+        if (given := text_encoder.config.hidden_size) != (wanted := unet.config.context_dim):
+            raise ValueError(f"text_encoder is {given} wide, but unet reads prompts that are {wanted} wide")
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("a safety_checker needs a feature_extractor; pass both, or safety_checker=None")
+        if safety_checker is None and requires_safety_checker:
+            log.warning("this checkpoint is meant to run with its safety_checker, and there is none")
+        if scheduler.config.steps_offset != 1:  # an old file: the model was never asked about timestep 0
+            self.scheduler = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
+        known = inverse_scheduler.config if inverse_scheduler is not None else {}
+        if any(known.get(key) != self.scheduler.config[key] for key in TIMESTEP_SETTINGS):
+            self.scheduler, self.inverse_scheduler = ddim_pair(self.scheduler.config)
         self.requires_safety_checker = requires_safety_checker
         self.vae_scale_factor = vae.config.factor
 
@@ -317,8 +317,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             raise ValueError(f"mask_thresholding_ratio={mask_thresholding_ratio}: must be above 0")
         if output_type not in ("np", "pil", "heat"):
             raise ValueError(f"output_type={output_type!r}: a mask is 'np', 'pil' or 'heat'")
-        if not isinstance(generator, Sequence) or len(generator) != batch:
-            check_generators(generator, batch * maps)
+        one_each = isinstance(generator, Sequence) and len(generator) == batch
+        check_generators(generator, batch if one_each else batch * maps)
         pixels = self.coder.pixels(image, batch)
         scale = _lora_scale(cross_attention_kwargs)
         self.scheduler.set_timesteps(num_inference_steps)

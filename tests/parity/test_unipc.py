@@ -108,20 +108,25 @@ def test_tables_and_steps(sigmas, solver_type, order):
         }
         if kind == "flow_prediction" and not ("use_flow_sigmas" in settings and predict_x0):
             continue  # the reference has no such solver, or one of no meaning
-        for n in (1, 7) if lower else (5,):
-            assert_same_steps(*both(settings, n), limit=2e-7 if sigmas == "beta" else 0)
+        assert_same_steps(*both(settings, 6 if lower else 4), limit=2e-7 if sigmas == "beta" else 0)
+
+
+@pytest.mark.parametrize("sigmas", SIGMAS)
+def test_few_steps(sigmas):
+    for n, order in itertools.product((1, 2, 3), (1, 3)):
+        assert_same_steps(*both({**SIGMAS[sigmas], "solver_order": order}, n), limit=2e-7)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_tables_and_steps_for_every_option(option):
     settings, arguments = OPTIONS[option]
-    for n in (2, 3, 10, 24):
+    for n in (2, 3, 10):
         assert_same_steps(*both(settings, n, **arguments), limit=2e-7 if "beta" in option else 0)
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 50, 200])
+@pytest.mark.parametrize("n", [1, 2, 8, 50, 150])
 def test_as_chronoedit_uses_it(n):
-    for shift in (1.0, 2.0, 5.0):
+    for shift in (2.0, 5.0):
         assert_same_steps(*both({**CHRONO, "flow_shift": shift}, n), shape=(1, 2, 3, 4, 5))
 
 
@@ -199,6 +204,15 @@ def test_half_precision_is_no_worse_than_the_references(settings, dtype, sample_
     ours, theirs, exact = results
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
     assert (ours - exact).abs().mean() <= (theirs - exact).abs().mean()
+
+
+def test_half_precision_is_rounded_at_the_end_of_a_step():
+    ours, _ = both(CHRONO, 4)
+    whole = copy.deepcopy(ours)
+    sample, velocity = torch.randn(2, 3, 50).bfloat16(), torch.randn(2, 3, 50).bfloat16()
+    t = ours.timesteps[0]
+    expected = whole.step(velocity.float(), t, sample.float()).prev_sample
+    assert torch.equal(ours.step(velocity, t, sample).prev_sample, expected.bfloat16())
 
 
 def test_float64_stays():
@@ -291,7 +305,9 @@ def test_many_steps_that_share_timesteps():
     theirs.set_timesteps(300)
     theirs.set_begin_index(0)
     ours.set_timesteps(300)
-    assert_same_steps(ours, theirs)
+    for t in ours.timesteps[:20]:
+        output = torch.randn(1, 2)
+        assert torch.equal(ours.step(output, t, sample)[0], theirs.step(output, t, sample)[0])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
