@@ -1,7 +1,10 @@
-"""The code blocks of the README and of the published guide that the API follows, run on a tiny checkpoint."""
+"""The code blocks of the README and of the published guides that the API follows, run on tiny checkpoints."""
 
+import json
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from PIL import Image
 
 import joyedit
 from joyedit.cli import main
-from joyedit.random_checkpoint import write_random_checkpoint
+from joyedit.random_checkpoint import write_random_checkpoint, write_random_diffedit_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,16 +99,19 @@ def test_readme_lists_every_quirk():
     assert listed == joyedit.JoyImageEditPipeline.quirk_names
 
 
-def guide_blocks(shared_data):
-    (guide,) = (shared_data.parent / "seeds").glob("000_*")
-    for source in blocks(guide.read_text(encoding="utf-8"), "python"):
+def guide_blocks(shared_data, number="000", language="python"):
+    """The code of a published guide, its prompts taken off and its imports changed."""
+    (guide,) = (shared_data.parent / "seeds").glob(f"{number}_*")
+    for source in blocks(guide.read_text(encoding="utf-8"), language):
         lines = source.strip("\n").splitlines()
         if lines[0].startswith(">>>"):
             lines = [line[4:] for line in lines]
-        source = re.sub(
-            r"from (diffusers|diffusers\.utils|transformers) import", "from joyedit import", "\n".join(lines)
+        source = "\n".join(lines).replace("import mindspore", "import torch as mindspore")
+        yield re.sub(
+            r"from (mindone\.)?(diffusers|diffusers\.utils|transformers) import",
+            "from joyedit import",
+            source,
         )
-        yield source
 
 
 def test_code_blocks_of_the_guide_run_with_their_imports_changed(shared_data, desk, checkpoint):
@@ -115,3 +121,73 @@ def test_code_blocks_of_the_guide_run_with_their_imports_changed(shared_data, de
         torch.manual_seed(0)
         exec(compile(made_local(source, checkpoint), "guide", "exec"), {})
         assert Image.open(output).size[0] > 0
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """A folder as 2.1 was published: a text-to-image pipeline that predicts v, without an inverse scheduler
+    and a safety checker."""
+    folder = tmp_path_factory.mktemp("documents") / "stable-diffusion-2-1"
+    write_random_diffedit_checkpoint(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["inverse_scheduler"]
+    index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler["prediction_type"] = "v_prediction"
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder
+
+
+@pytest.fixture
+def web(desk, monkeypatch):
+    """`requests`, which the guide downloads its photograph with, finds that on the desk."""
+    Image.linear_gradient("L").convert("RGB").save("origin.png")
+
+    def get(url):
+        return types.SimpleNamespace(content=Path(url.rpartition("/")[2]).read_bytes())
+
+    requests = types.ModuleType("requests")
+    monkeypatch.setattr(requests, "get", get, raising=False)
+    monkeypatch.setitem(sys.modules, "requests", requests)
+
+
+def made_small(source, folder):
+    """The same code on the tiny checkpoint, and a small photograph."""
+    changed = source.replace('"stabilityai/stable-diffusion-2-1"', repr(str(folder)))
+    return changed.replace("(768, 768)", "(64, 64)")
+
+
+def public_names():
+    return {name: getattr(joyedit, name) for name in joyedit.__all__}
+
+
+def test_code_blocks_of_the_diffedit_reference_run_with_their_imports_changed(
+    shared_data, web, stable_diffusion
+):
+    """They use names that they do not import; these come from joyedit too."""
+    sources = list(guide_blocks(shared_data, "001", "py"))
+    assert len(sources) == 2
+    results = [public_names() for _ in sources]
+    for source, names in zip(sources, results, strict=True):
+        exec(compile(made_small(source, stable_diffusion), "reference", "exec"), names)
+        assert type(names["pipeline"].inverse_scheduler) is joyedit.DDIMInverseScheduler
+        assert names["pipeline"].scheduler.config.prediction_type == "v_prediction"
+        assert names["pipeline"].dtype is torch.float16
+    whole, inversion = results
+    assert whole["mask_image"].shape == (1, 8, 8) and whole["image"].size == (64, 64)
+    assert whole["image_latents"].shape == inversion["inverted_latents"].shape == (1, 41, 4, 8, 8)
+
+
+def test_code_blocks_of_the_diffedit_guide_run_with_their_imports_changed(shared_data, web, stable_diffusion):
+    """One after the other, as a reader types them."""
+    sources = list(guide_blocks(shared_data, "003", "py"))
+    assert len(sources) == 7
+    names = {}
+    for source in sources:
+        exec(compile(made_small(source, stable_diffusion), "guide", "exec"), names)
+    assert names["pipeline"].vae.use_slicing and names["pipeline"].dtype is torch.float16
+    assert names["inv_latents"].shape == (1, 41, 4, 8, 8)
+    assert names["mask_image"].size == names["output_image"].size == (64, 64)
+    grid = names["make_image_grid"]([names["raw_image"], names["mask_image"], names["output_image"]], 1, 3)
+    assert grid.size == (192, 64)

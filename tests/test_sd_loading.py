@@ -94,13 +94,16 @@ def test_folders_of_other_pipelines_are_refused_by_name(folder, name, reason):
 
 
 def test_networks_of_other_models_are_refused(folder):
-    edit_json(folder / "unet" / "config.json", addition_embed_type="text_time")
+    sdxl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+    sdxl |= {"projection_class_embeddings_input_dim": 2816, "transformer_layers_per_block": [1, 2, 10, 10]}
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    edit_json(folder / "unet" / "config.json", **sdxl)
     with pytest.raises(ValueError, match="unet.config.json.*is of an SDXL UNet"):
         joyedit.load(folder, device="cpu")
     weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     weights["conv_in.weight"] = torch.zeros(32, 9, 3, 3)
     save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors")
-    edit_json(folder / "unet" / "config.json", addition_embed_type=None, in_channels=9)
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
     with pytest.raises(ValueError, match="inpainting UNet"):
         joyedit.load(folder, device="cpu")
 

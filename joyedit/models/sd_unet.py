@@ -72,7 +72,7 @@ class UNet2DConditionConfig(Config):
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 768
-    transformer_layers_per_block: int = 1
+    transformer_layers_per_block: int | tuple[int, ...] = 1
     reverse_transformer_layers_per_block: None = None
     encoder_hid_dim: None = None
     encoder_hid_dim_type: None = None
@@ -81,10 +81,10 @@ class UNet2DConditionConfig(Config):
     dual_cross_attention: bool = False
     use_linear_projection: bool = False
     class_embed_type: None = None
-    addition_embed_type: None = None
-    addition_time_embed_dim: None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
     num_class_embeds: None = None
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
     resnet_time_scale_shift: str = "default"
     resnet_skip_time_act: bool = False
     resnet_out_scale_factor: float = 1.0
@@ -95,7 +95,7 @@ class UNet2DConditionConfig(Config):
     time_cond_proj_dim: None = None
     conv_in_kernel: int = 3
     conv_out_kernel: int = 3
-    projection_class_embeddings_input_dim: None = None
+    projection_class_embeddings_input_dim: int | None = None
     attention_type: str = "default"
     class_embeddings_concat: bool = False
     mid_block_only_cross_attention: bool | None = None

@@ -150,9 +150,10 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             log.warning("this checkpoint is meant to run with its safety_checker, and there is none")
         if scheduler.config.steps_offset != 1:  # an old file: the model was never asked about timestep 0
             self.scheduler = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
-        known = inverse_scheduler.config if inverse_scheduler is not None else {}
-        if any(known.get(key) != self.scheduler.config[key] for key in TIMESTEP_SETTINGS):
-            self.scheduler, self.inverse_scheduler = ddim_pair(self.scheduler.config)
+        ours, theirs = self.scheduler.config, inverse_scheduler.config if inverse_scheduler else {}
+        fits = all(theirs.get(key) == ours[key] for key in TIMESTEP_SETTINGS)
+        if not fits or ours.timestep_spacing == "linspace":
+            self.scheduler, self.inverse_scheduler = ddim_pair(ours)
         self.requires_safety_checker = requires_safety_checker
         self.vae_scale_factor = vae.config.factor
 
@@ -164,8 +165,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         given: Mapping[str, Any],
         quirks: bool | Sequence[str] = False,
     ) -> Self:
-        """As of every pipeline; a scheduler file that does not mention `clip_sample` does not clip latents,
-        though DDIM's own default is to clip."""
+        """As everywhere; but a scheduler file that does not mention `clip_sample` does not clip latents."""
         pipe = super().from_origin(origin, options, given, quirks)
         if "scheduler" not in given:
             file = origin.fetch([SCHEDULER_FILE]) / SCHEDULER_FILE
@@ -217,13 +217,13 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         check_generators(generator, batch)
         pixels = self.coder.pixels(image, batch)
         _check_output(output_type, eta, composite, pixels)
+        _check_mask(num_inference_steps, mask_encode_strength, num_maps_per_mask, mask_thresholding_ratio)
+        _steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
         size = self.coder.size(pixels)
         mask = None if mask_image is None else to_latent_mask(mask_image, size, batch)  # (B, 1, h, w)
 
         scale = _lora_scale(cross_attention_kwargs)
-        (target_embeds, negative), (source_embeds, empty) = self._embed(
-            (target, source), True, clip_skip, scale
-        )
+        (wanted, negative), (known, empty) = self._embed((target, source), True, clip_skip, scale)
         shared: dict[str, Any] = {
             "generator": generator,
             "num_inference_steps": num_inference_steps,
@@ -233,9 +233,9 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         if mask is None:
             heat = self.generate_mask(
                 image,
-                target_prompt_embeds=target_embeds,
+                target_prompt_embeds=wanted,
                 target_negative_prompt_embeds=empty,
-                source_prompt_embeds=source_embeds,
+                source_prompt_embeds=known,
                 source_negative_prompt_embeds=empty,
                 num_maps_per_mask=num_maps_per_mask,
                 mask_encode_strength=mask_encode_strength,
@@ -248,7 +248,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             mask = to_latent_mask(heat > 0.5, size, batch)
         levels = self.invert(
             image=image,
-            prompt_embeds=source_embeds,
+            prompt_embeds=known,
             negative_prompt_embeds=empty,
             inpaint_strength=inpaint_strength,
             guidance_scale=invert_guidance_scale,
@@ -257,7 +257,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         pictures, flagged = self(
             mask_image=mask,
             image_latents=levels,
-            prompt_embeds=target_embeds,
+            prompt_embeds=wanted,
             negative_prompt_embeds=negative,
             inpaint_strength=inpaint_strength,
             guidance_scale=guidance_scale,
@@ -311,10 +311,9 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             source_prompt, source_negative_prompt, source_prompt_embeds, source_negative_prompt_embeds
         )
         batch = self.prompts.check_pair(target, source)
-        noised = max(_steps_taken(num_inference_steps, "mask_encode_strength", mask_encode_strength), 1)
-        maps = check_count("num_maps_per_mask", num_maps_per_mask)
-        if mask_thresholding_ratio is None or not mask_thresholding_ratio > 0:
-            raise ValueError(f"mask_thresholding_ratio={mask_thresholding_ratio}: must be above 0")
+        noised, maps, ratio = _check_mask(
+            num_inference_steps, mask_encode_strength, num_maps_per_mask, mask_thresholding_ratio
+        )
         if output_type not in ("np", "pil", "heat"):
             raise ValueError(f"output_type={output_type!r}: a mask is 'np', 'pil' or 'heat'")
         one_each = isinstance(generator, Sequence) and len(generator) == batch
@@ -340,8 +339,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             difference = torch.stack([w * eps for w, eps in zip(weights, predicted, strict=True)]).sum(dim=0)
             # Rounding must not make a mask where there is nothing to see.
             difference = difference.masked_fill(same.repeat_interleave(maps)[:, None, None, None], 0)
-            shared = BATCH_THRESHOLD in self.quirks
-            heat = heat_map(difference, batch, mask_thresholding_ratio, shared)  # (B, h, w)
+            heat = heat_map(difference, batch, ratio, BATCH_THRESHOLD in self.quirks)  # (B, h, w)
         if not heat.flatten(1).any(dim=1).all():
             log.warning("source and target prompts make no difference: the mask is empty")
         if output_type == "heat":
@@ -401,8 +399,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         self._interrupt = False
 
         (embeds,) = self._embed((text,), guidance_scale > 1, clip_skip, scale)
-        sampled = SAMPLED_INVERSION in self.quirks
-        latents = self._encode(pixels, batch, sampled=sampled, generator=generator)
+        drawn = {"sampled": SAMPLED_INVERSION in self.quirks, "generator": generator}
+        latents = self._encode(pixels, batch, **drawn)
         levels = [latents]
         with self._denoiser(embeds, guidance_scale, steps, scale, "inverting") as predict:
             for i, t in enumerate(steps):
@@ -419,8 +417,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
                     rolls=num_auto_corr_rolls,
                     generator=generator,
                 )
-                latents = self.inverse_scheduler.step(output, t, latents)[0]
-                latents = after_step(i, t, latents)
+                latents = after_step(i, t, self.inverse_scheduler.step(output, t, latents)[0])
                 levels.append(latents)
         if LATE_BLEND in self.quirks:
             levels = levels[1:] or levels
@@ -559,9 +556,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             clean = self._encode(pixels, len(levels))
             return torch.cat((levels, clean[:, None]), dim=1)
         log.warning(
-            "image_latents have %d levels, `invert` with these settings makes one more, the clean one: what "
-            "is outside the mask keeps a little noise. Pass the photograph as image= to avoid this",
-            levels.shape[1],
+            "image_latents lack the clean level, or are of another run: what is outside the mask keeps a "
+            "little noise. Pass all that invert returns, or the photograph as image="
         )
         return torch.cat((levels[:, :1], levels), dim=1)
 
@@ -654,8 +650,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     def _after_step(
         self, legacy: Callable | None, every: Any, on_step_end: Callable | None, names: Sequence[str]
     ) -> Callable[[int, Tensor, Tensor], Tensor]:
-        """A function of step, timestep and latents that runs the callbacks, and returns the latents to go on
-        with."""
+        """(step, timestep, latents) -> the latents to go on with, once the callbacks were called."""
         names = self.check_callback(on_step_end, names)
         every = check_count("callback_steps", every)
 
@@ -674,6 +669,14 @@ def _steps_taken(steps: Any, name: str, strength: Any) -> int:
     if strength is None or not 0 <= strength <= 1:
         raise ValueError(f"{name}={strength!r}: must be in [0, 1]")
     return min(int(steps * strength), steps)
+
+
+def _check_mask(steps: Any, strength: Any, maps: Any, ratio: Any) -> tuple[int, int, float]:
+    """How many steps the noise is from the clean end, at least one; the number of noises; the ratio."""
+    noised = max(_steps_taken(steps, "mask_encode_strength", strength), 1)
+    if ratio is None or not ratio > 0:
+        raise ValueError(f"mask_thresholding_ratio={ratio}: must be above 0")
+    return noised, check_count("num_maps_per_mask", maps), ratio
 
 
 def _lora_scale(cross_attention_kwargs: Mapping[str, Any] | None) -> float | None:

@@ -1,5 +1,6 @@
 """Whole DiffEdit runs against diffusers, on tiny random checkpoints that it saved and ours opens."""
 
+import inspect
 import json
 
 import numpy as np
@@ -585,3 +586,33 @@ def test_what_ours_saves_the_reference_opens(made, tmp_path):
     call = dict(prompt=SOURCE, image=photo(), num_inference_steps=3)
     theirs, found = (p.invert(generator=seeded(), **call).latents for p in (reference, ours))
     assert distance(found, theirs) <= TOLERANCE * float(theirs.abs().max())
+
+
+def test_adapters_of_the_text_encoder_have_their_scale_in_every_stage(made, tmp_path):
+    """Which the reference forgets where masks are made and in the inversion: there the fused adapter decides."""
+    _, folder = made["sd1"]
+    scaled, fused = opened(folder), opened(folder)
+    for pipe in (scaled, fused):
+        pipe.load_lora_weights(write_lora(pipe, tmp_path / "style.safetensors"))
+    fused.fuse_lora(lora_scale=0.3)
+    for method, call in (
+        ("generate_mask", dict(target_prompt=TARGET, source_prompt=SOURCE, output_type="heat")),
+        ("invert", dict(prompt=SOURCE)),
+    ):
+        call |= dict(image=photo(), num_inference_steps=4)
+        results = []
+        for pipe, kwargs in ((scaled, {"scale": 0.3}), (fused, None), (scaled, None)):
+            found = getattr(pipe, method)(**call, generator=seeded(), cross_attention_kwargs=kwargs)
+            results.append(found if method == "generate_mask" else found.latents)
+        assert distance(results[0], results[1]) <= TOLERANCE < 1e-2 < distance(results[0], results[2])
+
+
+@pytest.mark.parametrize("method", ["generate_mask", "invert", "__call__", "encode_prompt"])
+def test_signatures_begin_as_those_of_the_reference(method):
+    theirs = inspect.signature(getattr(Reference, method)).parameters.values()
+    ours = list(inspect.signature(getattr(StableDiffusionDiffEditPipeline, method)).parameters.values())
+    for mine, other in zip(ours, theirs, strict=False):
+        assert mine.name == other.name
+        assert other.default in (mine.default, inspect.Parameter.empty)
+    assert len(ours) >= len(theirs)
+    assert all(extra.default is not inspect.Parameter.empty for extra in ours[len(theirs) :])
