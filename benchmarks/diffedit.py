@@ -76,7 +76,11 @@ def our_pipeline(folder: Path) -> StableDiffusionDiffEditPipeline:
 
 def reference_pipeline(folder: Path) -> Any:
     import diffusers
+    import transformers
 
+    diffusers.utils.logging.set_verbosity_error()
+    for library in (diffusers.utils.logging, transformers.logging):
+        library.disable_progress_bar()
     pipe = diffusers.StableDiffusionDiffEditPipeline.from_pretrained(folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -65,13 +65,13 @@ def test_first_command_edits_the_photograph_that_it_names(desk, capsys):
     assert Image.open(printed).size[0] > 0 and printed.name == "coffee-edit-3.png"
 
 
-def test_python_blocks_of_the_readme(desk, checkpoint, monkeypatch):
-    found = blocks(README, "python")
-    assert found
-    for source in found:
+def test_python_blocks_of_the_readme(desk, checkpoint, stable_diffusion):
+    for source in blocks(README, "python"):
         source = made_local(source, checkpoint).replace("generator=", "num_inference_steps=2, generator=")
+        source = source.replace('"stable-diffusion-v1-5/stable-diffusion-v1-5"', repr(str(stable_diffusion)))
         exec(compile(source, "README.md", "exec"), {})
-    assert Image.open("wings.png").size[0] > 0
+    for result in ("wings.png", "robot.png"):
+        assert Image.open(result).size[0] > 0
 
 
 def test_command_lines_of_the_readme(desk, checkpoint, capsys):
@@ -96,7 +96,8 @@ def test_readme_names_files_and_classes_that_exist():
 
 def test_readme_lists_every_quirk():
     listed = set(re.findall(r"switch `(\w+)`", README))
-    assert listed == joyedit.JoyImageEditPipeline.quirk_names
+    pipelines = joyedit.JoyImageEditPipeline, joyedit.StableDiffusionDiffEditPipeline
+    assert listed == frozenset().union(*(pipeline.quirk_names for pipeline in pipelines))
 
 
 def guide_blocks(shared_data, number="000", language="python"):

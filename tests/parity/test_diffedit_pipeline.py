@@ -589,7 +589,7 @@ def test_what_ours_saves_the_reference_opens(made, tmp_path):
 
 
 def test_adapters_of_the_text_encoder_have_their_scale_in_every_stage(made, tmp_path):
-    """Which the reference forgets where masks are made and in the inversion: there the fused adapter decides."""
+    """Which the reference forgets for masks and inversion: a fused adapter says what it would be."""
     _, folder = made["sd1"]
     scaled, fused = opened(folder), opened(folder)
     for pipe in (scaled, fused):
