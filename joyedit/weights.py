@@ -77,7 +77,10 @@ class Config(Mapping):
                     value = value if isinstance(value, Config) else hint.from_dict(value)
                 values[name] = _freeze(value)
                 if not _fits(values[name], hint):
-                    raise ValueError(f"{cls.__name__}: {key}={value!r} is not of type {_spelled(hint)}")
+                    kind = _spelled(hint)
+                    raise ValueError(
+                        f"{cls.__name__}: {key}={value!r} is not supported: must be of type {kind}"
+                    )
             elif cls.keeps_unknown:
                 extra[key] = value
             elif not key.startswith("_") and key not in cls.ignored:
@@ -145,7 +148,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _spelled(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return hint.__name__.replace("NoneType", "None") if isinstance(hint, type) else str(hint)
 
 
 def _freeze(value: Any) -> Any:

@@ -423,7 +423,11 @@ def test_ctrl_c_while_denoising_ends_with_130_and_leaves_no_file(photo, tmp_path
     command = [sys.executable, "-m", "joyedit", "edit", photo, "x", "--steps", "5000", "-v", "-o", "out.png"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     ) as process:
         assert process.stderr and process.stdout
         seen = b""

@@ -2,6 +2,7 @@
 implementation, callbacks, refusals before work, and the work that is not done twice."""
 
 import contextlib
+import copy
 import json
 
 import numpy as np
@@ -11,9 +12,7 @@ from PIL import Image
 
 import joyedit
 from joyedit import DDIMInverseScheduler, DDIMScheduler, PipelineCallback, StableDiffusionDiffEditPipeline
-from joyedit.clip_images import CLIPImageConfig, CLIPImageProcessor
 from joyedit.masks import to_model_pixels
-from joyedit.models.clip import CLIPVisionConfig, StableDiffusionSafetyCheckerConfig
 from joyedit.pipelines.diffedit import LATE_BLEND, SAMPLED_INVERSION
 from joyedit.random_checkpoint import write_random_diffedit_checkpoint
 
@@ -38,7 +37,7 @@ def filled(network, seed):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    write_random_diffedit_checkpoint(folder, dtype=torch.float32)
+    write_random_diffedit_checkpoint(folder, dtype=torch.float32, safety_checker=True)
     return folder
 
 
@@ -51,7 +50,8 @@ def loaded(checkpoint):
 
 
 def build(loaded, **parts):
-    made = StableDiffusionDiffEditPipeline(**{**loaded.components, "requires_safety_checker": False, **parts})
+    usual = {**loaded.components, "safety_checker": None, "requires_safety_checker": False}
+    made = StableDiffusionDiffEditPipeline(**{**usual, **parts})
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -207,16 +207,16 @@ def test_inversion_and_edit_of_a_batch_are_those_of_single_runs(pipe):
         np.testing.assert_allclose(batch[i : i + 1], single, atol=1e-4)
 
 
-def test_several_images_per_prompt_keep_their_masks_and_levels(pipe):
-    levels = invert(pipe, [picture(1), picture(2)], [SOURCE, "a cat"])
+def test_several_images_per_prompt_keep_their_masks_levels_and_photographs(pipe):
+    photos, sources, targets = [picture(1), picture(2)], [SOURCE, "a cat"], [TARGET, OTHER]
+    levels = invert(pipe, photos, sources)
     masks = torch.cat((half_mask(), half_mask().flip(1)))
-    generators = [seeded(s) for s in range(4)]
-    call = dict(negative_prompt=[SOURCE, "a cat"], num_images_per_prompt=2, eta=1.0, generator=generators)
-    many = repaint(pipe, levels, masks, [TARGET, OTHER], **call)
+    call = dict(num_images_per_prompt=2, negative_prompt=sources, image=photos, composite=True, eta=1.0)
+    many = repaint(pipe, levels, masks, targets, **call, generator=[seeded(s) for s in range(4)])
     for i in range(4):
         own = slice(i // 2, i // 2 + 1)
-        call = dict(negative_prompt=(SOURCE, "a cat")[i // 2], eta=1.0, generator=seeded(i))
-        alone = repaint(pipe, levels[own], masks[own], (TARGET, OTHER)[i // 2], **call)
+        call = dict(negative_prompt=sources[own], image=photos[own], composite=True, eta=1.0)
+        alone = repaint(pipe, levels[own], masks[own], targets[own], **call, generator=[seeded(i)])
         np.testing.assert_allclose(many[i : i + 1], alone, atol=1e-4)
 
 
@@ -502,27 +502,21 @@ def test_networks_in_half_precision(checkpoint, photo):
 
 
 def test_memory_helpers_change_nothing(pipe, photo):
-    found = []
+    call = dict(**STEPS, output_type="np")
+    found, brought, on_device = [], [], pipe.on_device
     for helper in (lambda: None, pipe.enable_vae_slicing, lambda: pipe.set_offload("model", "cpu")):
         helper()
-        found.append(pipe.edit(photo, SOURCE, TARGET, **STEPS, generator=seeded(), output_type="np").images)
-    pipe.disable_offload()
-    pipe.disable_vae_slicing()
+        found.append(pipe.edit(photo, SOURCE, TARGET, **call, generator=seeded()).images)
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    pipe.disable_vae_slicing()
+    pipe.on_device = both(brought.append, on_device)
+    pipe.edit(photo, SOURCE, TARGET, **call)
+    text, unet, vae = pipe.text_encoder, pipe.unet, pipe.vae
+    assert brought == [text, vae, unet, vae, unet, unet, vae]  # each stage after the other
 
 
 def test_safety_checker_sees_what_is_returned(loaded, photo):
-    tower = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        projection_dim=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=28,
-    )
-    config = StableDiffusionSafetyCheckerConfig(vision_config=tower, projection_dim=12)
-    checker = filled(joyedit.StableDiffusionSafetyChecker(config), 4)
-    extractor = CLIPImageProcessor(CLIPImageConfig(size=28, crop_size=(28, 28)))
+    checker, extractor = filled(loaded.safety_checker, 4), copy.copy(loaded.feature_extractor)
     pipe = build(loaded, safety_checker=checker, feature_extractor=extractor)
     seen = []
     extractor.crop = both(seen.append, extractor.crop)
@@ -545,6 +539,7 @@ def test_schedulers_are_made_to_fit(loaded, checkpoint, tmp_path):
     made.scheduler = DDIMScheduler.from_config(made.scheduler.config, timestep_spacing="trailing")
     made.inverse_scheduler = DDIMInverseScheduler.from_config(made.scheduler.config)
     assert build(made).inverse_scheduler is made.inverse_scheduler
+    assert build(made, scheduler=loaded.scheduler).inverse_scheduler.config.timestep_spacing == "leading"
 
     settings = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "steps_offset": 1}
     loaded.save_pretrained(tmp_path)
@@ -565,9 +560,8 @@ def test_parts_that_do_not_fit_are_refused(loaded, caplog):
         build(loaded, unet=wide)
     with pytest.raises(ValueError, match="inpainting UNet"):
         build(loaded, unet=joyedit.UNet2DConditionModel.from_config({**loaded.unet.config, "in_channels": 9}))
-    checker = torch.nn.Module.__new__(joyedit.StableDiffusionSafetyChecker)
     with pytest.raises(ValueError, match="needs a feature_extractor"):
-        build(loaded, safety_checker=checker, feature_extractor=None)
+        build(loaded, safety_checker=loaded.safety_checker, feature_extractor=None)
     assert not caplog.text
     build(loaded, requires_safety_checker=True)
     assert "safety_checker" in caplog.text

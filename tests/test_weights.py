@@ -294,9 +294,9 @@ def test_a_network_without_tensors_is_not_saved(tmp_path):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"width": "64"}, "width='64' is not of type int"),
-        ({"width": 4.0}, "width=4.0 is not of type int"),
-        ({"width": True}, "width=True is not of type int"),
+        ({"width": "64"}, "width='64' is not supported: must be of type int"),
+        ({"width": 4.0}, "width=4.0 is not supported: must be of type int"),
+        ({"width": True}, "width=True is not supported: must be of type int"),
         ({"width": None}, "width=None"),
         ({"sizes": 3}, "sizes=3"),
         ({"sizes": [1, "a"]}, "sizes=.1, 'a'."),

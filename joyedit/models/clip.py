@@ -64,7 +64,7 @@ class CLIPTextConfig(Config):
     eos_token_id: int = 2  # of the files before transformers 4.31; see `CLIPTextModel.forward`
     pad_token_id: int | None = 1
     use_attention_mask: bool = False
-    architectures: tuple[str, ...] = ("CLIPTextModel",)
+    architectures: tuple[str, ...] | None = ("CLIPTextModel",)
     dtype: str | None = "float32"
     model_type: str = "clip_text_model"
 
@@ -139,7 +139,7 @@ class StableDiffusionSafetyCheckerConfig(Config):
 
     vision_config: CLIPVisionConfig = VIT_L_14
     projection_dim: int = 768
-    architectures: tuple[str, ...] = ("StableDiffusionSafetyChecker",)
+    architectures: tuple[str, ...] | None = ("StableDiffusionSafetyChecker",)
     dtype: str | None = "float32"
     model_type: str = "clip"
 

@@ -134,7 +134,7 @@ class Qwen3VLConfig(Config):
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
     tie_word_embeddings: bool = False
-    architectures: tuple[str, ...] = ("Qwen3VLForConditionalGeneration",)
+    architectures: tuple[str, ...] | None = ("Qwen3VLForConditionalGeneration",)
     dtype: str | None = "bfloat16"
     model_type: str = "qwen3_vl"
 

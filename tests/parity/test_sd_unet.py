@@ -520,7 +520,7 @@ REFUSED = {
     "attention_head_dim": ([5, 10, 20, 21], "number of heads"),
     "layers_per_block": ([2, 2], "one positive number, or 4 of them"),
     "cross_attention_dim": ([768, 768, 768, 1024], "equal everywhere"),
-    "norm_num_groups": (None, "positive"),
+    "norm_num_groups": (None, "must be of type int"),
     "in_channels": (0, "positive"),
 }
 
