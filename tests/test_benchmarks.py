@@ -56,6 +56,14 @@ def test_quick_run(benchmark, tmp_path, capsys):
     assert [line.split()[0] for line in printed[1:-1]] == names
 
 
+def test_quick_run_of_diffedit(benchmark, tmp_path):
+    side_by_side, diffedit = benchmark("side_by_side"), benchmark("diffedit")
+    names = ["mask", "mask_negatives", "unet_step", "invert", "denoise", "whole"]
+    chosen = [argument for name in names for argument in ("--only", name)]
+    side_by_side.main(diffedit.ROWS, "diffedit", ["--quick", "--out", str(tmp_path / "out.json"), *chosen])
+    check_rows(json.loads((tmp_path / "out.json").read_text(encoding="utf-8")), names)
+
+
 def test_a_wrong_network_is_refused(benchmark, monkeypatch, tmp_path):
     side_by_side, joyimage = benchmark("side_by_side"), benchmark("joyimage")
     right = joyimage.our_step

@@ -184,6 +184,9 @@ def test_masks_of_a_batch_are_those_of_single_runs(pipe):
     masks = make_mask(pipe, photos, targets, sources, generator=[seeded(5), seeded(6)])
     assert np.array_equal(masks, batch > 0.5) and masks.dtype == np.int64
     assert 0 < masks[0].mean() < 0.9 and not np.array_equal(*masks)
+    shared = make_mask(pipe, photos[0], targets, sources, generator=[seeded(5), seeded(6)])
+    second = make_mask(pipe, photos[0], targets[1], sources[1], generator=seeded(6))
+    assert np.array_equal(shared, np.concatenate((masks[:1], second)))
     every_map = make_mask(pipe, photos, targets, sources, generator=[seeded(s) for s in range(4)])
     first = make_mask(pipe, photos[0], targets[0], sources[0], generator=[seeded(0), seeded(1)])
     assert np.array_equal(every_map[:1], first)
@@ -280,6 +283,7 @@ def test_levels_without_the_clean_one(pipe, photo, caplog, loaded):
     whole = repaint(pipe, levels)
     assert not caplog.text
     np.testing.assert_allclose(repaint(pipe, levels[:, :-1], image=photo), whole, atol=1e-6)
+    np.testing.assert_allclose(repaint(pipe, levels[:, :-1], image=levels[:, -1]), whole, atol=1e-6)
     assert not caplog.text
     without = repaint(pipe, levels[:, :-1])
     assert "or the photograph as image=" in caplog.text
@@ -482,8 +486,8 @@ def test_embeddings_stand_for_prompts(pipe, photo, caplog):
     np.testing.assert_allclose(found, repaint(pipe, levels), atol=1e-5)
     short = positive[:, :20]
     assert repaint(pipe, levels, prompt=None, prompt_embeds=short).shape == found.shape
-    pipe.encode_prompt("word " * 200)
-    assert "a prompt was cut to 77 tokens" in caplog.text
+    pipe.encode_prompt("a " * 75 + "fruit Bowl")
+    assert "a prompt was cut to 77 tokens; lost: 'fruit bowl'" in caplog.text
 
 
 def test_networks_in_half_precision(checkpoint, photo):
@@ -583,6 +587,7 @@ SAME = {
         r"wanted \(1, 77, 32\)",
     ),
     "embeddings of no batch": (dict(prompt=None, prompt_embeds=EMBEDS[0]), "wanted"),
+    "embeddings of no prompt": (dict(prompt=None, prompt_embeds=EMBEDS[:0]), "wanted"),
     "negatives of another batch": (dict(negative_prompt_embeds=EMBEDS.repeat(2, 1, 1)), "wanted"),
     "negatives of another length": (dict(negative_prompt_embeds=EMBEDS[:, :9]), "wanted"),
     "too many negatives": (dict(negative_prompt=["a", "b"]), "list of 2, but there are 1"),
@@ -603,6 +608,7 @@ SAME = {
 INVERT = {
     **SAME,
     "no image": (dict(image=None), "image is needed"),
+    "two images for three prompts": (dict(prompt=["a"] * 3, image=[picture()] * 2), "2 images for 3"),
     "latents as pictures": (dict(output_type="latent"), "'pil', 'np' or 'pt'"),
 }
 CALL = {

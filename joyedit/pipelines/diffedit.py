@@ -629,7 +629,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> pixels (B, 3, H, W) float32 in [-1, 1]."""
+        """Latents (B, C, h, w) -> pixels (B, 3, H, W) float32, about [-1, 1]."""
         with self.on_device(self.vae):
             return self.coder.decode(latents.to(self.device))
 

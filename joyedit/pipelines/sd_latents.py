@@ -71,8 +71,8 @@ class LatentCoder:
         return for_all(self.scale * latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> pixels (B, 3, H, W) float32 in [-1, 1]."""
-        return self.vae.decode((latents / self.scale).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        """Latents (B, C, h, w) -> pixels (B, 3, H, W) float32, about [-1, 1]."""
+        return self.vae.decode((latents / self.scale).to(self.vae.dtype)).sample.float()
 
 
 def draw(like: Tensor, generator: Generators, dtype: torch.dtype) -> Tensor:

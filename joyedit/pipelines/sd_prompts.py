@@ -36,7 +36,6 @@ class PromptReader:
         """Its B and L, once everything is found to fit; `name` is the prefix of the arguments. Raises
         ValueError or TypeError."""
         text.check(name)
-        as_list(text.negative, text.batch, f"{name}negative_prompt")
         wanted = (text.batch, self._length(text), self.text_encoder.config.hidden_size)
         for kind, embeds in (
             ("prompt_embeds", text.embeds),
