@@ -34,9 +34,8 @@ from joyedit.hub import Origin, choose_weight_files, shards_of
 log = logging.getLogger("joyedit")
 
 HALF = (torch.float16, torch.bfloat16)
-AUTO_BF16_BYTES = (
-    4 * 10**9
-)  # fp32 files of a network larger than this load as bf16 when no dtype is asked for
+# fp32 files of a network larger than this load as bf16 when no dtype is asked for.
+AUTO_BF16_BYTES = 4 * 10**9
 
 
 class Config(Mapping):
@@ -49,9 +48,7 @@ class Config(Mapping):
     aliases: ClassVar[Mapping[str, str]] = {}  # older spelling -> field
     ignored: ClassVar[frozenset[str]] = frozenset()  # keys of old files that never changed the computation
     supported: ClassVar[Mapping[str, tuple]] = {}  # field -> the only values that this code computes
-    keeps_unknown: ClassVar[bool] = (
-        False  # True: keys without a field are kept for the round trip, not refused
-    )
+    keeps_unknown: ClassVar[bool] = False  # whether keys without a field are kept for the round trip
 
     _extra = types.MappingProxyType({})
 

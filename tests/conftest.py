@@ -132,3 +132,26 @@ def sd_released(shared_data):
         return found
 
     return zeros
+
+
+@pytest.fixture
+def run(capsys):
+    """A joyedit command's status, standard output and standard error."""
+    from joyedit import cli
+
+    def run(*words):
+        status = cli.main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Loading a model is a failure."""
+    from joyedit import loading
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "load", load)

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import joyedit
-from joyedit import cli, images, loading
+from joyedit import cli, images
 from joyedit.random_checkpoint import write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,27 +59,6 @@ def gradient(name, width=96, height=72):
     pixels[..., 1] = np.linspace(255, 0, height, dtype=np.uint8)[:, None]
     Image.fromarray(pixels).save(name)
     return name
-
-
-@pytest.fixture
-def run(capsys):
-    """A command's status, standard output and standard error."""
-
-    def run(*words):
-        status = cli.main([str(word) for word in words])
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def no_work(monkeypatch):
-    """Loading a model is a failure."""
-
-    def load(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(loading, "load", load)
 
 
 def pixels(path):

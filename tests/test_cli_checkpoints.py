@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import joyedit
-from joyedit import cli, loading
+from joyedit import cli
 from joyedit import info as facts
 from joyedit.random_checkpoint import write_random_checkpoint
 from joyedit.weights import TensorFiles, safetensors_header
@@ -39,27 +39,6 @@ def converted(checkpoint):
         folders[to] = checkpoint.with_name(to)
         assert cli.main(["convert", str(checkpoint), str(folders[to]), "--to", to, "-q"]) == 0
     return folders
-
-
-@pytest.fixture
-def run(capsys):
-    """A command's status, standard output and standard error."""
-
-    def run(*words):
-        status = cli.main([str(word) for word in words])
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def no_work(monkeypatch):
-    """Loading a model is a failure."""
-
-    def load(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(loading, "load", load)
 
 
 # ------------------------------------------------------------------------------------------------- convert

@@ -43,27 +43,6 @@ def photo(tmp_path, monkeypatch):
     return "photo.png"
 
 
-@pytest.fixture
-def run(capsys):
-    """A command's status, standard output and standard error."""
-
-    def run(*words):
-        status = cli.main([str(word) for word in words])
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def no_work(monkeypatch):
-    """Loading a model is a failure."""
-
-    def load(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(loading, "load", load)
-
-
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 

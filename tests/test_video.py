@@ -2,6 +2,7 @@
 
 import sys
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
@@ -10,7 +11,6 @@ import torch
 import joyedit
 from joyedit.video import check_video_path, export_to_png, export_to_video, export_to_webp, save_video
 
-av = pytest.importorskip("av", reason="needs the extra `video`")
 HEIGHT, WIDTH, COUNT = 48, 80, 5
 
 
