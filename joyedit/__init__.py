@@ -15,6 +15,8 @@ _MODULE_OF = {
     "load": "joyedit.loading",
     "JoyImageEditPipeline": "joyedit.pipelines.joyimage",
     "JoyImageEditPipelineOutput": "joyedit.pipelines.joyimage",
+    "ChronoEditPipeline": "joyedit.pipelines.chronoedit",
+    "ChronoEditPipelineOutput": "joyedit.pipelines.chronoedit",
     "StableDiffusionDiffEditPipeline": "joyedit.pipelines.diffedit",
     "StableDiffusionPipelineOutput": "joyedit.pipelines.diffedit",
     "DiffEditInversionPipelineOutput": "joyedit.pipelines.diffedit",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from joyedit.models.sd_vae import AutoencoderKL as AutoencoderKL
     from joyedit.models.umt5 import UMT5EncoderModel as UMT5EncoderModel
     from joyedit.models.wan_vae import AutoencoderKLWan as AutoencoderKLWan
+    from joyedit.pipelines.chronoedit import ChronoEditPipeline as ChronoEditPipeline
+    from joyedit.pipelines.chronoedit import ChronoEditPipelineOutput as ChronoEditPipelineOutput
     from joyedit.pipelines.diffedit import DiffEditInversionPipelineOutput as DiffEditInversionPipelineOutput
     from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline as StableDiffusionDiffEditPipeline
     from joyedit.pipelines.diffedit import StableDiffusionPipelineOutput as StableDiffusionPipelineOutput

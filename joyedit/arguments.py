@@ -11,10 +11,14 @@ from typing import Any
 
 from joyedit import __version__
 
-DEFAULT_MODEL, CAPTION_MODEL = "tiny-joyimage", "tiny-diffedit"
+DEFAULT_MODEL, CAPTION_MODEL, FILM_MODEL = "tiny-joyimage", "tiny-diffedit", "tiny-chronoedit"
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webp")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 LARGEST_SEED = 2**63 - 1
+FRAMES, REASONING_FRAMES = 5, 29  # the lengths of films that ChronoEdit was trained on
+FPS, MOST_FPS = 16, 1000
+PRESETS = {None: (50, 5.0), "distill": (8, 1.0)}  # steps and guidance that ChronoEdit takes by itself
 
 # What only an edit between two captions knows: what is said, what of its pipeline is set, what else is
 # written.
@@ -26,6 +30,16 @@ CAPTION_SETTINGS = tuple(
     """.split()
 )
 SIDE_OUTPUTS = ("mask_out", "grid")
+
+# What only an edit that is a film knows, and how its options are called.
+FILM_OPTIONS = {
+    "num_frames": "--frames",
+    "num_temporal_reasoning_steps": "--reasoning-steps",
+    "preset": "--preset",
+    "video": "--video",
+    "fps": "--fps",
+}
+FILM_SETTINGS = ("num_frames", "num_temporal_reasoning_steps")
 
 
 def parse(argv: Sequence[str] | None, commands: Mapping[str, Any]) -> argparse.Namespace:
@@ -58,6 +72,10 @@ def check_images(args: argparse.Namespace) -> None:
         for name in (*CAPTION_SETTINGS, *SIDE_OUTPUTS):
             if vars(args).get(name) is not None:
                 error(f"--{name.replace('_', '-')} is for --source and --target, not for an instruction")
+    film = [option for name, option in FILM_OPTIONS.items() if vars(args).get(name) is not None]
+    if film and any(captions):
+        error(f"{film[0]} is for ChronoEdit, which takes an instruction, not --source and --target")
+    check_film(args)
     if (args.height is None) != (args.width is None):
         error("give both --height and --width, or neither")
     for name in ("output", *SIDE_OUTPUTS):
@@ -67,6 +85,37 @@ def check_images(args: argparse.Namespace) -> None:
             option = "-o/--output" if name == "output" else f"--{name.replace('_', '-')}"
             choice = "is neither a folder nor ends" if name == "output" else "does not end"
             error(f"argument {option}: {path!r} {choice} in {', '.join(OUTPUT_SUFFIXES)}")
+
+
+def check_film(args: argparse.Namespace) -> None:
+    """Ends the program for options of a film and of adapters that contradict each other."""
+    error, video = args.parser.error, vars(args).get("video")
+    if video is not None and Path(video).suffix.lower() not in ("", *VIDEO_SUFFIXES):
+        known = ", ".join(VIDEO_SUFFIXES)
+        error(f"argument --video: {video!r} does not end in {known}, or in nothing for a folder of PNG files")
+    if vars(args).get("fps") is not None and video is None:
+        error("--fps is for the film that --video names")
+    if args.config_from is None and (wrong := contradiction(args)):
+        error(wrong)
+
+
+def contradiction(args: argparse.Namespace) -> str | None:
+    """What is wrong with options of a film and of adapters together, once all are known."""
+    frames, reasoning, preset, fps = (vars(args).get(name) for name in (*FILM_SETTINGS, "preset", "fps"))
+    said = {"--steps": args.num_inference_steps, "--guidance-scale": args.guidance_scale}
+    for (option, value), usual in zip(said.items(), PRESETS[None], strict=True):
+        if preset is not None and value == usual:  # the pipeline cannot tell it from its default
+            return f"{option} {value:g} is what --preset {preset} replaces: leave out one of them"
+    steps = args.num_inference_steps or PRESETS.get(preset, PRESETS[None])[0]
+    if frames is not None and frames != FRAMES and reasoning is None:
+        return f"--frames {frames} is for --reasoning-steps: without temporal reasoning there are {FRAMES}"
+    if reasoning is not None and reasoning > steps:
+        return f"--reasoning-steps {reasoning} is above the {steps} steps that there are (--steps)"
+    if fps is not None and not 0 < fps <= MOST_FPS:
+        return f"--fps {fps:g} is not above 0, and at most {MOST_FPS}"
+    if args.lora_scale is not None and args.lora is None:
+        return "--lora-scale is for the adapter that --lora names"
+    return None
 
 
 def build_parser(functions: Mapping[str, Any]) -> argparse.ArgumentParser:
@@ -83,6 +132,7 @@ def build_parser(functions: Mapping[str, Any]) -> argparse.ArgumentParser:
         "edit",
         "edit a photograph as an instruction says, or from one caption to another",
         caption_options(),
+        film_options(),
         image_options(),
         *part_options(),
     )
@@ -144,6 +194,41 @@ def caption_options() -> argparse.ArgumentParser:
     return parser
 
 
+def film_options() -> argparse.ArgumentParser:
+    """Options of an edit that is the last frame of a film (ChronoEdit)."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument_group("for ChronoEdit, whose edit is the last frame of a film").add_argument
+    add(
+        "--frames",
+        type=positive,
+        metavar="N",
+        dest="num_frames",
+        help=f"with --reasoning-steps: length of the film, 1 + 4 k; default {REASONING_FRAMES}, "
+        f"and {FRAMES} without",
+    )
+    add(
+        "--reasoning-steps",
+        type=count,
+        metavar="K",
+        dest="num_temporal_reasoning_steps",
+        help="denoise the whole film for K steps, then its first and last frame alone; as many as --steps: "
+        "all of it to the end",
+    )
+    add(
+        "--video",
+        metavar="FILE",
+        help=f"write the film too: {', '.join(VIDEO_SUFFIXES)}, or without a suffix a folder of PNG files; "
+        "all but the last two need `pip install joyedit[video]`",
+    )
+    add("--fps", type=finite, metavar="F", help=f"frames per second of the film, default {FPS}")
+    add(
+        "--preset",
+        choices=tuple(filter(None, PRESETS)),
+        help="8 steps without guidance, with the adapter in lora/ of the checkpoint",
+    )
+    return parser
+
+
 def image_options() -> argparse.ArgumentParser:
     """Options of the commands that make images. Those of the picture default to what the pipeline says."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -171,15 +256,16 @@ def image_options() -> argparse.ArgumentParser:
     add(
         "--height",
         type=pixels,
-        help="with --width: the nearest size that the model knows is used; between captions, this size",
+        help="with --width: the nearest size that the model knows is used; by ChronoEdit and between "
+        "captions, this size",
     )
     add("--width", type=pixels)
     add(
         "--basesize",
         type=int,
         choices=(256, 512, 768, 1024),
-        help="work in sizes of about this edge squared; between captions, the photograph's own size up to "
-        "768 squared if not given",
+        help="work in sizes of about this edge squared; if not given, ChronoEdit takes as many pixels as "
+        "1280 x 720 have, and an edit between captions the photograph's own size up to 768 squared",
     )
     add("--config-from", metavar="PNG", help="take every option that is not given from an image made here")
     add(
@@ -191,8 +277,11 @@ def image_options() -> argparse.ArgumentParser:
         "-m",
         "--model",
         metavar="NAME",
-        help=f"folder, weight file or Hub name; default: {DEFAULT_MODEL}, between captions {CAPTION_MODEL}",
+        help=f"folder, weight file or Hub name; default: {DEFAULT_MODEL}, between captions {CAPTION_MODEL}, "
+        f"with options of ChronoEdit {FILM_MODEL}",
     )
+    add("--lora", metavar="NAME", help="adapter to run with: file, folder or Hub name")
+    add("--lora-scale", type=finite, metavar="S", help="strength of the adapter, default 1")
     add("--device", metavar="DEVICE", help="auto (an accelerator if there is one), cpu, cuda, cuda:1, mps")
     add(
         "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES[:4])}; default: auto (as stored)"
@@ -268,6 +357,10 @@ class PartAction(argparse.Action):
 
 def positive(text: str) -> int:
     return whole_number(text, 1, 10**9)
+
+
+def count(text: str) -> int:
+    return whole_number(text, 0, 10**9)
 
 
 def share(text: str) -> float:

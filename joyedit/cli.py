@@ -30,11 +30,19 @@ from joyedit.arguments import (
     CAPTION_SETTINGS,
     CAPTIONS,
     DEFAULT_MODEL,
+    FILM_MODEL,
+    FILM_OPTIONS,
+    FILM_SETTINGS,
+    FPS,
+    FRAMES,
     LARGEST_SEED,
     OUTPUT_SUFFIXES,
+    REASONING_FRAMES,
     SIDE_OUTPUTS,
+    contradiction,
     parse,
 )
+from joyedit.results import existing_parent, numbered, output_paths, refuse_files, write_results
 
 if TYPE_CHECKING:
     from joyedit.info import Checkpoint
@@ -56,6 +64,12 @@ REPEATED: dict[str, type | tuple[type, ...]] = {
     "num_maps_per_mask": int,
     "invert_guidance_scale": (int, float),
     "composite": bool,
+    "num_frames": int,
+    "num_temporal_reasoning_steps": int,
+    "preset": str,
+    "fps": (int, float),
+    "lora": str,
+    "lora_scale": (int, float),
     "height": int,
     "width": int,
     "basesize": int,
@@ -69,6 +83,9 @@ REPEATED: dict[str, type | tuple[type, ...]] = {
     "reference_quirks": bool,
 }
 LARGEST_SIDE = 768  # of a square of as many pixels as an edit between captions works on by itself
+TINY_SIDE = 256  # the same for the noise of the tiny ChronoEdit
+STRETCH = 1.1  # the change of aspect ratio that is worth a warning
+FILM = "ChronoEditPipeline"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,32 +152,41 @@ def make(args: argparse.Namespace, source: str | None) -> None:
 
     Everything that can be refused is refused before the model is loaded.
     """
-    photo, photo_facts = None, None
+    photo = photo_facts = profile = None
     if source is not None:
         from joyedit.images import load_photo
 
         photo, digest = load_photo(source)
+        profile = photo.info.get("icc_profile")
         photo_facts = {"name": photo_name(source), "sha256": digest}
     if args.config_from is not None:
         fill_from_image(args, photo_facts)
+        if wrong := contradiction(args):
+            raise ValueError(wrong)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed {seed} is not within 0 and {LARGEST_SEED}")
     seeds = list(range(seed, seed + (args.num_images or 1)))
-    paths = output_paths(args.output, None if photo_facts is None else photo_facts["name"], seeds)
-    asked = [name for name in SIDE_OUTPUTS if vars(args).get(name)]
-    files = {"output": paths, **{name: numbered(Path(vars(args)[name]), seeds) for name in asked}}
-    refuse_unwritable([path for each in files.values() for path in each], args.force)
-    refuse_other_model(args)
+    name = None if photo_facts is None else photo_facts["name"]
+    files = {"output": output_paths(args.output, name, seeds)}
+    asked = [name for name in (*SIDE_OUTPUTS, "video") if vars(args).get(name)]
+    files |= {name: numbered(Path(vars(args)[name]), seeds) for name in asked}
+    refuse_files(files, args.force)
+    kind = refuse_other_model(args)
+    refuse_adapter(args)
+    if kind == FILM:
+        photo = film_copy(photo, args)
 
     pipe = open_pipeline(args)
-    profile = photo.info.get("icc_profile") if photo else None
     log.info("seed %s", " ".join(map(str, seeds)))
-    given = given_options(args)
+    given = given_options(args, kind)
     if is_by_captions(args):
         assert photo is not None
         given["image"] = photo = working_copy(photo, args)
         made = edit_by_captions(pipe, given, seeds)
+    elif kind == FILM:
+        assert photo is not None
+        made = edit_by_film(pipe, given | {"image": photo}, seeds, whole="video" in files)
     else:
         given |= {} if photo is None else {"image": photo}
         made = [{"output": image} for image in run_pipeline(pipe, given, seeds)]
@@ -169,10 +195,10 @@ def make(args: argparse.Namespace, source: str | None) -> None:
         if args.metadata:
             metadata = facts_of_run(args, pipe, given, photo_facts)
             metadata |= {"seed": seed, "height": pictures["output"].height, "width": pictures["output"].width}
-        for name, each in files.items():
-            carried = (metadata, args.force, profile) if name == "output" else (None, args.force, None)
-            write_image(pictures[name], each[i], *carried)
-            print(each[i], flush=True)
+        paths = {name: each[i] for name, each in files.items()}
+        fps = vars(args).get("fps") or FPS
+        write_results(pictures, paths, metadata, profile, fps=fps, force=args.force)
+        print(*paths.values(), sep="\n", flush=True)
 
 
 def is_by_captions(args: argparse.Namespace) -> bool:
@@ -180,19 +206,33 @@ def is_by_captions(args: argparse.Namespace) -> bool:
     return vars(args).get("source_prompt") is not None
 
 
+def film_options(args: argparse.Namespace) -> list[str]:
+    """The options that are given and that only an edit by film knows."""
+    return [option for name, option in FILM_OPTIONS.items() if vars(args).get(name) is not None]
+
+
 def model_name(args: argparse.Namespace) -> str:
-    return args.model or (CAPTION_MODEL if is_by_captions(args) else DEFAULT_MODEL)
+    usual = FILM_MODEL if film_options(args) else DEFAULT_MODEL
+    return args.model or (CAPTION_MODEL if is_by_captions(args) else usual)
 
 
-def refuse_other_model(args: argparse.Namespace) -> None:
-    """Raises ValueError for a model that is not told what to do in this way."""
+def model_kind(args: argparse.Namespace) -> str:
+    """The class of the model's pipeline."""
     from joyedit.loading import pipeline_name
 
-    model = model_name(args)
     options = {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
-    takes_captions = pipeline_name(model, **options) == "StableDiffusionDiffEditPipeline"
+    return pipeline_name(model_name(args), **options)
+
+
+def refuse_other_model(args: argparse.Namespace) -> str:
+    """The class of the model's pipeline. Raises ValueError for one that is not told what to do in this way,
+    and for options that it does not know."""
+    model, kind = model_name(args), model_kind(args)
+    takes_captions = kind == "StableDiffusionDiffEditPipeline"
     if takes_captions and args.command == "generate":
         raise ValueError(f"{model} edits photographs here: joyedit edit PHOTO --source TEXT --target TEXT")
+    if kind == FILM and args.command == "generate":
+        raise ValueError(f"{model} edits photographs here: joyedit edit PHOTO INSTRUCTION")
     if takes_captions and not is_by_captions(args):
         raise ValueError(
             f"{model} takes no instruction: say what the photograph shows and what it shall show, as in "
@@ -203,13 +243,26 @@ def refuse_other_model(args: argparse.Namespace) -> None:
             f"{model} edits by instruction, not from --source to --target: say what to do, as in "
             "joyedit edit PHOTO 'Make it red.'"
         )
+    if kind != FILM and film_options(args):
+        raise ValueError(
+            f"{model} makes no film: {film_options(args)[0]} is for ChronoEdit, as in "
+            f"--model nvidia/ChronoEdit-14B-Diffusers, or {FILM_MODEL}"
+        )
+    return kind
 
 
-def given_options(args: argparse.Namespace) -> dict[str, Any]:
+def given_options(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     """What was said of the picture, as the pipeline's call takes it."""
     names = ["negative_prompt", "num_inference_steps", "guidance_scale"]
-    names += [*CAPTIONS, *CAPTION_SETTINGS] if is_by_captions(args) else ["prompt", "height", "width"]
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names += [*CAPTIONS, *CAPTION_SETTINGS] if is_by_captions(args) else ["prompt"]
+    names += ["height", "width"] if kind == "JoyImageEditPipeline" else []
+    names += FILM_SETTINGS if kind == FILM else ()
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if kind == FILM:
+        reasoning = "num_temporal_reasoning_steps" in given
+        given = {"num_frames": REASONING_FRAMES if reasoning else FRAMES, **given}
+        given["enable_temporal_reasoning"] = reasoning
+    return given
 
 
 def working_copy(photo: Any, args: argparse.Namespace) -> Any:
@@ -221,10 +274,50 @@ def working_copy(photo: Any, args: argparse.Namespace) -> Any:
         scale = (args.basesize or LARGEST_SIDE) / (photo.width * photo.height) ** 0.5
         scale = scale if args.basesize else min(scale, 1)
         size = tuple(max(int(side * scale) // 8 * 8, 8) for side in photo.size)
+    return resized(photo, size, PIL.Image.Resampling.LANCZOS)
+
+
+def film_copy(photo: Any, args: argparse.Namespace) -> Any:
+    """The photograph in the size that is asked for, or else in that of ChronoEdit's own examples, which
+    resize it as here."""
+    import PIL.Image
+
+    from joyedit.images import size_of_area
+
+    height, width = args.height, args.width
+    if height is None:
+        side = args.basesize or (TINY_SIDE if model_name(args) == FILM_MODEL else None)
+        height, width = size_of_area(photo.height, photo.width, **({} if side is None else {"area": side**2}))
+    change = photo.height / photo.width * width / height
+    copy = resized(photo, (width, height), PIL.Image.Resampling.BICUBIC)
+    if max(change, 1 / change) > STRETCH:
+        log.warning("this stretches the photograph: without --height and --width it keeps its shape")
+    return copy
+
+
+def resized(photo: Any, size: tuple[int, ...], resample: Any) -> Any:
     if size == photo.size:
         return photo
     log.info("working at %d x %d pixels, the photograph has %d x %d", *size, *photo.size)
-    return photo.resize(size, PIL.Image.Resampling.LANCZOS)
+    return photo.resize(size, resample)
+
+
+def refuse_adapter(args: argparse.Namespace) -> None:
+    """Raises FileNotFoundError or ValueError for an adapter that cannot be read."""
+    from joyedit.lora_files import open_lora
+
+    if args.lora is not None:
+        open_lora(args.lora, None, "", adapter_options(args))
+
+
+def add_adapter(pipe: Any, args: argparse.Namespace) -> None:
+    """Put the adapter into the weights, where it costs nothing per step; nothing here takes it out again."""
+    name = pipe.load_lora_weights(args.lora, **adapter_options(args)).name
+    pipe.fuse_lora(1.0 if args.lora_scale is None else args.lora_scale, [name], reversible=False)
+
+
+def adapter_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"cache_dir": args.cache_dir, "local_files_only": args.offline}
 
 
 def open_pipeline(args: argparse.Namespace) -> Any:
@@ -232,10 +325,12 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     from joyedit.loading import load
 
     table = None if args.basesize is None else buckets(args.basesize)
-    names = ("device", "dtype", "offload", "reference_quirks", "prediction_type")
-    options = {name: getattr(args, name) for name in names} | source_options(args)
+    names = ("device", "dtype", "offload", "reference_quirks", "prediction_type", "preset")
+    options = {name: vars(args).get(name) for name in names} | source_options(args)
     given = {name: value for name, value in options.items() if value is not None}
     pipe = load(model_name(args), **given, **(args.parts or {}))
+    if args.lora is not None:
+        add_adapter(pipe, args)
     if table is not None:
         pipe.buckets = table
     # Shown on a terminal only (None), unless asked for or against.
@@ -275,6 +370,22 @@ def edit_by_captions(pipe: Any, given: dict[str, Any], seeds: list[int]) -> list
     return made
 
 
+def edit_by_film(pipe: Any, given: dict[str, Any], seeds: list[int], whole: bool) -> list[dict[str, Any]]:
+    """For each seed the edit, which is the last frame, and where `whole` is set the film."""
+    import torch
+
+    films = pipe(
+        **given,
+        height=given["image"].height,
+        width=given["image"].width,
+        num_videos_per_prompt=len(seeds),
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type="pil",
+        only_last_frame=not whole,
+    ).frames
+    return [{"output": frames[-1], "video": frames} for frames in films]
+
+
 def facts_of_run(
     args: argparse.Namespace, pipe: Any, given: dict[str, Any], photo_facts: dict[str, str] | None
 ) -> dict[str, Any]:
@@ -288,6 +399,11 @@ def facts_of_run(
     call = pipe.edit if by_captions else pipe.__call__
     defaults = {name: parameter.default for name, parameter in inspect.signature(call).parameters.items()}
     settings = ["num_inference_steps", "guidance_scale", *(CAPTION_SETTINGS if by_captions else ())]
+    made = {name: given.get(name, defaults[name]) for name in settings}
+    if type(pipe).__name__ == FILM:  # a preset has other defaults
+        made = {"num_inference_steps": pipe.num_timesteps, "guidance_scale": pipe.guidance_scale}
+        made |= {name: given.get(name) for name in FILM_SETTINGS}
+        made |= {name: getattr(args, name) for name in ("preset", "fps")}
     model, revision = model_name(args), None
     if model not in BUILT_IN and not Path(model).exists():
         revision = Origin(model, args.revision, cache_dir=args.cache_dir, local_files_only=True).commit
@@ -295,12 +411,14 @@ def facts_of_run(
         "prompt": args.prompt,
         **{name: vars(args).get(name) for name in CAPTIONS},
         "negative_prompt": args.negative_prompt,
-        **{name: given.get(name, defaults[name]) for name in settings},
+        **made,
         "basesize": args.basesize,
         "model": model,
         "revision": revision,
         "variant": args.variant,
         "parts": args.parts,
+        "lora": args.lora,
+        "lora_scale": args.lora_scale,
         "dtype": args.dtype or "auto",
         "device": pipe.device.type,
         "prediction_type": args.prediction_type,
@@ -330,6 +448,10 @@ def fill_from_image(args: argparse.Namespace, photo_facts: dict[str, str] | None
     kept = set(REPEATED) & set(vars(args))
     if args.model is not None:
         kept -= {"revision", "variant", "parts", "prediction_type"}  # they belong to the recorded model
+        if recorded.get("pipeline") == FILM != model_kind(args):
+            kept -= {*FILM_OPTIONS}
+    if vars(args).get("preset") is not None:
+        kept -= {"num_inference_steps", "guidance_scale"}
     if args.prompt is not None:
         kept -= {*CAPTIONS, *CAPTION_SETTINGS}
     elif any(vars(args).get(name) is not None for name in CAPTIONS):
@@ -360,55 +482,6 @@ def photo_name(source: str) -> str:
     if source.startswith(("http://", "https://")):
         return PurePath(unquote(urlsplit(source).path)).name or "photo"
     return Path(source).name
-
-
-def output_paths(output: str | None, photo: str | None, seeds: list[int]) -> list[Path]:
-    """One path per seed: `output` itself for a single image, otherwise with the seed in its name."""
-    chosen = Path(output or "").expanduser()
-    if output is None or chosen.is_dir():
-        stem = "generated" if photo is None else f"{PurePath(photo).stem}-edit"
-        return [chosen / f"{stem}-{seed}.png" for seed in seeds]
-    return numbered(chosen, seeds)
-
-
-def numbered(path: Path, seeds: list[int]) -> list[Path]:
-    """`path` itself for one seed, otherwise one path for each with the seed in its name."""
-    path = path.expanduser()
-    if len(seeds) == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{seed}{path.suffix}") for seed in seeds]
-
-
-def refuse_unwritable(paths: list[Path], force: bool) -> None:
-    if len({path.absolute() for path in paths}) < len(paths):
-        raise ValueError(f"two results would be written to one file: {', '.join(map(str, paths))}")
-    for path in paths:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
-        if path.exists() and not force:
-            raise FileExistsError(f"{path} exists: pass --force to replace it, or name another file with -o")
-        folder = existing_parent(path)
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise PermissionError(f"{path} cannot be written: {folder} is no folder that you may write to")
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above `path` that is already there."""
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-def write_image(image: Any, path: Path, metadata: dict[str, Any] | None, force: bool, profile: Any) -> None:
-    """Write PNG with its metadata; JPEG and WebP, which are lossy, without."""
-    from joyedit.images import save_png
-    from joyedit.weights import replacing
-
-    if path.suffix.lower() == ".png":
-        save_png(image, path, metadata, force=force, icc_profile=profile)
-        return
-    if metadata is not None:
-        log.info("%s carries no parameters: only .png files do", path)
-    with replacing(path) as temporary:
-        image.save(temporary, quality=95)
 
 
 def convert(args: argparse.Namespace) -> None:

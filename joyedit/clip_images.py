@@ -90,7 +90,8 @@ class CLIPImageProcessor:
     """Pictures to what the CLIP vision towers read: the central square of each, 224 pixels wide."""
 
     library = "transformers"  # under which model_index.json lists it
-    relatives = frozenset({"CLIPFeatureExtractor", "CLIPImageProcessorPil"})  # its other names there
+    # Its other names there; of a CLIPProcessor's files the tokenizer is not read.
+    relatives = frozenset({"CLIPFeatureExtractor", "CLIPImageProcessorPil", "CLIPProcessor"})
 
     def __init__(self, config: CLIPImageConfig | None = None):
         self.config = config or CLIPImageConfig()

@@ -254,6 +254,24 @@ def nearest_bucket(height: int, width: int, table: Sequence[tuple[int, int]]) ->
     return min(table, key=lambda bucket: abs(bucket[0] / bucket[1] - height / width))
 
 
+def size_of_area(height: int, width: int, area: int = 720 * 1280, multiple: int = 16) -> tuple[int, int]:
+    """The size (height, width) of at most about `area` pixels with the aspect ratio of the given one, sides
+    rounded down to multiples of `multiple`. Raises ValueError when a side would be shorter than that.
+
+    Source: the sizing recipe of ChronoEdit's examples, which resize the photograph to it.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"height={height}, width={width}: both must be positive")
+    ratio = height / width
+    size = (
+        round(math.sqrt(area * ratio)) // multiple * multiple,
+        round(math.sqrt(area / ratio)) // multiple * multiple,
+    )
+    if min(size) < multiple:
+        raise ValueError(f"an image of {width} x {height} pixels is too narrow for an area of {area}")
+    return size
+
+
 class Fit(NamedTuple):
     """Where a photograph comes to lie in a bucket: resized to (height, width), about `scale` times its size,
     then cropped from (top, left) on."""

@@ -31,8 +31,12 @@ from joyedit.loading import (
     layout_of,
     licence_of,
     pipeline_for,
+    pipeline_name,
     read_infer_config,
 )
+from joyedit.lora_files import family_of, is_lora
+from joyedit.pipelines.chronoedit_presets import PRESETS
+from joyedit.pipelines.pipeline import is_called
 from joyedit.random_checkpoint import cached_random_checkpoint
 from joyedit.single_file import read_single_file
 from joyedit.weights import (
@@ -51,7 +55,7 @@ KEY_SETTINGS = """
     text_dim rope_dim_list in_channels patch_size vocab_size base_dim z_dim dim_mult num_res_blocks shift
     use_dynamic_shifting joyai_original num_train_timesteps block_out_channels layers_per_block
     cross_attention_dim attention_head_dim use_linear_projection scaling_factor hidden_act beta_schedule
-    prediction_type
+    prediction_type image_dim d_model flow_shift
 """.split()
 
 
@@ -77,7 +81,8 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: `revision` is the Hub's commit, `provenance` what `joyedit convert` noted."""
+    """A whole checkpoint: `revision` is the Hub's commit, `provenance` what `joyedit convert` noted,
+    `presets` the names that `joyedit.load` takes for it and the adapters behind them."""
 
     name: str
     layout: str
@@ -87,6 +92,7 @@ class Checkpoint:
     parts: Mapping[str, Part]
     bytes: int
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    presets: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> int | None:
@@ -94,8 +100,10 @@ class Checkpoint:
         return None if None in counts else sum(filter(None, counts))
 
     def bytes_as(self, dtype: torch.dtype | str | None) -> int:
-        """Size when written in `dtype`."""
-        return sum(part.bytes_as(parse_dtype(dtype)) for part in self.parts.values())
+        """Size when written in `dtype`; None as `joyedit.load` does by itself."""
+        asked = parse_dtype(dtype)
+        auto = getattr(pipeline_class(self.pipeline), "auto_dtypes", {})
+        return sum(part.bytes_as(asked or auto.get(name)) for name, part in self.parts.items())
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "parameters": self.parameters}
@@ -110,9 +118,11 @@ class Checkpoint:
         facts = {
             "name": self.name,
             "pipeline": self.pipeline,
+            "opened as": opened if (opened := pipeline_for(self.pipeline)) != self.pipeline else None,
             "layout": self.layout,
             "revision": self.revision,
             "licence": self.licence,
+            "presets": dict(self.presets) or None,
             **{key: text for key, text in self.provenance.items() if key != "license"},
         }
         settings = {
@@ -136,13 +146,14 @@ def describe(
     path = Path(name).expanduser()
     if path.is_file():
         return describe_file(path)
-    origin = Origin(name, revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    source = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    origin = Origin(name, **source)
     listing = origin.listing()
     layout = layout_of(name, listing)
     index: Mapping[str, Any] = {}
     if layout == "diffusers":
         index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
-    pipeline = index.get("_class_name", "JoyImageEditPipeline")
+    pipeline = index.get("_class_name") or pipeline_name(name, **source)
     parts, headers = {}, []
     for part, (class_name, folder) in places(layout, pipeline, index).items():
         kind = known_class(pipeline, part, class_name)
@@ -168,14 +179,23 @@ def describe(
     if licence == "not stated":
         licence = provenance.get("license", licence)
     used = {file for part in parts.values() for file in part.files}
+    presets = {preset: PRESETS[preset].lora for preset in PRESETS if PRESETS[preset].lora in listing}
     return Checkpoint(
-        name, layout, pipeline, origin.commit, licence, parts, sum(origin.sizes(used).values()), provenance
+        name,
+        layout,
+        pipeline,
+        origin.commit,
+        licence,
+        parts,
+        sum(origin.sizes(used).values()),
+        provenance,
+        presets if pipeline_for(pipeline) == "ChronoEditPipeline" else {},
     )
 
 
 def describe_file(path: Path) -> Checkpoint:
-    """What a single weight file holds: Stable Diffusion, or the first network whose names and shapes it
-    fits."""
+    """What a single weight file holds: Stable Diffusion, the first network whose names and shapes it fits, or
+    a LoRA."""
     layout = layout_of(str(path), [])
     if layout == "ldm":
         return describe_single_file(path)
@@ -188,6 +208,8 @@ def describe_file(path: Path) -> Checkpoint:
         if issubclass(kind, Network) and fits(kind, raw, files):
             part, class_name, config = name, kind.__name__, kind.Config.from_dict(raw).to_dict()
             break
+    if part == "unknown" and is_lora(files):
+        part, class_name = "adapter", f"LoRA of {family_of(files) or 'an unknown network'}"
     dtypes = count_dtypes([path])
     size = path.stat().st_size
     found = Part(class_name, (path.name,), size, sum(dtypes.values()), dtypes, config)
@@ -234,19 +256,23 @@ def places(layout: str, pipeline: str, index: Mapping[str, Any]) -> dict[str, tu
     if layout == "original":
         folders = dict.fromkeys(("text_encoder", "tokenizer", "processor"), ORIGINAL_TEXT_ENCODER)
         folders |= {"transformer": "transformer", "vae": "vae"}
-    return {part: (classes[part], folder) for part, folder in folders.items()}
+    return {part: (classes[part], folder) for part, folder in folders.items() if part in classes}
 
 
 def pipeline_parts(pipeline: str) -> Mapping[str, tuple[type, ...]]:
     """The parts of a pipeline of ours, or of the one of ours that opens its folders; none for others."""
+    return getattr(pipeline_class(pipeline), "parts", {})
+
+
+def pipeline_class(pipeline: str) -> type | None:
     ours = pipeline_for(pipeline)
-    return getattr(importlib.import_module(PIPELINES[ours]), ours).parts if ours else {}
+    return getattr(importlib.import_module(PIPELINES[ours]), ours) if ours else None
 
 
 def known_class(pipeline: str, part: str, class_name: str) -> type:
     """Our class of that name; for others `Network`, or `object` for what has no weights by its name."""
     for kind in pipeline_parts(pipeline).get(part, ()):
-        if kind.__name__ == class_name.removesuffix("Fast"):
+        if is_called(kind, class_name):
             return kind
     without_weights = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "Extractor")
     return object if class_name.endswith(without_weights) else Network

@@ -3,9 +3,11 @@
 Layouts of whole checkpoints:
   diffusers   model_index.json and one folder per part
   original    transformer/transformer.pth, vae/<one file>, JoyAI-Image-Und/, infer_config.py
-  comfyui     diffusion_models/, text_encoders/ and vae/ with one file each, or such a file alone
+  comfyui     diffusion_models/, text_encoders/, vae/ and of ChronoEdit clip_vision/ with one file each, or a
+              file of the first alone
   ldm         one file with all of Stable Diffusion, see `single_file.py`
 
+A Diffusers folder goes by its subfolders: that of ChronoEdit was published under the names of WAN's classes.
 Files without a config beside them have the released one. Nothing of a repository is executed.
 """
 
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 
 from joyedit.hub import WEIGHT_SUFFIXES, Origin
+from joyedit.lora_files import family_of, is_lora
+from joyedit.pipelines.chronoedit_presets import preset_called
 from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
 from joyedit.random_checkpoint import cached_random_checkpoint
 from joyedit.single_file import is_single_file, open_single_file, read_single_file
@@ -39,22 +43,39 @@ log = logging.getLogger("joyedit")
 PIPELINES = {  # class -> module
     "JoyImageEditPipeline": "joyedit.pipelines.joyimage",
     "StableDiffusionDiffEditPipeline": "joyedit.pipelines.diffedit",
+    "ChronoEditPipeline": "joyedit.pipelines.chronoedit",
 }
 BUILT_IN = {
     "tiny-joyimage": "JoyImageEditPipeline",
     "tiny-diffedit": "StableDiffusionDiffEditPipeline",
+    "tiny-chronoedit": "ChronoEditPipeline",
 }
 
 # Why some folders hold none of them, by the beginning of their pipeline's name.
 REFUSED = {
     "StableDiffusionInpaintPipeline": "an inpainting UNet takes 9 channels: a text-to-image one is needed",
     "StableDiffusionXL": "Stable Diffusion XL has other networks than 1.x and 2.x, which are known here",
+    "Wan": "of WAN's models only image-to-video of release 2.1 has the form of ChronoEdit",
 }
 
 ORIGINAL_TEXT_ENCODER = "JoyAI-Image-Und"
 ORIGINAL_SHIFT = 4.0  # of jd-opensource/JoyAI-Image where infer_config.py does not say
-COMFYUI_FOLDERS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
-COMFYUI_SHIFT = 1.5  # what the published ComfyUI nodes use with these files
+COMFYUI_FOLDERS = {  # part -> folder
+    "transformer": "diffusion_models",
+    "text_encoder": "text_encoders",
+    "vae": "vae",
+    "image_encoder": "clip_vision",
+}
+COMFYUI_SCHEDULERS = {  # JoyAI: as the published ComfyUI nodes use it; ChronoEdit: as its Diffusers folder
+    "JoyImageEditPipeline": {"shift": 1.5},
+    "ChronoEditPipeline": {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 5.0,
+    },
+}
+# Tensors that tell ChronoEdit's transformer: its cross-attention reads an image.
+READS_IMAGES = ("blocks.0.cross_attn.k_img.weight", "blocks.0.attn2.add_k_proj.weight")
 
 
 def load(
@@ -72,18 +93,22 @@ def load(
     reference_quirks: bool = False,
     prediction_type: str | None = None,
     ema: bool = False,
+    preset: str | None = None,
     **components: Any,
 ) -> Any:
     """Load a pipeline from a folder, a weight file, a Hub repository, or one of the built-in names.
 
     pipeline: class name, where a checkpoint serves several. device: "auto" takes the accelerator if there is
     one.
-    dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16.
+    dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16, and the VAE and
+    vision tower of ChronoEdit, which become fp32.
     variant: where only some folders hold it, the usual files of the others are used.
     offload: "none", "model" or "sequential". components: parts to use instead (`transformer=`, `vae=`,
-    `scheduler=`, ...): an object, or the path or Hub name of one.
+    `scheduler=`, ...): an object, or the path or Hub name of one. The path may be that of a weight file in
+    any layout that joyedit knows: ComfyUI's, and WAN's own `.pth` of transformer, VAE and UMT5.
     Of a single file of Stable Diffusion, which does not say it: prediction_type is "epsilon" or
     "v_prediction"; ema=True takes the averaged UNet.
+    preset: "distill" for ChronoEdit in 8 steps, with the LoRA that is in lora/ of the folder or repository.
 
     Returns the pipeline. Raises FileNotFoundError, ValueError or TypeError before any tensor is read.
     """
@@ -108,6 +133,7 @@ def load(
     if layout != "diffusers" and class_name != (held := _pipeline_class(origin, layout)):
         raise ValueError(f"pipeline={pipeline!r}: {name} is of a {held}")
     cls = _open_class(class_name)
+    lora = None if preset is None else _preset_lora(cls, preset, origin, layout, listing)
     if layout != "ldm" and (prediction_type is not None or ema):
         raise ValueError(f"prediction_type and ema are for single files of Stable Diffusion, not {name}")
     if unknown := set(components) - set(cls.parts):
@@ -115,6 +141,7 @@ def load(
             f"unknown argument {sorted(unknown)}; {class_name} has the parts {', '.join(cls.parts)}"
         )
     given = {part: _open_part(cls, part, value, options) for part, value in components.items()}
+    pipe: Any
     if layout == "diffusers":
         pipe = cls.from_origin(origin, options, given, reference_quirks)
     elif layout == "ldm":
@@ -132,8 +159,11 @@ def load(
         licence_of(origin, listing),
     )
     if offload == "none":
-        return pipe.to(target)
-    pipe.set_offload(offload, None if target.type == "cpu" else target)
+        pipe.to(target)
+    if preset is not None:
+        pipe.use_preset(preset, lora=lora)
+    if offload != "none":
+        pipe.set_offload(offload, None if target.type == "cpu" else target)
     return pipe
 
 
@@ -168,7 +198,23 @@ def layout_of(name: str, listing: list[str]) -> str:
     )
 
 
+def _preset_lora(cls: type[Pipeline], preset: str, origin: Origin, layout: str, listing: list[str]) -> Path:
+    """The adapter of a preset, from beside the checkpoint's parts. Raises ValueError for an unknown preset,
+    FileNotFoundError where the checkpoint has no such file."""
+    if not hasattr(cls, "use_preset"):
+        raise ValueError(f"preset={preset!r}: a {cls.__name__} has no presets")
+    name = preset_called(preset).lora
+    if layout != "diffusers" or name not in listing:
+        raise FileNotFoundError(
+            f"preset={preset!r}: {origin.name} has no {name}; load without a preset, then call "
+            f"pipe.use_preset({preset!r}, lora=...) with the file or Hub name of that adapter"
+        )
+    return origin.fetch([name]) / name
+
+
 def _pipeline_class(origin: Origin, layout: str) -> str:
+    if layout == "comfyui":
+        return "ChronoEditPipeline" if _is_chronoedit(origin) else "JoyImageEditPipeline"
     if layout != "diffusers":
         return "StableDiffusionDiffEditPipeline" if layout == "ldm" else "JoyImageEditPipeline"
     name = read_json(origin.fetch(["model_index.json"]) / "model_index.json").get("_class_name")
@@ -178,6 +224,22 @@ def _pipeline_class(origin: Origin, layout: str) -> str:
         ours = ", ".join(PIPELINES)
         raise ValueError(f"{origin.name} holds a {name}{''.join(reasons)}; joyedit has {ours}")
     return found
+
+
+def _is_chronoedit(origin: Origin) -> bool:
+    """Whether ComfyUI's files are ChronoEdit's: a folder has a vision tower, a file attention to images.
+    Raises ValueError for an adapter."""
+    path = Path(origin.name)
+    if path.is_file():
+        files = TensorFiles([path])
+        if is_lora(files):
+            raise ValueError(
+                f"{path} is an adapter of {family_of(files) or 'an unknown network'}: load a checkpoint, "
+                "then call load_lora_weights with this file"
+            )
+        return any(name.endswith(READS_IMAGES) for name in files)
+    folder = COMFYUI_FOLDERS["image_encoder"]
+    return any(name.startswith(f"{folder}/") for name in origin.listing())
 
 
 def pipeline_for(class_name: str) -> str | None:
@@ -221,16 +283,16 @@ def _open_part(cls: type[Pipeline], part: str, value: Any, options: LoadOptions)
     checkpoint."""
     if not isinstance(value, (str, Path)):
         return value
-    kind = cls.parts[part][0]
+    kind, dtype = cls.parts[part][0], options.dtype or cls.auto_dtypes.get(part)
     path = Path(value)
     if path.is_file() and issubclass(kind, Network):
         if is_single_file(path):
             whole = read_single_file(path)
             if part in whole.networks and whole.networks[part][0] is kind:
                 return whole.load(part, options)
-        return open_file(kind, path, options.dtype)
+        return open_file(kind, path, dtype)
     inside = path.joinpath(part).is_dir() or not path.exists()
-    extra = {"dtype": options.dtype, "variant": options.variant} if issubclass(kind, Network) else {}
+    extra = {"dtype": dtype, "variant": options.variant} if issubclass(kind, Network) else {}
     return kind.from_pretrained(str(value), subfolder=part if inside else None, **options.origin, **extra)  # type: ignore[attr-defined]
 
 
@@ -321,26 +383,31 @@ def read_infer_config(path: Path) -> dict[str, Any]:
 
 
 def _open_comfyui(
-    cls: type, origin: Origin, listing: list[str], options: LoadOptions, given: Mapping
+    cls: type[Pipeline], origin: Origin, listing: list[str], options: LoadOptions, given: Mapping
 ) -> dict[str, Any]:
     """The parts of ComfyUI's single files; they hold no tokenizer, which must then be given."""
-    missing = {name for name in cls.parts if name not in given}
-    if "tokenizer" in missing and "processor" in given:
-        given = {**given, "tokenizer": given["processor"].tokenizer}
+    missing = {name: kinds[0] for name, kinds in cls.parts.items() if name not in given}
     parts: dict[str, Any] = {}
-    wanted = [name for name in ("processor",) if name in missing]
-    if not listing:
-        wanted += [name for name in ("vae", "text_encoder") if name in missing]
+    if "tokenizer" in missing and "processor" in given:
+        parts["tokenizer"] = given["processor"].tokenizer
+    if "scheduler" in missing:
+        parts["scheduler"] = missing["scheduler"](**COMFYUI_SCHEDULERS[cls.__name__])
+    if "image_processor" in missing:
+        parts["image_processor"] = missing["image_processor"]()
+    folders = {name: folder for name, folder in COMFYUI_FOLDERS.items() if name in missing}
+    held = folders if listing else ("transformer",)
+    wanted = [name for name in missing if name not in parts and name not in held]
+    if "processor" in wanted:  # it brings the tokenizer
+        wanted = [name for name in wanted if name != "tokenizer"]
     if wanted:
-        example = "a Diffusers folder or Hub name such as 'jdopensource/JoyAI-Image-Edit-Diffusers'"
+        released = {
+            "JoyImageEditPipeline": "jdopensource/JoyAI-Image-Edit-Diffusers",
+            "ChronoEditPipeline": "nvidia/ChronoEdit-14B-Diffusers",
+        }
+        example = f"a Diffusers folder or Hub name such as {released[cls.__name__]!r}"
         raise ValueError(
             f"{origin.name} holds no {' and no '.join(wanted)}: pass {wanted[0]}= ({example}), ..."
         )
-    if "tokenizer" in missing:
-        parts["tokenizer"] = given["processor"].tokenizer
-    if "scheduler" in missing:
-        parts["scheduler"] = cls.parts["scheduler"][0](shift=COMFYUI_SHIFT)
-    folders = {name: folder for name, folder in COMFYUI_FOLDERS.items() if name in missing}
     paths = {name: Path(origin.name) for name in folders}
     if listing:
         single = {name: _only_file(origin, listing, folder) for name, folder in folders.items()}
@@ -348,7 +415,7 @@ def _open_comfyui(
         root = origin.fetch([*single.values(), *(name for name in configs if name in listing)])
         paths = {name: root / file for name, file in single.items()}
     for name, path in paths.items():
-        parts[name] = open_file(cls.parts[name][0], path, options.dtype)
+        parts[name] = open_file(missing[name], path, options.dtype or cls.auto_dtypes.get(name))
     return parts
 
 
@@ -356,7 +423,7 @@ def save_checkpoint(
     pipe: Any, folder: Path, to: str = "diffusers", metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a pipeline as "diffusers", "original" (JoyAI) or "comfyui" files. Raises FileExistsError for a
-    folder that holds something, ValueError for Stable Diffusion in another layout than "diffusers".
+    folder that holds something, ValueError for what is not JoyAI-Image in another layout than "diffusers".
 
     `metadata` goes into the header of every safetensors file. In the foreign layouts, too, a network of
     another size than the released one gets a config.json beside its file.
@@ -368,13 +435,14 @@ def save_checkpoint(
     if to == "diffusers":
         pipe.save_pretrained(folder, metadata=metadata)
         return
-    if "unet" in pipe.components:
-        raise ValueError(f"to={to!r} is for JoyAI-Image: Stable Diffusion is written as 'diffusers' only")
+    if "processor" not in pipe.components:
+        kind = "Stable Diffusion" if "unet" in pipe.components else "ChronoEdit"
+        raise ValueError(f"to={to!r} is for JoyAI-Image: {kind} is written as 'diffusers' only")
     if lost := sorted(pipe.settings_to_save()):
         log.warning("the %s layout has no place for %s: the released ones will be used", to, ", ".join(lost))
     if to == "comfyui":
-        for part, place in COMFYUI_FOLDERS.items():
-            network = pipe.components[part]
+        for part, network in pipe.networks.items():
+            place = COMFYUI_FOLDERS[part]
             layout = _layout(network, "comfyui")
             state = layout.invert(network.state_dict())
             save_tensors(folder / place, f"{part}_joyimage", state, 10**15, metadata=metadata)

@@ -18,7 +18,7 @@ import json
 import math
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -314,20 +314,31 @@ def _strength(settings: Mapping[str, Any], layer: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
-def looks_like(tensors: Mapping[str, Tensor]) -> str:
-    """Whose adapter this is, going by the names and the width of the prompt."""
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys holds factors of any network."""
+    return any(True for key in keys for _ in parse_key(key))
+
+
+def family_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """Whose adapter this is, going by the names and the width of the prompt; None where they tell nothing."""
     for pattern, family in FAMILIES:
         if any(re.search(pattern, key) for key in tensors):
             width = next((tensors[k].shape[-1] for k in tensors if CONTEXT_FACTOR.search(k)), 0)
-            family = CONTEXT_WIDTHS.get(width, family) if family == "Stable Diffusion" else family
-            return f"it looks like an adapter of {family}"
-    return "it does not look like any adapter known here"
+            return CONTEXT_WIDTHS.get(width, family) if family == "Stable Diffusion" else family
+    return None
+
+
+def looks_like(tensors: Mapping[str, Tensor]) -> str:
+    family = family_of(tensors)
+    return (
+        f"it looks like an adapter of {family}" if family else "it does not look like any adapter known here"
+    )
 
 
 def _nothing_matches(tensors: Mapping[str, Tensor], networks: Mapping[str, Network]) -> str:
     keys = sorted(tensors)
     sample = ", ".join(keys[:3])
-    if not any(True for key in keys for _ in parse_key(key)):
+    if not is_lora(keys):
         return f"it holds no LoRA: none of its {len(keys)} keys names a factor ({sample})"
     wanted = ", ".join(f"{name} ({type(network).__name__})" for name, network in networks.items())
     return f"none of its {len(keys)} keys names a layer of {wanted}; {looks_like(tensors)} ({sample})"

@@ -1,7 +1,8 @@
 """Running a network that does not fit the accelerator: its repeated blocks come one at a time.
 
 The blocks of a network (the members of its module lists) stay in main memory and are copied to the device for
-the length of their own forward; everything else lives on the device.
+the length of their own forward; everything else lives on the device. Where a pipeline calls a part of a block
+by itself (the keys and values of a prompt, a decoder's last layers), only that part is copied.
 """
 
 from typing import Any
@@ -13,7 +14,8 @@ from joyedit.weights import Network
 
 
 class BlockStreaming:
-    """Hooks that bring each block to a device before its forward and drop the copy after it."""
+    """Hooks that bring each block, or a part that is called by itself, to a device before its forward, and
+    drop the copy after it."""
 
     def __init__(self, network: Network, device: torch.device):
         self.blocks = [
@@ -21,23 +23,30 @@ class BlockStreaming:
         ]
         inner = {id(m) for block in self.blocks for m in block.modules() if m is not block}
         self.blocks = [block for block in self.blocks if id(block) not in inner]
-        self.masters: dict[nn.Parameter, torch.Tensor] = {}
+        self.masters: dict[nn.Parameter, torch.Tensor] = {}  # of the parameters that are on the device now
+        self.brought: dict[nn.Module, list[nn.Parameter]] = {}  # by which module
         streamed = {id(p) for block in self.blocks for p in block.parameters()}
         for name, parameter in network.named_parameters():
             if id(parameter) not in streamed and not network.stays_behind(name):
                 parameter.data = parameter.data.to(device)
         self.device = device
-        self.hooks = [block.register_forward_pre_hook(self._bring) for block in self.blocks]
-        self.hooks += [block.register_forward_hook(self._drop, always_call=True) for block in self.blocks]
+        self.hooks = []
+        for module in (module for block in self.blocks for module in block.modules()):
+            self.hooks.append(module.register_forward_pre_hook(self._bring))
+            self.hooks.append(module.register_forward_hook(self._drop, always_call=True))
 
-    def _bring(self, block: nn.Module, args: Any) -> None:
-        for parameter in block.parameters():
+    def _bring(self, module: nn.Module, args: Any) -> None:
+        self.brought[module] = [p for p in module.parameters() if p not in self.masters]
+        for parameter in self.brought[module]:
             self.masters[parameter] = parameter.data
-            parameter.data = parameter.data.to(self.device, non_blocking=True)
+            parameter.data = self.copied(parameter.data)
 
-    def _drop(self, block: nn.Module, args: Any, output: Any) -> None:
-        for parameter in block.parameters():
-            parameter.data = self.masters.pop(parameter, parameter.data)
+    def copied(self, data: torch.Tensor) -> torch.Tensor:
+        return data.to(self.device, non_blocking=True)
+
+    def _drop(self, module: nn.Module, args: Any, output: Any) -> None:
+        for parameter in self.brought.pop(module, ()):
+            parameter.data = self.masters.pop(parameter)
 
     @classmethod
     def attach(cls, network: Network, device: torch.device) -> None:

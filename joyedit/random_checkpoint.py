@@ -12,15 +12,17 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from joyedit import __version__
 from joyedit.clip_images import CLIPImageConfig, CLIPImageProcessor
 from joyedit.images import buckets
+from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
 from joyedit.models.clip import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     StableDiffusionSafetyChecker,
     StableDiffusionSafetyCheckerConfig,
 )
@@ -28,13 +30,15 @@ from joyedit.models.joyimage_mmdit import JoyImageEditConfig, JoyImageEditTransf
 from joyedit.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from joyedit.models.sd_unet import UNet2DConditionConfig, UNet2DConditionModel
 from joyedit.models.sd_vae import AutoencoderKL, AutoencoderKLConfig
+from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel
 from joyedit.models.wan_vae import AutoencoderKLWan, AutoencoderKLWanConfig
 from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
 from joyedit.pipelines.joyimage import JoyImageEditPipeline
 from joyedit.schedulers.ddim import DDIMScheduler
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
-from joyedit.tokenizers import CLIPTokenizer, Qwen2Tokenizer, Qwen3VLProcessor
-from joyedit.weights import write_json
+from joyedit.schedulers.unipc import UniPCMultistepScheduler
+from joyedit.tokenizers import CLIPTokenizer, Qwen2Tokenizer, Qwen3VLProcessor, T5TokenizerFast
+from joyedit.weights import save_tensors, write_json
 
 log = logging.getLogger("joyedit")
 
@@ -50,14 +54,18 @@ SPECIAL_TOKENS = (
 )
 
 
-# What the tiny CLIP vocabulary joins into one token.
+# What the tiny CLIP and UMT5 vocabularies hold as one token.
 WORDS = "a of and the in on at is it an bowl basket photo fruit pear cat dog".split()
 
 
 def cached_random_checkpoint(name: str) -> Path:
-    """The folder of "tiny-joyimage" or "tiny-diffedit", made on first use in JOYEDIT_CACHE or the user's
-    cache folder."""
-    write = write_random_checkpoint if name == "tiny-joyimage" else write_random_diffedit_checkpoint
+    """The folder of "tiny-joyimage", "tiny-diffedit" or "tiny-chronoedit", made on first use in
+    JOYEDIT_CACHE or the user's cache folder."""
+    writers = {
+        "tiny-joyimage": write_random_checkpoint,
+        "tiny-diffedit": write_random_diffedit_checkpoint,
+        "tiny-chronoedit": write_random_chronoedit_checkpoint,
+    }
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(os.environ.get("JOYEDIT_CACHE") or home / "joyedit")
     folder = cache / f"{name}-random-{__version__}-{_fingerprint()}"
@@ -66,7 +74,7 @@ def cached_random_checkpoint(name: str) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             made = Path(temporary) / "checkpoint"
-            write(made)
+            writers[name](made)
             try:
                 made.replace(folder)
             except OSError:  # another process was faster
@@ -286,3 +294,97 @@ def _clip_tokenizer(folder: Path) -> CLIPTokenizer:
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
     write_json(folder / "tokenizer_config.json", {**settings, **special})
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def write_random_chronoedit_checkpoint(folder: Path, seed: int = 0) -> None:
+    """Write a ChronoEdit checkpoint to `folder` as the released one was published: the transformer in fp32
+    shards, the vision tower with its projection in bf16, the classes under the names that WAN gave them, and
+    the distillation LoRA in WAN's spelling."""
+    tokenizer = _unigram_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ChronoEditTransformer3DModel(
+            ChronoEditConfig(
+                num_attention_heads=2,
+                attention_head_dim=24,
+                text_dim=32,
+                freq_dim=32,
+                ffn_dim=96,
+                num_layers=3,
+                image_dim=32,
+                added_kv_proj_dim=48,
+            )
+        )
+        vae = AutoencoderKLWan(AutoencoderKLWanConfig(base_dim=8, num_res_blocks=1))
+        text_encoder = UMT5EncoderModel(
+            UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        )
+        image_encoder = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                projection_dim=16,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                image_size=56,
+            )
+        )
+        lora = _wan_lora(transformer, rank=4)
+    transformer.save_pretrained(folder / "transformer", max_shard_size="300KB")
+    config = transformer.config_to_save()
+    defaults = ("rope_temporal_skip_len", "pos_embed_seq_len")  # which the published file leaves out
+    kept = {key: value for key, value in config.items() if key not in defaults}
+    write_json(folder / "transformer" / "config.json", {**kept, "_class_name": "WanTransformer3DModel"})
+    vae.save_pretrained(folder / "vae")
+    text_encoder.save_pretrained(folder / "text_encoder")
+    image_encoder.to(torch.bfloat16).save_pretrained(folder / "image_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    CLIPImageProcessor(CLIPImageConfig(size=56, crop_size=(56, 56))).save_pretrained(
+        folder / "image_processor"
+    )
+    UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    ).save_pretrained(folder / "scheduler")
+    save_tensors(folder / "lora", "chronoedit_distill_lora", lora)
+    index = {
+        "_class_name": "WanImageToVideoPipeline",
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "image_processor": ["transformers", "CLIPProcessor"],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    write_json(folder / "model_index.json", index)
+
+
+def _unigram_tokenizer() -> T5TokenizerFast:
+    """The special tokens of UMT5 under their ids, letters, the few WORDS, and bytes for everything else."""
+    special = ("<pad>", "</s>", "<s>", "<unk>")
+    spelled = [f"<0x{byte:02X}>" for byte in range(256)]
+    letters = ["\u2581", *map(chr, range(33, 127))]  # the first is how the vocabulary writes a space
+    words = [f"\u2581{word}" for word in WORDS]
+    scores = {**dict.fromkeys(special, 0.0), **dict.fromkeys(spelled, -20.0), **dict.fromkeys(letters, -10.0)}
+    scores |= dict.fromkeys(words, -5.0)
+    backend = Tokenizer(models.Unigram(list(scores.items()), unk_id=3, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return T5TokenizerFast(backend, {**named, "tokenizer_class": "T5Tokenizer"})
+
+
+def _wan_lora(transformer: ChronoEditTransformer3DModel, rank: int) -> dict[str, torch.Tensor]:
+    """Factors for every linear layer of the blocks, in the names of the published LoRA."""
+    layout = next(layout for layout in transformer.layouts() if layout.name == "comfyui-short")
+    state, factors = transformer.state_dict(), {}
+    for foreign, name in layout.renames(list(state)).items():
+        if name.startswith("blocks.") and name.endswith(".weight") and state[name].ndim == 2:
+            layer, (rows, columns) = foreign.removesuffix(".weight"), state[name].shape
+            factors[f"{layer}.lora_A.weight"] = torch.randn(rank, columns) * columns**-0.5
+            factors[f"{layer}.lora_B.weight"] = torch.randn(rows, rank) * 0.1
+    return {name: factor.bfloat16() for name, factor in factors.items()}

@@ -336,6 +336,8 @@ class T5TokenizerFast(TextTokenizer):
     reads white space and special tokens inside a text otherwise than the releases that WAN was trained with.
     """
 
+    relatives = frozenset({"T5Tokenizer"})  # its other name in model_index.json
+
     defaults = {
         "eos_token": "</s>",
         "unk_token": "<unk>",

@@ -41,7 +41,7 @@ def save_video(frames: Any, path: str | Path, fps: float = 10, *, force: bool = 
     if path.suffix:
         write(frames, path, fps=fps)
     else:
-        export_to_png(frames, path)
+        export_to_png(frames, path, force=force)
     return path
 
 
@@ -109,19 +109,27 @@ def export_to_video(
     return str(path)
 
 
-def export_to_png(video_frames: Any, folder: str | Path) -> list[Path]:
+def export_to_png(video_frames: Any, folder: str | Path, *, force: bool = False) -> list[Path]:
     """Write frames as frame_0000.png, frame_0001.png, ... into a folder; returns their paths.
 
-    Files of those names are replaced. Raises FileExistsError when the folder holds further frames: those of a
-    longer film would be taken for a part of this one.
+    They appear together, when the last one is written. Files of those names are replaced. Further frames in
+    the folder would be taken for a part of this film: with `force` they are removed, without it they raise
+    FileExistsError.
     """
     folder, frames = Path(folder), _frames(video_frames)
     paths = [folder / f"frame_{i:04}.png" for i in range(len(frames))]
     others = sorted({*folder.glob("frame_*.png")} - {*paths})
-    if others:
+    if others and not force:
         raise FileExistsError(f"{folder} holds frames of another film ({others[0].name}): remove them first")
-    for frame, path in zip(frames, paths, strict=True):
-        save_png(frame, path, force=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        for frame, path in zip(frames, paths, strict=True):
+            save_png(frame, Path(temporary, path.name))
+        folder.mkdir(exist_ok=True)
+        for path in paths:
+            Path(temporary, path.name).replace(path)
+        for other in others:
+            other.unlink()
     return paths
 
 

@@ -10,6 +10,7 @@ Source: the Diffusers and transformers folder formats; safetensors.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import logging
@@ -211,7 +212,8 @@ class Network(nn.Module):
         they do not fit.
         """
         parsed = LoadOptions.parse(options)
-        return load_folder(cls, Origin(str(name_or_path), **parsed.origin), subfolder or "", parsed)
+        origin = Origin(str(name_or_path), **parsed.origin)
+        return plan_folder(cls, origin, subfolder or "", parsed).read()
 
     def save_pretrained(
         self,
@@ -357,7 +359,7 @@ class TensorFiles(Mapping[str, Tensor]):
     def __init__(self, files: Sequence[Path], prefix: str = ""):
         self.files = list(files)
         self.numbers: dict[str, float] = {}
-        self._where: dict[str, Any] = {}  # name -> (open file, name inside)
+        self._where: dict[str, Any] = {}  # name -> function that reads it
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         for path in self.files:
@@ -373,6 +375,11 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._where[name]()
+
+    def read_once(self, name: str) -> Tensor:
+        """A tensor that is about to be copied. What was read of a safetensors file leaves memory with it; of
+        a pickle it stays until the system takes it back."""
+        return self._where[name](once=True)
 
     def __contains__(self, name: object) -> bool:  # Mapping would read the tensor
         return name in self._where
@@ -453,17 +460,18 @@ def _open_safetensors(path: Path):
         opened = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
+
+    def read(key: str, once: bool = False) -> Tensor:
+        # Pages of a mapping count as memory in use for as long as it lives: a copied tensor gets its own.
+        return (safe_open(path, framework="pt") if once else opened).get_tensor(key)
+
     for key, entry in header.items():
         if key == "__metadata__":
             continue
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise ValueError(f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not supported")
-        yield (
-            key,
-            tuple(entry["shape"]),
-            _SAFETENSORS_DTYPES[entry["dtype"]],
-            lambda key=key: opened.get_tensor(key),
-        )
+        dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
+        yield key, tuple(entry["shape"]), dtype, functools.partial(read, key)
 
 
 # Checkpoints that Lightning wrote, Stable Diffusion's among them, name this class; an empty one stands in.
@@ -482,7 +490,10 @@ def _open_pickle(path: Path, numbers: dict[str, float]):
     except RuntimeError as error:
         if "mmap" not in str(error):  # the legacy format cannot be mapped, everything else is damage
             raise ValueError(f"{path} is not a readable PyTorch file: {error}") from None
-        state = _unpickle(path, mmap=False)
+        try:
+            state = _unpickle(path, mmap=False)
+        except Exception as damage:
+            raise ValueError(f"{path} cannot be opened as weights only: {damage}") from None
     except Exception as error:  # the unpickler raises half a dozen types, for damage and for code alike
         raise ValueError(f"{path} cannot be opened as weights only: {error}") from None
     for wrapper in ("model", "state_dict"):
@@ -492,7 +503,7 @@ def _open_pickle(path: Path, numbers: dict[str, float]):
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict (names to tensors)")
     for key, tensor in state.items():
-        yield key, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor
+        yield key, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor, once=False: tensor
 
 
 def open_weights(
@@ -507,8 +518,27 @@ def open_weights(
     return TensorFiles([folder / shard for shard in shards_of(folder / name)])
 
 
-def load_folder(cls: type[Network], origin: Origin, subfolder: str, options: LoadOptions) -> Any:
-    """Load one network from a folder of a local or Hub checkpoint."""
+@dataclasses.dataclass(frozen=True)
+class PlannedNetwork:
+    """A network that its files are known to fit, before its tensors are read: `network` is on meta."""
+
+    network: Network
+    files: TensorFiles
+    plan: Plan
+    dtypes: Mapping[str, torch.dtype]
+
+    def read(self) -> Any:
+        """The network, filled. To be called once."""
+        state = dict(read_planned(self.plan, self.files, self.dtypes))
+        self.network.load_state_dict(state, strict=True, assign=True)
+        left = [name for name, tensor in self.network.state_dict().items() if tensor.is_meta]
+        if left:
+            raise ValueError(f"{self.files}: nothing was loaded for {left}")
+        return self.network.requires_grad_(False).eval()
+
+
+def plan_folder(cls: type[Network], origin: Origin, subfolder: str, options: LoadOptions) -> PlannedNetwork:
+    """Open one network of a folder of a local or Hub checkpoint. Errors as in `from_pretrained`."""
     folder = origin.fetch_network(subfolder, cls.weights_stem, options.variant, options.use_safetensors)
     config_path = folder / "config.json"
     if not config_path.is_file():
@@ -518,13 +548,13 @@ def load_folder(cls: type[Network], origin: Origin, subfolder: str, options: Loa
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path}: {error}") from None
     files = open_weights(folder, cls.weights_stem, options.variant, options.use_safetensors)
-    return load_network(cls, config, files, options.dtype)
+    return plan_network(cls, config, files, options.dtype)
 
 
-def load_network(
+def plan_network(
     cls: type[Network], config: Config, files: TensorFiles, dtype: torch.dtype | None = None
-) -> Any:
-    """Build `cls` on the meta device and fill it from `files`, whatever layout they are in.
+) -> PlannedNetwork:
+    """Build `cls` on the meta device and find out how `files`, in whatever layout, fill it.
 
     dtype None keeps what is stored, except that fp32 files above 4 GB become bf16; parameters that a network
     declares as fp32 stay so. Raises ValueError with the two-sided key difference when the files do not fit.
@@ -535,12 +565,14 @@ def load_network(
         plan = plan_conversion(network.layouts(), files.shapes, wanted)
     except ValueError as error:
         raise ValueError(f"{files}: not the weights of this {cls.__name__}: {error}") from None
-    state = dict(read_planned(plan, files, target_dtypes(cls, plan, files, dtype)))
-    network.load_state_dict(state, strict=True, assign=True)
-    left = [name for name, tensor in network.state_dict().items() if tensor.is_meta]
-    if left:
-        raise ValueError(f"{files}: nothing was loaded for {left}")
-    return network.requires_grad_(False).eval()
+    return PlannedNetwork(network, files, plan, target_dtypes(cls, plan, files, dtype))
+
+
+def load_network(
+    cls: type[Network], config: Config, files: TensorFiles, dtype: torch.dtype | None = None
+) -> Any:
+    """`plan_network`, read."""
+    return plan_network(cls, config, files, dtype).read()
 
 
 def build_on_meta(cls: type[Network], config: Config) -> Any:
@@ -575,10 +607,15 @@ def target_dtypes(
     return dtypes
 
 
-def read_planned(plan: Plan, files: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]):
-    """Yield (name, tensor) one by one; a tensor that needs no change stays a view of the mapped file."""
+def read_planned(
+    plan: Plan, files: TensorFiles, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) one by one. A tensor that needs no change stays a view of the mapped file; of a
+    safetensors file nothing else stays in memory."""
     for name, step in plan.steps.items():
-        yield name, step.read(files).to(dtypes[name])
+        as_stored = all(files.dtypes[source] == dtypes[name] for source in step.sources)
+        read = files.__getitem__ if as_stored else files.read_once
+        yield name, step.read({source: read(source) for source in step.sources}).to(dtypes[name])
 
 
 @contextlib.contextmanager

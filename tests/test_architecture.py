@@ -15,14 +15,15 @@ MAX_LINES = 700
 
 # What each module may import of ours. A folder stands for its modules; a module's own row comes before it.
 BELOW_PIPELINES = (
-    "models schedulers tokenizers images clip_images masks video lora textual_inversion memory weights "
-    "hub noise latents layers rope ops convert".split()
+    "models schedulers tokenizers images clip_images masks video lora lora_files textual_inversion "
+    "memory weights hub noise latents layers rope ops convert".split()
 )
 MAY_IMPORT = {
     "joyedit": ["loading", "pipelines", *BELOW_PIPELINES],
     "joyedit.__main__": ["cli"],
-    "joyedit.cli": ["arguments", "info", "loading", "pipelines", *BELOW_PIPELINES],
+    "joyedit.cli": ["arguments", "results", "info", "loading", "pipelines", *BELOW_PIPELINES],
     "joyedit.arguments": [],
+    "joyedit.results": ["images", "video", "weights"],
     "joyedit.info": ["loading", "random_checkpoint", "single_file", "pipelines", *BELOW_PIPELINES],
     "joyedit.convert.__main__": ["cli"],
     "joyedit.loading": ["random_checkpoint", "single_file", "pipelines", *BELOW_PIPELINES],
@@ -31,6 +32,9 @@ MAY_IMPORT = {
     "joyedit.pipelines.pipeline": BELOW_PIPELINES,
     "joyedit.pipelines.diffedit": ["pipelines", *BELOW_PIPELINES],
     "joyedit.pipelines.joyimage": ["pipelines", *BELOW_PIPELINES],
+    "joyedit.pipelines.chronoedit": ["pipelines", *BELOW_PIPELINES],
+    "joyedit.pipelines.chronoedit_presets": ["schedulers"],
+    "joyedit.pipelines.chronoedit_frames": ["models.wan_vae"],
     "joyedit.pipelines.contrast": ["pipelines.sd_prompts"],
     "joyedit.pipelines": ["pipelines.pipeline", *BELOW_PIPELINES],
     "joyedit.models": ["weights", "latents", "noise", "layers", "rope", "ops"],

@@ -7,13 +7,19 @@ import sys
 import types
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import joyedit
 from joyedit.cli import main
-from joyedit.random_checkpoint import write_random_checkpoint, write_random_diffedit_checkpoint
+from joyedit.random_checkpoint import (
+    write_random_checkpoint,
+    write_random_chronoedit_checkpoint,
+    write_random_diffedit_checkpoint,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,13 +71,16 @@ def test_first_command_edits_the_photograph_that_it_names(desk, capsys):
     assert Image.open(printed).size[0] > 0 and printed.name == "coffee-edit-3.png"
 
 
-def test_python_blocks_of_the_readme(desk, checkpoint, stable_diffusion):
+def test_python_blocks_of_the_readme(desk, checkpoint, stable_diffusion, chronoedit):
     for source in blocks(README, "python"):
         source = made_local(source, checkpoint).replace("generator=", "num_inference_steps=2, generator=")
         source = source.replace('"stable-diffusion-v1-5/stable-diffusion-v1-5"', repr(str(stable_diffusion)))
+        source = source.replace('"nvidia/ChronoEdit-14B-Diffusers"', repr(str(chronoedit)))
+        source = source.replace("(photo.height, photo.width)", "(photo.height, photo.width, 32 * 48)")
         exec(compile(source, "README.md", "exec"), {})
     for result in ("wings.png", "robot.png"):
         assert Image.open(result).size[0] > 0
+    assert Path("flight.mp4").stat().st_size > 0
 
 
 def test_command_lines_of_the_readme(desk, checkpoint, capsys):
@@ -86,7 +95,7 @@ def test_command_lines_of_the_readme(desk, checkpoint, capsys):
 
 
 def test_readme_names_files_and_classes_that_exist():
-    for path in re.findall(r"`((?:joyedit|convert|tests|examples)/[\w./-]+)`", README):
+    for path in re.findall(r"`((?:joyedit|convert|kernels|benchmarks|tests|examples)/[\w./-]+)`", README):
         assert (ROOT / path).exists(), path
     table = README.split("## I want to change X, touch Y")[1].split("##")[0]
     mmdit = (ROOT / "joyedit/models/joyimage_mmdit.py").read_text(encoding="utf-8")
@@ -96,7 +105,11 @@ def test_readme_names_files_and_classes_that_exist():
 
 def test_readme_lists_every_quirk():
     listed = set(re.findall(r"switch `(\w+)`", README))
-    pipelines = joyedit.JoyImageEditPipeline, joyedit.StableDiffusionDiffEditPipeline
+    pipelines = (
+        joyedit.JoyImageEditPipeline,
+        joyedit.ChronoEditPipeline,
+        joyedit.StableDiffusionDiffEditPipeline,
+    )
     assert listed == frozenset().union(*(pipeline.quirk_names for pipeline in pipelines))
 
 
@@ -192,3 +205,71 @@ def test_code_blocks_of_the_diffedit_guide_run_with_their_imports_changed(shared
     assert names["mask_image"].size == names["output_image"].size == (64, 64)
     grid = names["make_image_grid"]([names["raw_image"], names["mask_image"], names["output_image"]], 1, 3)
     assert grid.size == (192, 64)
+
+
+@pytest.fixture(scope="module")
+def chronoedit(tmp_path_factory):
+    """A folder as ChronoEdit was published: classes under WAN's names, the transformer in fp32 shards, and
+    the distillation LoRA beside them."""
+    folder = tmp_path_factory.mktemp("documents") / "ChronoEdit-14B-Diffusers"
+    write_random_chronoedit_checkpoint(folder)
+    return folder
+
+
+def chronoedit_sources(shared_data):
+    """The code of the ChronoEdit page: three blocks that run on into the text after them, and the example of
+    the call, with prompts. They are as published but for imports, device and the area of the pictures."""
+    (guide,) = (shared_data.parent / "seeds").glob("002_*")
+    text = guide.read_text(encoding="utf-8")
+    plain = r"""^(?:import torch|output = pipe\().*?\.save\("output\.png"\)"""
+    example = re.findall(r"^(?:>>>|\.\.\.) (.*)$", text, re.MULTILINE)
+    sources = re.findall(plain, text, re.DOTALL | re.MULTILINE)
+    sources.append("\n".join(example).partition("fps=16)")[0] + "fps=16)")
+    for source in sources:
+        source = re.sub(
+            r"from (diffusers|diffusers\.utils|transformers) import", "from joyedit import", source
+        )
+        source = source.replace('"cuda"', '"cpu"').replace("720 * 1280", "32 * 48")
+        yield source
+
+
+@pytest.fixture
+def released_chronoedit(desk, chronoedit, monkeypatch):
+    """That folder, in which `hf_hub_download` finds its files; the photograph of the page is on the desk."""
+    Image.open(ROOT / "examples" / "coffee.jpg").save("3.png")
+    monkeypatch.setattr(
+        joyedit, "hf_hub_download", lambda repo_id, filename: str(Path(repo_id) / filename), raising=False
+    )
+    return chronoedit
+
+
+def test_code_blocks_of_the_chronoedit_page_run_with_their_imports_changed(shared_data, released_chronoedit):
+    """The second goes on from the first; the third uses names that it does not import."""
+    first, second, third, example = chronoedit_sources(shared_data)
+    page: dict = {}
+    made = []
+    for source, names in ((first, page), (second, page), (third, public_names()), (example, {})):
+        for result in ("output.png", "output.mp4"):
+            Path(result).unlink(missing_ok=True)
+        source = source.replace('"nvidia/ChronoEdit-14B-Diffusers"', repr(str(released_chronoedit)))
+        exec(compile(source, "page", "exec"), names)
+        pipe, output = names["pipe"], names["output"]
+        assert type(pipe) is joyedit.ChronoEditPipeline and pipe.dtype is torch.bfloat16
+        assert pipe.vae.dtype is pipe.image_encoder.dtype is torch.float32
+        assert output.shape[1:] == (32, 48, 3) and np.isfinite(output).all()
+        picture, film = Path("output.png").exists(), None
+        if picture:
+            last = (output[-1] * 255).clip(0, 255).astype("uint8")
+            assert np.array_equal(np.asarray(Image.open("output.png")), last)
+        if Path("output.mp4").exists():
+            with av.open("output.mp4") as opened:
+                film = len(list(opened.decode(video=0)))
+                assert opened.streams.video[0].average_rate == 16
+        distilled = (pipe.num_timesteps, pipe.scheduler.config.flow_shift, len(pipe.adapters.fused_loras))
+        made.append((len(output), picture, film, distilled))
+    assert made == [
+        (5, True, None, (50, 5, 0)),
+        (29, True, 29, (50, 5, 0)),
+        (5, True, 5, (8, 2, 1)),
+        (5, False, 5, (50, 5, 0)),
+    ]

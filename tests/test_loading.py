@@ -139,6 +139,9 @@ def comfyui_folder(tmp_path, diffusers_folder, states):
 def test_comfyui_folder_and_single_files(comfyui_folder, diffusers_folder, states):
     with pytest.raises(ValueError, match="holds no processor: pass processor="):
         joyedit.load(comfyui_folder, device="cpu")
+    tokenizer = joyedit.Qwen2Tokenizer.from_pretrained(diffusers_folder, subfolder="tokenizer")
+    with pytest.raises(ValueError, match="holds no processor: pass processor="):
+        joyedit.load(comfyui_folder, device="cpu", tokenizer=tokenizer)
     pipe = joyedit.load(comfyui_folder, device="cpu", processor=diffusers_folder)
     assert_same_weights(pipe, states)
     assert pipe.scheduler.config.shift == 1.5

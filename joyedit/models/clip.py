@@ -233,6 +233,7 @@ class CLIPTextModel(Network):
 class CLIPVisionModel(Network):
     Config = CLIPVisionConfig
     table = "clip"
+    relatives = frozenset({"CLIPVisionModelWithProjection"})  # whose folder loads without the projection
     weights_stem = "model"
     library = "transformers"
     config: CLIPVisionConfig

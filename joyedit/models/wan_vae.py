@@ -133,8 +133,14 @@ class AutoencoderKLWan(Network):
 
         The result is a named 1-tuple, so it serves both values of `return_dict`.
         """
+        return DecoderOutput(self.decode_with(self.decode_frames, z))
+
+    def decode_with(self, frames: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        """As `decode`, with another function in the place of `decode_frames`, which may take latent frames in
+        another order, or return fewer pixels."""
         _check_video("z", z, self.config.z_dim)
-        return DecoderOutput(self._code(self._decode, z).clamp_(-1, 1))
+        step = self.config.scale_factor_spatial
+        return self._code(lambda part: self._tiled(frames, part, step, 1), z).clamp_(-1, 1)
 
     def forward(
         self,
@@ -216,9 +222,6 @@ class AutoencoderKLWan(Network):
 
     def _encode(self, x: Tensor) -> Tensor:
         return self._tiled(self.encode_frames, x, 1, self.config.scale_factor_spatial)
-
-    def _decode(self, z: Tensor) -> Tensor:
-        return self._tiled(self.decode_frames, z, self.config.scale_factor_spatial, 1)
 
     def _tiled(self, code: Callable[[Tensor], Tensor], x: Tensor, step_in: int, step_out: int) -> Tensor:
         """`code` on the whole of x, or on tiles of it. One position of x is `step_in` pixels, of the result
@@ -360,11 +363,14 @@ class FrameAttention(nn.Module):
         self.proj = TokenConv2d(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, _, t, h, w = x.shape
-        tokens = rearrange(self.norm(x), "b c t h w -> (b t) (h w) c")
+        return x + each_frame(self.attend, self.norm(x))
+
+    def attend(self, frames: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same."""
+        tokens = rearrange(frames, "b c h w -> b (h w) c")
         q, k, v = rearrange(self.to_qkv(tokens), "b n (qkv heads c) -> qkv b n heads c", qkv=3, heads=1)
-        out = self.proj(ops.attention(q, k, v)[:, :, 0])  # (B * T, N, C)
-        return x + rearrange(out, "(b t) (h w) c -> b c t h w", t=t, h=h, w=w)
+        out = self.proj(ops.attention(q, k, v)[:, :, 0])  # (B, N, C)
+        return rearrange(out, "b (h w) c -> b c h w", h=frames.shape[2])
 
 
 class Downsample2d(nn.Module):
@@ -395,7 +401,7 @@ class Upsample2d(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.resample = nn.Sequential(Nearest2x(), Conv2d(dim, dim // 2, 3, padding=1))
+        self.resample = nn.Sequential(nn.Identity(), DoublingConv2d(dim, dim // 2))
 
     def forward(self, x: Tensor, past: Past | None) -> Tensor:
         return each_frame(self.resample, x)
@@ -406,7 +412,7 @@ class Upsample3d(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.resample = nn.Sequential(Nearest2x(), Conv2d(dim, dim // 2, 3, padding=1))
+        self.resample = nn.Sequential(nn.Identity(), DoublingConv2d(dim, dim // 2))
         self.time_conv = DoubleFrames(dim, 2 * dim, (3, 1, 1))
 
     def forward(self, x: Tensor, past: Past | None) -> Tensor:
@@ -420,7 +426,9 @@ class CausalConv3d(nn.Conv3d):
         self, in_dim: int, out_dim: int, kernel_size: tuple[int, int, int] = (3, 3, 3), time_stride: int = 1
     ):
         _, kh, kw = kernel_size
-        super().__init__(in_dim, out_dim, kernel_size, (time_stride, 1, 1), (0, kh // 2, kw // 2))
+        border = (kh // 2, kw // 2)
+        super().__init__(in_dim, out_dim, kernel_size, (time_stride, 1, 1), (0, *border))
+        self.border = border  # zeros around each frame
         self.kept = kernel_size[0] - time_stride  # frames of a chunk that the next one needs
 
     def forward(self, x: Tensor, past: Past | None) -> Tensor:
@@ -430,13 +438,14 @@ class CausalConv3d(nn.Conv3d):
         if self not in past:
             past[self] = F.pad(x, (0, 0, 0, 0, self.kept - 1, 0))
             return self.first_frame(x)
-        window = torch.cat((past[self], x), dim=2)
-        past[self] = window[:, :, -self.kept :].clone(memory_format=fastest_layout(x.device))
-        return ops.conv3d(window, self.weight, self.bias, self.stride, self.padding)
+        before = past[self]
+        kept = torch.cat((before[:, :, x.shape[2] :], x[:, :, -self.kept :]), dim=2)
+        past[self] = kept.contiguous(memory_format=fastest_layout(x.device))
+        return ops.conv3d((before, x), self.weight, self.bias, self.stride[0], self.border)
 
     def first_frame(self, x: Tensor) -> Tensor:
         """[0, 0, x]: only the last temporal slice of the kernel meets data. x (B, C, 1, H, W)."""
-        return ops.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])[:, :, None]
+        return ops.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.border)[:, :, None]
 
 
 class HalveFrames(CausalConv3d):
@@ -456,7 +465,8 @@ class DoubleFrames(CausalConv3d):
         if self not in past:
             past[self] = F.pad(torch.zeros_like(x), (0, 0, 0, 0, self.kept - 1, 0))
             return x
-        return rearrange(super().forward(x, past), "b (two c) t h w -> b c (t two) h w", two=2)
+        x = rearrange(super().forward(x, past), "b (two c) t h w -> b c (t two) h w", two=2)
+        return x.contiguous(memory_format=fastest_layout(x.device))
 
 
 class PointConv3d(nn.Conv3d):
@@ -479,11 +489,14 @@ class TokenConv2d(nn.Conv2d):
         return ops.linear(input, self.weight.flatten(1), self.bias)
 
 
-class Nearest2x(nn.Module):
-    """Every pixel four times. x (B, C, H, W) -> (B, C, 2 H, 2 W)."""
+class DoublingConv2d(nn.Conv2d):
+    """3x3 convolution of the picture with every pixel four times. x (B, C, H, W) -> (B, C', 2 H, 2 W)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2, mode="nearest-exact")
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.doubling_conv2d(input, self.weight, self.bias)
 
 
 class ChannelRMSNorm(nn.Module):
@@ -510,8 +523,11 @@ class NormSiLU(nn.Module):
 
 def each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A layer of images on every frame of x (B, C, T, H, W)."""
-    out = layer(rearrange(x, "b c t h w -> (b t) c h w"))
-    return rearrange(out, "(b t) c h w -> b c t h w", b=len(x))
+    if x.shape[2] == 1:
+        # Merged with another axis of size 1 it could get a stride that hides the layout from PyTorch.
+        return layer(x[:, :, 0])[:, :, None]
+    out = layer(x.transpose(1, 2).flatten(0, 1))
+    return out.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
 def fastest_layout(device: torch.device) -> torch.memory_format:

@@ -18,7 +18,7 @@ from joyedit.hub import Origin
 from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming
 from joyedit.noise import Generators
-from joyedit.weights import LoadOptions, Network, read_json, write_json
+from joyedit.weights import LoadOptions, Network, plan_folder, read_json, write_json
 
 log = logging.getLogger("joyedit")
 
@@ -35,6 +35,7 @@ class Pipeline:
     parts: ClassVar[Mapping[str, tuple[type, ...]]]  # part -> the classes it may have, the default first
     optional_parts: ClassVar[frozenset[str]] = frozenset()  # those that may be None
     relatives: ClassVar[frozenset[str]] = frozenset()  # other pipelines whose folders hold the same parts
+    auto_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}  # part -> what it gets where no dtype is asked for
     callback_tensors: ClassVar[frozenset[str]] = frozenset()  # what callbacks may ask for
     quirk_names: ClassVar[frozenset[str]] = frozenset()
 
@@ -113,17 +114,22 @@ class Pipeline:
             else:
                 files += origin.small_files(name)
         root = origin.fetch(files)  # all at once: one commit, one total to announce
-        loaded = {}
+        loaded, planned = {}, {}
         for name, kind in classes.items():
-            extra = {}
             if name in stems:
-                extra = {
-                    "dtype": options.dtype,
-                    "variant": variants[name],
-                    "use_safetensors": options.use_safetensors,
-                }
-            loaded[name] = kind.from_pretrained(root, subfolder=name, **extra)
+                dtype = options.dtype or cls.auto_dtypes.get(name)
+                chosen = LoadOptions(dtype, variants[name], options.use_safetensors)
+                planned[name] = plan_folder(kind, Origin(str(root)), name, chosen)
+            else:
+                loaded[name] = kind.from_pretrained(root, subfolder=name)
+        configs = {name: part.config for name, part in given.items() if isinstance(part, Network)}
+        cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
+        loaded |= {name: one.read() for name, one in planned.items()}
         return cls(**loaded, **given, **settings, reference_quirks=quirks)
+
+    @classmethod
+    def check_configs(cls, configs: Mapping[str, Any]) -> None:
+        """Raises ValueError for networks, by part, that do not fit each other."""
 
     @classmethod
     def settings(cls) -> tuple[str, ...]:
@@ -461,6 +467,12 @@ def gpu_device(gpu_id: int | None) -> torch.device | None:
     return device if device is None or gpu_id is None else torch.device(device.type, gpu_id)
 
 
+def is_called(kind: type, class_name: str) -> bool:
+    """Whether `model_index.json` may mean this class by that name."""
+    own = {kind.__name__, f"{kind.__name__}Fast"}
+    return class_name in own or class_name in getattr(kind, "relatives", ())
+
+
 def _class_of(cls: type[Pipeline], name: str, index: Mapping[str, Any]) -> type | None:
     kinds = cls.parts[name]
     entry = index.get(name)
@@ -469,7 +481,7 @@ def _class_of(cls: type[Pipeline], name: str, index: Mapping[str, Any]) -> type 
             return None
         raise ValueError(f"model_index.json lists no {name!r}: pass {name}= to {cls.__name__}")
     for kind in kinds:
-        if entry[1].removesuffix("Fast") == kind.__name__ or entry[1] in getattr(kind, "relatives", ()):
+        if is_called(kind, entry[1]):
             return kind
     wanted = " or ".join(kind.__name__ for kind in kinds)
     raise ValueError(f"model_index.json: {name} is a {entry[1]}; {cls.__name__} takes {wanted}")

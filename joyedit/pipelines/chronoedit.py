@@ -1,0 +1,597 @@
+"""ChronoEdit: a photograph and an instruction in, a short film that ends with the edited photograph out.
+
+Photograph and edited picture are the first and last frame of a film of five. The WAN VAE encodes the
+photograph as the first frame, CLIP reads it, UMT5 reads the instruction, and the transformer denoises two
+latent frames under classifier-free guidance. With temporal reasoning the film is longer (29 frames, as the
+model was trained): the steps before `num_temporal_reasoning_steps` denoise the way from photograph to edit
+too, which keeps the edit plausible; then the frames between are dropped from latents, condition and solver.
+If they are kept to the end, the film shows them.
+
+What does not change during a run is computed once: time modulation of all steps, keys and values of prompts
+and photograph in every block (those of the photograph serve both branches of the guidance), one rotary table
+for each number of frames. Texts are read without their padding, each once; a photograph is encoded once for
+all films made of it. Between steps, guidance and latents are fp32, whatever the networks are.
+
+B films   L prompt tokens   M tokens of the photograph   D width   C latent channels   F frames
+T = 1 + (F - 1) / 4 latent frames   h, w latent size (pixels / 8)
+Source: diffusers `pipeline_chronoedit.py`; nv-tlabs/ChronoEdit; arXiv 2510.04290.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from joyedit import images as im
+from joyedit.clip_images import CLIPImageProcessor
+from joyedit.lora import LoraReport
+from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel, Context
+from joyedit.models.clip import CLIPVisionModel, CLIPVisionModelWithProjection
+from joyedit.models.umt5 import UMT5EncoderModel
+from joyedit.models.wan_vae import AutoencoderKLWan
+from joyedit.noise import Generators, draw_noise
+from joyedit.pipelines.chronoedit_frames import EDIT, FrameCoder, for_all
+from joyedit.pipelines.chronoedit_presets import PRESETS, Scheduler, preset_called, shift_of, with_shift
+from joyedit.pipelines.pipeline import (
+    Pipeline,
+    as_list,
+    check_count,
+    check_generators,
+    check_prompts,
+    check_text,
+)
+from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
+from joyedit.schedulers.unipc import UniPCMultistepScheduler
+from joyedit.tokenizers import T5TokenizerFast, clean_prompt
+
+log = logging.getLogger("joyedit")
+
+# The defect of the reference that `reference_quirks` reproduces: of a photograph given as a float tensor CLIP
+# sees next to nothing, since it is divided by 255 again; and it is resized without a filter.
+TENSOR_IMAGES = "tensor_images"
+
+EDIT_FRAMES, REASONING_FRAMES = 5, 29
+DEFAULT_FRAMES, DEFAULT_STEPS, DEFAULT_GUIDANCE = 81, 50, 5.0  # the reference's
+STRETCH = 1.1  # the change of aspect ratio that is worth a warning
+
+Picture = Image.Image | np.ndarray | Tensor
+
+
+class ChronoEditPipelineOutput(NamedTuple):
+    """Films: (B, F, H, W, 3) for "np", (B, F, 3, H, W) for "pt", a list of lists for "pil", latents
+    (B, C, T, h, w) for "latent". The edited picture is the last frame, `frames[0][-1]`."""
+
+    frames: list[list[Image.Image]] | np.ndarray | Tensor
+
+
+class ChronoEditPipeline(Pipeline):
+    """Edit photographs by instruction. One call at a time: the scheduler keeps count.
+
+    Parts: `tokenizer`, `text_encoder`, `image_encoder`, `image_processor`, `transformer`, `vae`, `scheduler`.
+    `preset`: the name of the preset that calls run with when they name none; see `use_preset`. Raises
+    ValueError for parts that do not fit each other.
+    """
+
+    parts = {
+        "tokenizer": (T5TokenizerFast,),
+        "text_encoder": (UMT5EncoderModel,),
+        "image_encoder": (CLIPVisionModel, CLIPVisionModelWithProjection),
+        "image_processor": (CLIPImageProcessor,),
+        "transformer": (ChronoEditTransformer3DModel,),
+        "vae": (AutoencoderKLWan,),
+        "scheduler": (UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler),
+    }
+    relatives = frozenset({"WanImageToVideoPipeline"})
+    # As in the published recipe: both run once, and what they give is all that is seen of the photograph.
+    auto_dtypes = {"vae": torch.float32, "image_encoder": torch.float32}
+    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds"})
+    quirk_names = frozenset({TENSOR_IMAGES})
+
+    def __init__(
+        self,
+        tokenizer: T5TokenizerFast,
+        text_encoder: UMT5EncoderModel,
+        image_encoder: CLIPVisionModel | CLIPVisionModelWithProjection,
+        image_processor: CLIPImageProcessor,
+        transformer: ChronoEditTransformer3DModel,
+        vae: AutoencoderKLWan,
+        scheduler: Scheduler,
+        reference_quirks: bool | Sequence[str] = False,
+    ):
+        super().__init__(
+            reference_quirks,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            image_encoder=image_encoder,
+            image_processor=image_processor,
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+        )
+        self.tokenizer: T5TokenizerFast
+        self.text_encoder: UMT5EncoderModel
+        self.image_encoder: CLIPVisionModel | CLIPVisionModelWithProjection
+        self.image_processor: CLIPImageProcessor
+        self.transformer: ChronoEditTransformer3DModel
+        self.vae: AutoencoderKLWan
+        self.scheduler: Scheduler
+        self.vae_scale_factor_spatial = vae.config.scale_factor_spatial
+        self.vae_scale_factor_temporal = vae.config.scale_factor_temporal
+        self.preset: str | None = None
+        self.guidance_scale = 1.0
+        self.num_timesteps = 0
+        self._distilled: set[str] = set()  # adapters from files that are called so
+        self.check_configs({name: network.config for name, network in self.networks.items()})
+
+    @classmethod
+    def check_configs(cls, configs: Mapping[str, Any]) -> None:
+        """Raises ValueError for networks whose widths do not fit."""
+        config, vae = configs["transformer"], configs["vae"]
+        wanted = {
+            "text_dim": configs["text_encoder"].d_model,
+            "image_dim": configs["image_encoder"].hidden_size,
+            "in_channels": 2 * vae.z_dim + vae.scale_factor_temporal,
+        }
+        for name, value in wanted.items():
+            if config[name] != value:
+                raise ValueError(f"transformer has {name}={config[name]}, but the other parts make {value}")
+        if (config.out_channels or config.in_channels) != vae.z_dim or vae.scale_factor_temporal != 4:
+            raise ValueError(
+                "transformer and vae do not fit: ChronoEdit has equal channels and 4 frames a latent"
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        """What both sides of a film must be multiples of: the pixels of one token."""
+        return self.vae_scale_factor_spatial * self.transformer.config.patch_size[1]
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guidance_scale > 1
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Picture | list[Picture] | None = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = DEFAULT_FRAMES,
+        num_inference_steps: int = DEFAULT_STEPS,
+        guidance_scale: float = DEFAULT_GUIDANCE,
+        num_videos_per_prompt: int | None = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: Mapping[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        enable_temporal_reasoning: bool = False,
+        num_temporal_reasoning_steps: int = 0,
+        only_last_frame: bool = False,
+        preset: str | None = None,
+    ) -> ChronoEditPipelineOutput | tuple:
+        """Edit `image` as `prompt` says.
+
+        image: one photograph, or a list with one per prompt (PIL, uint8 or [0, 1] arrays and tensors); one
+            prompt serves several photographs, too. It is stretched to height x width, multiples of 16:
+            `joyedit.images.size_of_area` finds the size that fits it. Without one, where only image_embeds
+            are given, no pixel is known.
+        enable_temporal_reasoning: denoise num_frames (1 + 4k; 29 as trained) instead of 5, for the first
+            num_temporal_reasoning_steps (0 to num_inference_steps) steps. If that is all of them, num_frames
+            come out, else 5.
+        guidance_scale: 1 or less turns guidance off. generator: one for the whole batch, or a list with one
+            per film.
+        latents: starting noise (B, C, T, h, w). prompt_embeds, negative_prompt_embeds (B, L, D) replace the
+            texts, image_embeds (1 or B, M, D) what CLIP sees.
+        output_type: "np", "pt", "pil" or "latent"; see `ChronoEditPipelineOutput`. only_last_frame: films of
+            one frame, the edited picture, and no more work than that needs; latents come whole.
+        attention_kwargs: {"scale": s} multiplies adapters that are not fused.
+        max_sequence_length: tokens that a prompt is cut or padded to. The padding is attended to.
+        preset: a name of `PRESETS`: its shift, and its steps and guidance where the call leaves the defaults.
+        callback_on_step_end(pipe, step, timestep, tensors) may return replacements.
+
+        Raises ValueError or TypeError before any work when an argument does not fit.
+        """
+        names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_prompts("prompt", prompt, "prompt_embeds", prompt_embeds)
+        check_text("negative_prompt", negative_prompt)
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
+        for name, given in (("prompt", prompt_embeds), ("negative_prompt", negative_prompt_embeds)):
+            _check_embeds(f"{name}_embeds", given, self.transformer.config.text_dim)
+        _check_embeds("image_embeds", image_embeds, self.transformer.config.image_dim)
+        if image is None and image_embeds is None:
+            raise ValueError("image is needed: a photograph, or a list of them")
+        scheduler, steps, guidance_scale = self._settings(preset, num_inference_steps, guidance_scale)
+        copies = 1 if num_videos_per_prompt is None else num_videos_per_prompt
+        check_count("num_videos_per_prompt", copies)
+        check_count("max_sequence_length", max_sequence_length)
+        if output_type not in im.OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(im.OUTPUT_TYPES)}")
+        scale = _lora_scale(attention_kwargs)
+        if scale is not None and not set(self.get_active_adapters()) - self.adapters.fused_loras:
+            log.warning("attention_kwargs: scale=%g has no effect, no adapter is loaded and not fused", scale)
+        frames = self._frames(num_frames, enable_temporal_reasoning, num_temporal_reasoning_steps, steps)
+        self._check_size(height, width, frames)
+        photos = [] if image is None else im.to_pil_list(image, "image")
+        batch = _batch(
+            prompt=[prompt] if isinstance(prompt, str) else prompt,
+            prompt_embeds=prompt_embeds,
+            image=photos or None,
+            image_embeds=image_embeds,
+        )
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) not in (1, batch):
+            raise ValueError(
+                f"negative_prompt_embeds are for {len(negative_prompt_embeds)} prompts, but there are {batch}"
+            )
+        negatives = as_list(negative_prompt, batch, "negative_prompt")
+        generator = check_generators(generator, batch * copies)
+        height, width = int(height), int(width)
+        if latents is not None:
+            _check_latents(latents, self.latent_shape(batch * copies, height, width, frames))
+        scheduler.set_timesteps(steps, device=self.device)
+        self.guidance_scale = guidance_scale
+        self._interrupt = False
+        _warn_if_stretched(photos, height, width, self.size_multiple)
+
+        positive, negative = self.encode_prompt(
+            None if prompt is None else as_list(prompt[0] if len(prompt) == 1 else prompt, batch, "prompt"),
+            negatives,
+            self.do_classifier_free_guidance,
+            copies,
+            _rows(prompt_embeds, batch),
+            _rows(negative_prompt_embeds, batch),
+            max_sequence_length,
+        )
+        distinct = list({id(photo): photo for photo in photos}.values())
+        order = [next(i for i, one in enumerate(distinct) if one is photo) for photo in photos]
+        shown = image if self._is_raw(image) else distinct
+        seen = self.encode_image(shown)[order] if image_embeds is None else image_embeds.to(self.device)
+        pixels = self._pixels(image, distinct, height, width) if photos else None
+        latents, condition = self.prepare_latents(
+            batch, copies, height, width, frames, generator, latents, pixels, order
+        )
+        with contextlib.nullcontext() if scale is None else self.adapters.scaled(scale):
+            latents = self._denoise(
+                scheduler,
+                latents,
+                condition,
+                positive,
+                negative,
+                for_all(seen, batch, copies),
+                cut=num_temporal_reasoning_steps if enable_temporal_reasoning else None,
+                callback=callback_on_step_end,
+                names=names,
+            )
+        result = self._decode(latents, output_type, only_last_frame)
+        return ChronoEditPipelineOutput(result) if return_dict else (result,)
+
+    def _denoise(
+        self,
+        scheduler: Scheduler,
+        latents: Tensor,
+        condition: Tensor,
+        positive: Tensor,
+        negative: Tensor | None,
+        seen: Tensor,
+        *,
+        cut: int | None,
+        callback: Callable | None = None,
+        names: Sequence[str] = (),
+    ) -> Tensor:
+        """Latents (B, C, T, h, w) from noise to film; guided when there is a negative prompt.
+
+        condition (B, 4 + C, T, h, w); prompts (B, L, D); seen (B, M, D). Before step `cut`, all frames
+        but the first and the last are dropped.
+        """
+        self.num_timesteps = len(scheduler.timesteps)
+        with self.on_device(self.transformer) as transformer, self.progress_bar(self.num_timesteps) as bar:
+            modulation = transformer.embed_time(scheduler.timesteps)  # (S, 7, D)
+            image = _context(transformer.embed_image, seen)
+            cond = _context(transformer.embed_text, positive)
+            uncond = None if negative is None else _context(transformer.embed_text, negative)
+            rope = None
+            for i, timestep in enumerate(scheduler.timesteps):
+                if self.interrupt:
+                    break
+                if i == cut:
+                    latents, condition = latents[:, :, EDIT], condition[:, :, EDIT]
+                    scheduler.select_frames(EDIT)
+                    rope = None
+                x = torch.cat((latents, condition), dim=1)
+                rope = rope or transformer.rope(transformer.token_grid(x), x.device)
+                velocity = transformer.predict(x, modulation[i], cond, image, rope)
+                if uncond is not None and self.guidance_scale > 1:  # a callback may have turned it off
+                    velocity_uncond = transformer.predict(x, modulation[i], uncond, image, rope)
+                    velocity = velocity_uncond + self.guidance_scale * (velocity - velocity_uncond)
+                latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+                tensors: dict[str, Any] = {"latents": latents, "prompt_embeds": positive}
+                tensors["negative_prompt_embeds"] = negative
+                returned = self.call_back(callback, names, i, timestep, tensors)
+                latents = returned["latents"]
+                if returned["prompt_embeds"] is not positive:
+                    positive = returned["prompt_embeds"]
+                    cond = _context(transformer.embed_text, positive)
+                if returned["negative_prompt_embeds"] is not negative:
+                    negative = returned["negative_prompt_embeds"]
+                    uncond = None if negative is None else _context(transformer.embed_text, negative)
+                bar.update()
+        return latents
+
+    def _decode(self, latents: Tensor, output_type: str, only_last: bool) -> Any:
+        """Latents (B, C, T, h, w) to the output type."""
+        if output_type == "latent":
+            return latents
+        with self.on_device(self.vae) as vae:
+            pixels = FrameCoder(vae).decode(latents, only_last)
+        films, count = len(pixels), pixels.shape[2]
+        result = im.to_output(rearrange(pixels, "b c f h w -> (b f) c h w"), output_type)
+        if isinstance(result, list):
+            return [result[i * count : (i + 1) * count] for i in range(films)]
+        return result.reshape(films, count, *result.shape[1:])
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int = 226,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embed prompts, and without negative_prompt_embeds the negative ones, if there is guidance.
+
+        Both (B, L, D), each prompt repeated `num_videos_per_prompt` times in a row; zeros follow its tokens.
+        What is cut off is told in a warning. Raises ValueError unless there is one of prompt, prompt_embeds.
+        """
+        check_prompts("prompt", prompt, "prompt_embeds", prompt_embeds)
+        texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        batch = len(texts) if prompt_embeds is None else len(prompt_embeds)
+        guided = do_classifier_free_guidance and negative_prompt_embeds is None
+        texts += as_list(negative_prompt, batch, "negative_prompt") if guided else []
+        read = self._embed(texts, max_sequence_length) if texts else None
+        if prompt_embeds is None:
+            assert read is not None
+            prompt_embeds, read = read[:batch], read[batch:]
+        negative = read if guided else negative_prompt_embeds if do_classifier_free_guidance else None
+
+        def finish(embeds: Tensor | None) -> Tensor | None:
+            if embeds is None:
+                return None
+            return embeds.to(device or self.device, dtype).repeat_interleave(num_videos_per_prompt, dim=0)
+
+        embeds = finish(prompt_embeds)
+        assert embeds is not None
+        return embeds, finish(negative)
+
+    def _embed(self, texts: list[str], length: int) -> Tensor:
+        """Embeddings (B, L, D) of texts cut or padded to `length` tokens; equal texts are read once."""
+        cleaned = [clean_prompt(text) for text in texts]
+        distinct = list(dict.fromkeys(cleaned))
+        for text in distinct:
+            ids = self.tokenizer.encode(text)
+            if len(ids) > length:
+                lost = self.tokenizer.decode(ids[length - 1 : -1])
+                log.warning("a prompt was cut to %d tokens; lost: %r", length, lost)
+        padded = {"padding": "max_length", "max_length": length, "truncation": True}
+        tokens = self.tokenizer(distinct, **padded, return_tensors="pt").to(self.device)
+        with self.on_device(self.text_encoder) as encoder:
+            states = encoder.encode(tokens.input_ids, tokens.attention_mask)
+        return states[[distinct.index(text) for text in cleaned]]
+
+    @torch.no_grad()
+    def encode_image(self, image: Any, device: torch.device | None = None) -> Tensor:
+        """What CLIP sees of pictures: its last hidden state but one, (B, M, D)."""
+        pixels = self.image_processor(image)["pixel_values"].to(self.device)
+        if self._is_raw(image):
+            config = self.image_processor.config
+            mean, std = (
+                rearrange(torch.tensor(values), "c -> c 1 1").to(pixels)
+                for values in (config.image_mean, config.image_std)
+            )
+            pixels = ((pixels * std + mean) * config.rescale_factor - mean) / std
+        with self.on_device(self.image_encoder) as encoder:
+            return encoder.hidden_states(pixels, layer=-2).to(device or self.device)
+
+    def _pixels(self, image: Any, photos: list[Image.Image], height: int, width: int) -> Tensor:
+        """Photographs as the autoencoder takes them, (P, 3, 1, height, width) in [-1, 1]."""
+        if self._is_raw(image):
+            pictures = image.to(self.device, torch.float32).reshape(-1, *image.shape[-3:])
+            return 2 * F.interpolate(pictures, (height, width))[:, :, None] - 1
+        resized = [photo.resize((width, height), Image.Resampling.LANCZOS) for photo in photos]
+        return im.to_latent_input(resized, device=self.device)
+
+    def _is_raw(self, image: Any) -> bool:
+        return TENSOR_IMAGES in self.quirks and isinstance(image, Tensor) and image.is_floating_point()
+
+    def prepare_latents(
+        self,
+        batch: int,
+        copies: int,
+        height: int,
+        width: int,
+        frames: int,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        pixels: Tensor | None = None,
+        order: Sequence[int] = (0,),
+    ) -> tuple[Tensor, Tensor]:
+        """Starting noise (B, C, T, h, w) and what is known of the films (B, 4 + C, T, h, w), both fp32.
+
+        pixels (P, 3, 1, H, W) in [-1, 1]: distinct photographs; `order`: that of each prompt, or of all.
+        """
+        shape = self.latent_shape(batch * copies, height, width, frames)
+        if latents is None:
+            latents = draw_noise(shape, generator, self.device)
+        latents = latents.to(self.device, torch.float32)
+        known = pixels is not None
+        if pixels is None:
+            pixels = torch.zeros(1, 3, 1, height, width, device=self.device)
+        with self.on_device(self.vae) as vae:
+            condition = FrameCoder(vae).condition(pixels, frames, known)
+        return latents, for_all(condition[list(order) or [0]], batch, copies)
+
+    def latent_shape(self, batch: int, height: int, width: int, frames: int) -> tuple[int, ...]:
+        """(B, C, T, h, w) of a film."""
+        spatial, temporal = self.vae_scale_factor_spatial, self.vae_scale_factor_temporal
+        rest = (1 + (frames - 1) // temporal, height // spatial, width // spatial)
+        return (batch, self.vae.config.z_dim, *rest)
+
+    def _frames(self, frames: int, reasoning: bool, cut: int, steps: int) -> int:
+        """How many frames a run denoises. Says what else than asked for is done; raises ValueError."""
+        check_count("num_frames", frames)
+        if not reasoning:
+            if frames not in (EDIT_FRAMES, DEFAULT_FRAMES) or cut:
+                asked = f"num_frames={frames} and num_temporal_reasoning_steps={cut}"
+                log.warning("%s need enable_temporal_reasoning=True: %d frames are made", asked, EDIT_FRAMES)
+            return EDIT_FRAMES
+        if not isinstance(cut, int) or not 0 <= cut <= steps:
+            raise ValueError(f"num_temporal_reasoning_steps={cut!r}: must be 0 to {steps}, the steps")
+        temporal = self.vae_scale_factor_temporal
+        rounded = frames // temporal * temporal + 1 if frames % temporal != 1 else frames
+        if rounded != frames:
+            log.warning("num_frames=%d is not 1 + %dk, and became %d", frames, temporal, rounded)
+        if rounded != REASONING_FRAMES:
+            log.warning("the model was trained with num_frames=%d, not %d", REASONING_FRAMES, rounded)
+        return rounded
+
+    def _check_size(self, height: int, width: int, frames: int) -> None:
+        multiple, most = self.size_multiple, self.transformer.config.rope_max_seq_len
+        for name, size in (("height", height), ("width", width)):
+            if not isinstance(size, (int, np.integer)) or size < 1 or size % multiple:
+                raise ValueError(f"{name}={size!r}: must be a positive multiple of {multiple}")
+            if size > most * multiple:
+                raise ValueError(f"{name}={size}: must be at most {most * multiple}")
+        if frames > 1 + (most - 1) * self.vae_scale_factor_temporal:
+            raise ValueError(f"num_frames={frames}: too many")
+
+    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> LoraReport:
+        """Load an adapter; see `joyedit.lora.Adapters`."""
+        report = super().load_lora_weights(source, adapter_name, **options)
+        files = () if isinstance(source, Mapping) else (Path(source).name, options.get("weight_name") or "")
+        if any("distill" in name.lower() for name in (report.name, *files)):
+            self._distilled.add(report.name)
+        return report
+
+    def use_preset(self, name: str, lora: Any = None, reversible: bool = False) -> LoraReport | None:
+        """Set the pipeline up for a preset: `scheduler` gets its shift, and calls that leave steps and
+        guidance at the defaults get its own. lora: its adapter, as `load_lora_weights` takes it, which is
+        fused into the weights; reversible keeps the originals, as `fuse_lora` does.
+
+        Raises ValueError for an unknown name, and what loading the adapter raises, with nothing changed.
+        """
+        chosen = preset_called(name)
+        scheduler = with_shift(self.scheduler, chosen.flow_shift)
+        report = None
+        if lora is not None:
+            report = self.load_lora_weights(lora, name)
+            self.fuse_lora(adapter_names=[name], reversible=reversible)
+        self.scheduler, self.preset = scheduler, name
+        return report
+
+    def _settings(self, preset: str | None, steps: int, guidance: float) -> tuple[Scheduler, int, float]:
+        """Scheduler, steps and guidance of a run, those of the preset where the call leaves the defaults."""
+        check_count("num_inference_steps", steps)
+        if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+            raise ValueError(f"guidance_scale={guidance!r}: must be a finite number")
+        name = self.preset if preset is None else preset
+        scheduler, chosen = self.scheduler, None
+        if name is not None:
+            chosen = preset_called(name)
+            scheduler = with_shift(scheduler, chosen.flow_shift)
+            steps = chosen.num_inference_steps if steps == DEFAULT_STEPS else steps
+            guidance = chosen.guidance_scale if guidance == DEFAULT_GUIDANCE else guidance
+        adapters = {*self.get_active_adapters(), *self.adapters.fused_loras}
+        if adapters & self._distilled:
+            chosen = chosen or PRESETS["distill"]
+        if chosen is not None:
+            chosen.warn_of_parts(steps, guidance, shift_of(scheduler), bool(adapters))
+        return scheduler, steps, guidance
+
+
+def _context(embed: Callable[[Tensor], Context], embeds: Tensor) -> Context:
+    """Keys and values of each film's prompt or photograph (B, tokens, D); of one for all, if they are the
+    same."""
+    same = torch.equal(embeds, embeds[:1].expand_as(embeds))
+    return embed(embeds[:1] if same else embeds)
+
+
+def _check_embeds(name: str, embeds: Any, width: int | None) -> None:
+    if embeds is None:
+        return
+    if not isinstance(embeds, Tensor):
+        raise TypeError(f"{name} is a {type(embeds).__name__}: must be a tensor")
+    if embeds.ndim != 3 or embeds.shape[-1] != width or 0 in embeds.shape:
+        raise ValueError(f"{name} have shape {tuple(embeds.shape)}, wanted (B, tokens, {width})")
+    if not embeds.isfinite().all():
+        raise ValueError(f"{name} hold NaN or infinite values")
+
+
+def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents is a {type(latents).__name__}: must be a tensor")
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted {shape} (B, C, T, h, w)")
+    if not latents.isfinite().all():
+        raise ValueError("latents hold NaN or infinite values")
+
+
+def _batch(**given: Sequence[Any] | Tensor | None) -> int:
+    """How many films, copies aside: as many as there are of one, where each is one for all or one each."""
+    counts = {name: len(items) for name, items in given.items() if items is not None}
+    batch = max(counts.values())
+    if any(count not in (1, batch) for count in counts.values()):
+        told = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"{told}: give one for all, or one for each")
+    return batch
+
+
+def _rows(embeds: Tensor | None, batch: int) -> Tensor | None:
+    return None if embeds is None else embeds.expand(batch, -1, -1)
+
+
+def _lora_scale(attention_kwargs: Mapping[str, Any] | None) -> float | None:
+    """Raises ValueError for anything but a finite scale."""
+    if unknown := set(attention_kwargs or {}) - {"scale"}:
+        raise ValueError(f"attention_kwargs has {sorted(unknown)}; only 'scale' is known")
+    scale = (attention_kwargs or {}).get("scale")
+    if scale is not None and (not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+        raise ValueError(f"attention_kwargs: scale={scale!r} must be a finite number")
+    return scale
+
+
+def _warn_if_stretched(photos: list[Image.Image], height: int, width: int, multiple: int) -> None:
+    def distortion(photo: Image.Image, height: int, width: int) -> float:
+        change = photo.height * width / (photo.width * height)
+        return max(change, 1 / change)
+
+    for photo in photos:
+        if (now := distortion(photo, height, width)) <= STRETCH:
+            continue
+        with contextlib.suppress(ValueError):  # too narrow for any size of that area
+            size = im.size_of_area(photo.height, photo.width, height * width, multiple)
+            if distortion(photo, *size) < now:
+                given = f"{photo.width} x {photo.height} pixels is stretched to {width} x {height}"
+                log.warning("a photograph of %s; width=%d, height=%d would fit it", given, size[1], size[0])
+                return
