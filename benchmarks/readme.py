@@ -1,6 +1,8 @@
 """The speed tables of README.md, from the committed results: `python -m benchmarks.readme`.
 
-A table of `results/NAME.json` stands between `<!-- speed:NAME -->` and `<!-- /speed:NAME -->`.
+A table of `results/NAME.json` stands between `<!-- speed:NAME -->` and `<!-- /speed:NAME -->`, the table of
+the kernels, from `results/kernels/` and the sizes in `op_cases`, between `<!-- kernels -->` and `<!--
+/kernels -->`.
 """
 
 import argparse
@@ -51,7 +53,49 @@ def filled(text: str, results: Path = RESULTS) -> str:
         content = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
         return f"{match[1]}\n{render(content)}\n{match[3]}"
 
-    return re.sub(r"(<!-- speed:(\w+) -->).*?(<!-- /speed:\2 -->)", table, text, flags=re.DOTALL)
+    text = re.sub(r"(<!-- speed:(\w+) -->).*?(<!-- /speed:\2 -->)", table, text, flags=re.DOTALL)
+    markers = re.search(r"(<!-- kernels -->).*?(<!-- /kernels -->)", text, flags=re.DOTALL)
+    if markers is None:
+        return text
+    return (
+        f"{text[: markers.start()]}{markers[1]}\n{kernel_table(results)}\n{markers[2]}{text[markers.end() :]}"
+    )
+
+
+def kernel_table(results: Path = RESULTS) -> str:
+    """Markdown of all kernels: what each fuses, what that saves in a block, and registers of a thread,
+    forward and backward, the largest among the calls, on each GPU."""
+    from benchmarks import op_cases, roofline
+
+    traffic = roofline.rows()
+    lines, targets = [], []
+    for file, module in op_cases.modules().items():
+        recorded = json.loads((results / "kernels" / f"{file}.json").read_text(encoding="utf-8"))["rows"]
+        targets = targets or list(next(iter(recorded.values())))
+        for name, op in module.OPS.items():
+            mine = [(row, entries) for row, entries in recorded.items() if row.startswith(f"{name}:")]
+            saved = roofline.saved_per_block(traffic, name)
+            spared = (
+                f"{roofline.megabytes(count)} ({roofline.SYSTEMS[system].partition(',')[0]})"
+                for system, count in saved.items()
+                if count > 1e6
+            )
+            cells = [f"`{name}`", f"`kernels/{file}.py`", op.fuses, ", ".join(spared) or "-"]
+            lines.append(f"| {' | '.join([*cells, *(registers(mine, target) for target in targets)])} |")
+    head = ["operation", "file", "in one pass", "memory traffic saved in a block", *targets]
+    rule = ["---"] * 4 + ["---:"] * len(targets)
+    return "\n".join([f"| {' | '.join(head)} |", f"| {' | '.join(rule)} |", *lines])
+
+
+def registers(rows: list[tuple[str, Any]], target: str) -> str:
+    """forward / backward; "torch" where the operation leaves the GPU to PyTorch."""
+    found: dict[bool, list[int]] = {False: [], True: []}
+    for row, entries in rows:
+        if "registers" in entries.get(target, {}):
+            found["[backward" in row].append(entries[target]["registers"])
+    if not found[False]:
+        return "torch"
+    return " / ".join(str(max(values)) for values in found.values() if values)
 
 
 if __name__ == "__main__":

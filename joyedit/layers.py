@@ -85,7 +85,7 @@ class GELUProjection(nn.Module):
         self.proj = Linear(dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return ops.linear_gelu(x, self.proj.weight, self.proj.bias)
 
 
 class TimestepEmbedder(nn.Module):

@@ -1,13 +1,26 @@
-"""The fused operations of the networks: what each one computes, in plain PyTorch.
+"""The fused operations of the networks: each one in plain PyTorch, and the choice of its Triton kernel.
 
 Models call these and know nothing of what runs underneath. Every function returns fresh tensors and never
-writes to its arguments. Activations may be wider than the stored weights (bf16 weights, fp32 activations): a
+writes to its arguments. `backend` chooses:
+
+    auto     (the default) the kernel for what it supports on a CUDA or ROCm device, PyTorch for the rest
+    triton   the kernel, or a RuntimeError that says why it cannot run here: nothing falls back unseen
+    torch    PyTorch, which is the definition of each operation and what its kernel is tested against
+
+The environment variable JOYEDIT_OPS sets it at the start. Kernels are in kernels/, one operation per file,
+and registered as `torch.ops.joyedit.*`: what is launched can be counted by a TorchDispatchMode, and
+torch.compile sees one node. With TRITON_INTERPRET=1 they run on CPU tensors, slowly, under "triton".
+
+Activations may be wider than the stored weights (bf16 weights, fp32 activations): a
 weight is brought to the dtype of the activation where it is used, which keeps the memory of the narrow
 checkpoint and the arithmetic of the wide one.
 
 B batch   N tokens   D width   H heads   E = D / H
 """
 
+import contextlib
+import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +31,71 @@ Size = int | tuple[int, ...]  # one number for all axes, or one per axis
 
 
 CPU_HAS_BF16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+BACKENDS = ("auto", "triton", "torch")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_WIDTH = 16384  # the longest row that a program of the norms holds in registers
+HEAD_WIDTH = 256  # the widest head of the attention
+GUIDED_CHANNELS = 128  # the most that a program of `guide` holds in registers
+
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+_backend = "auto"
+
+
+def backend(name: str) -> contextlib.AbstractContextManager:
+    """Choose what runs the operations from now on: "auto", "triton" or "torch" (see the top of this file).
+
+    As a context manager, `with ops.backend("torch"): ...`, it brings back the previous choice at the end.
+    Compiled networks notice a change and compile again. Raises ValueError for another name.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r}: wanted one of {', '.join(BACKENDS)}")
+    previous, _backend = _backend, name
+    restore = contextlib.ExitStack()
+    restore.callback(backend, previous)
+    return restore
+
+
+def _triton(x: Tensor, *others: Tensor | None, problem: str | None = None, has_backward: bool = True) -> bool:
+    """Whether the Triton kernel takes these tensors; `problem`: why it cannot, if the caller has a reason."""
+    if _backend == "torch" or (_backend == "auto" and not x.is_cuda):
+        return False
+    problem = problem or _problem([x, *(t for t in others if t is not None)], has_backward)
+    if problem and _backend == "triton":
+        raise RuntimeError(f"no Triton kernel can run here: {problem}")
+    return problem is None
+
+
+def _problem(tensors: list[Tensor], has_backward: bool) -> str | None:
+    if not _has_triton:
+        return "the package triton is not installed"
+    device = tensors[0].device
+    if device.type != "cuda" and not (_interpreted and device.type == "cpu"):
+        return f"the tensors are on {device}, not on a CUDA or ROCm device"
+    for t in tensors:
+        if t.dtype not in KERNEL_DTYPES:
+            return f"it takes float32, float16 and bfloat16, not {t.dtype}"
+        if t.device != device:
+            return f"tensors are on {device} and {t.device}"
+    if not has_backward and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "a gradient is wanted and the kernel has no backward"
+    return None
+
+
+def _too_wide(x: Tensor, dim: int = -1) -> str | None:
+    return f"rows of {x.shape[dim]} are longer than {KERNEL_WIDTH}" if x.shape[dim] > KERNEL_WIDTH else None
+
+
+def _find_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+_has_triton = _find_triton()
+backend(os.environ.get("JOYEDIT_OPS", "auto"))
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
@@ -49,31 +127,132 @@ def conv2d(
     return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
 
 
+def doubling_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """3x3 convolution, padded by 1, of a picture whose pixels are doubled in both directions.
+
+    x (B, C_in, H, W), weight (C_out, C_in, 3, 3), bias (C_out) -> (B, C_out, 2 H, 2 W) in the dtype of x.
+    A kernel meets four different pixels at most. On a CPU the taps that meet the same one are added first,
+    into a 4x4 kernel of a transposed convolution: 4 / 9 of the products, and the doubled picture is never
+    made. Half precision would round the sums of taps.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    kernel = F.pad(weight.to(wide_dtype(x)).transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
+    kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
+    kernel = kernel[..., 1:] + kernel[..., :-1]
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv_transpose2d(x, kernel.to(x.dtype), bias, stride=2, padding=1)
+
+
 def conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size | str = 0
+    segments: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    time_stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """x (B, C_in, T, H, W), weight (C_out, C_in, kt, kh, kw), bias (C_out) -> (B, C_out, T', H', W') in x's
-    dtype."""
-    return F.conv3d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
+    """Convolution over frames and pixels; only the pixels are padded.
+
+    segments: (B, C_in, t, H, W) each, one after the other in time, T frames in all; weight (C_out, C_in, kt,
+    kh, kw), bias (C_out) -> (B, C_out, T', H', W') in the dtype of the segments.
+    """
+    dtype, device = segments[0].dtype, segments[0].device
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    stride, padding3d = (time_stride, 1, 1), (0, *padding)
+    if device.type != "cpu":
+        return F.conv3d(torch.cat(tuple(segments), dim=2), weight, bias, stride, padding3d)
+    frames = [frame for segment in segments for frame in segment.unbind(2)]
+    # What pairs save on products, half precision would lose in their sums, and few channels spend on them.
+    is_wide = min(weight.shape[:2]) >= 32 and dtype in (torch.float32, torch.float64)
+    if is_wide and weight.shape[2] == 3 and time_stride == 1 and len(frames) > 3:
+        return _conv3d_by_pairs(frames, weight, bias, padding)
+    out = F.conv3d(_stack_frames(frames), weight, bias, stride, padding3d)
+    return out.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _conv3d_by_pairs(
+    frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, padding: tuple[int, int]
+) -> Tensor:
+    """`conv3d` with three taps in time, two frames of the result by four 2-D convolutions instead of six.
+
+    The minimal filter F(2, 3) adds and subtracts frames, and taps, before it multiplies. A CPU convolves as
+    fast as it multiplies matrices, so fewer products are the one way to less time.
+    Source: S. Winograd, Arithmetic Complexity of Computations, 1980; Lavin and Gray, arXiv 1509.09308.
+    """
+    count = len(frames) - 2
+    first, middle, last = weight.unbind(2)
+    ends, half = (first + last) / 2, middle / 2
+    both, unlike = ends + half, ends - half
+    out = []
+    for i in range(0, count - 1, 2):
+        a, b, c, d = frames[i : i + 4]
+        p = F.conv2d(a - c, first, padding=padding)
+        q = F.conv2d(b + c, both, bias, padding=padding)
+        r = F.conv2d(c - b, unlike, padding=padding)
+        s = F.conv2d(b - d, last, padding=padding)
+        out += [p.add_(q).add_(r), q.sub_(r).sub_(s)]
+    if count % 2:
+        single = F.conv3d(_stack_frames(frames[-3:]), weight, bias, 1, (0, *padding))
+        out.append(single[:, :, 0])
+    return _stack_frames(out)
+
+
+def _stack_frames(frames: Sequence[Tensor]) -> Tensor:
+    """(B, C, H, W) each -> (B, C, T, H, W), channels last in memory. `torch.stack` itself gives axes of size
+    1 strides by which PyTorch does not know that layout again."""
+    return torch.stack([frame.movedim(1, -1) for frame in frames], dim=1).movedim(-1, 1)
 
 
 def attention(
     q: Tensor | Sequence[Tensor],
     k: Tensor | Sequence[Tensor],
     v: Tensor | Sequence[Tensor],
-    *,
     causal: bool = False,
+    summed: bool = False,
+    lengths: Sequence[int] | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention over tokens; k and v may have fewer heads than q (grouped queries).
 
     q (B, N, H, E); k, v (B, M, H_kv, E); each may be a sequence of segments that follow one another along the
-    token axis. mask (broadcastable to (B, H, N, M)): boolean, True where a query may look, or additive.
-    `causal` aligns the last query with the last key, so a cached prefix may be longer than the queries.
-    Returns (B, N, H, E). `scale` defaults to E ** -0.5.
+    token axis. Returns (B, N, H, E).
+
+    causal   the last query sees the last key: a cached prefix may be longer than the queries
+    summed   each segment of k and v has a softmax of its own, and the results are added
+    lengths  samples of so many tokens follow one another (B = 1); each attends to its own tokens only
+    mask     broadcastable to (B, H, N, M): boolean, True where a query may look, or additive. There is no
+             kernel for it: PyTorch computes it under every backend.
+    scale    of the scores; the default is E ** -0.5
+
+    Raises ValueError for `lengths` that are not those of q and k, or with segments; for `summed` with any of
+    causal, lengths and mask; for a mask with lengths.
     """
-    q, k, v = (x if isinstance(x, Tensor) else torch.cat(tuple(x), dim=1) for x in (q, k, v))
+    q, k, v = ((x,) if isinstance(x, Tensor) else tuple(x) for x in (q, k, v))
+    if summed and (causal or lengths is not None or mask is not None):
+        raise ValueError("summed softmaxes are neither causal nor packed nor masked")
+    if lengths is not None:
+        _check_packing(q, k, lengths, mask)
+    if scale is None:
+        scale = float(q[0].shape[-1] ** -0.5)
+    problem = _no_attention_kernel(q, k, v, causal, scale)
+    if mask is None and _triton(*q, *k, *v, problem=problem, has_backward=False):
+        from joyedit.kernels import attention as kernels
+
+        lengths = lengths or ()
+        if _backend == "triton" or not kernels.stock_is_faster(q, k, lengths, causal, summed):
+            return kernels.attention(q, k, v, lengths, causal, summed, scale)
+    if summed:
+        first, *others = (_attention(q, [a], [b], False, None, scale) for a, b in zip(k, v, strict=True))
+        return sum(others, start=first)
+    if lengths:
+        samples = zip(*(x[0].split(list(lengths), dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([_attention([a], [b], [c], causal, None, scale) for a, b, c in samples], dim=1)
+    return _attention(q, k, v, causal, mask, scale)
+
+
+def _attention(q, k, v, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
+    q, k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (q, k, v))
     n, m = q.shape[1], k.shape[1]
     if causal and (n != m or mask is not None):
         rows = torch.arange(m - n, m, device=q.device)[:, None]
@@ -92,10 +271,51 @@ def attention(
     return out.transpose(1, 2).contiguous()
 
 
+def _check_packing(q: Sequence[Tensor], k: Sequence[Tensor], lengths: Sequence[int], mask: Tensor | None):
+    if len(q) > 1 or len(k) > 1 or mask is not None:
+        raise ValueError("packed samples have one segment and no mask")
+    batch, n, m = *q[0].shape[:2], k[0].shape[1]
+    if batch != 1 or sum(lengths) != n or n != m or any(n < 0 for n in lengths):
+        raise ValueError(
+            f"lengths {tuple(lengths)} are not those of {batch} x {n} queries and {m} keys in a batch of one"
+        )
+
+
+def _no_attention_kernel(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], causal: bool, scale: float
+) -> str | None:
+    """Why the kernel cannot compute this attention."""
+    batch, _, heads, width = q[0].shape
+    groups = k[0].shape[2]
+    if (
+        any((x.shape[0], x.shape[3]) != (batch, width) for x in (*q, *k, *v))
+        or any(x.shape[2] != heads for x in q)
+        or any(x.shape[2] != groups for x in k)
+        or [x.shape for x in k] != [x.shape for x in v]
+        or heads % groups
+    ):
+        return "the shapes of q, k and v do not fit"
+    if width > HEAD_WIDTH:
+        return f"heads of {width} are wider than {HEAD_WIDTH}"
+    if max(len(q), len(k)) > 2:
+        return "it takes two segments, not more"
+    if len({x.dtype for x in (*q, *k, *v)}) > 1:
+        return "q, k and v are of several dtypes"
+    if not all(x.shape[1] for x in k):
+        return "a segment has no keys"
+    if causal and sum(x.shape[1] for x in q) > k[-1].shape[1]:
+        return "there are more queries than keys, or than keys of the second segment"
+    return None if scale > 0 else f"the scale {scale} is not positive"
+
+
 def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
     """LayerNorm over the last axis, statistics in fp32. x (..., D); weight, bias (D)."""
+    if _triton(x, weight, bias, problem=_too_wide(x)):
+        from joyedit.kernels.ada_layer_norm import layer_norm as kernel
+
+        return kernel(x, weight, bias, eps)
     dtype = wide_dtype(x)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
@@ -103,6 +323,10 @@ def layer_norm(
 
 def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift. x (B, N, D); shift, scale (B or 1, D)."""
+    if _triton(x, shift, scale, problem=_too_wide(x)):
+        from joyedit.kernels.ada_layer_norm import ada_layer_norm as kernel
+
+        return kernel(x, shift, scale, eps)
     dtype = wide_dtype(x)
     shift, scale = shift.to(dtype), 1 + scale.to(dtype)
     if len(shift) == 1:
@@ -113,14 +337,50 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y. x, y (B, N, D); gate (B or 1, D)."""
-    return torch.addcmul(x, y, gate[:, None].to(x.dtype))
+    """x + gate * y, in the dtype of x. x, y (B, N, D); gate (B or 1, D).
+
+    In fp32: a gate rounded to half precision moves every token alike, block after block.
+    """
+    if _triton(x, y, gate, problem=_too_wide(x)):
+        from joyedit.kernels.gate_residual import gate_residual as kernel
+
+        return kernel(x, y, gate)
+    return torch.addcmul(x, y, gate[:, None].to(wide_dtype(x))).to(x.dtype)
+
+
+def gate_residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The gated residual (without a gate: x + y), and its `ada_layer_norm`: one pass over both.
+
+    x, y (B, N, D); gate, shift, scale (B or 1, D). Returns the sum in the dtype of x, and its modulated norm.
+    """
+    if _triton(x, y, gate, shift, scale, problem=_too_wide(x)):
+        from joyedit.kernels.gate_residual import gate_residual_norm as kernel
+
+        return kernel(x, y, gate, shift, scale, eps)
+    x = (x + y).to(x.dtype) if gate is None else gate_residual(x, y, gate)
+    return x, ada_layer_norm(x, shift, scale, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / rms(x) * weight over the last axis, statistics in fp32. x (..., D); weight (D)."""
+    if _triton(x, weight, problem=_too_wide(x)):
+        from joyedit.kernels.rms_norm import rms_norm as kernel
+
+        return kernel(x, weight, eps)
     dtype = wide_dtype(x)
     return F.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), eps).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """x + y in the dtype of x, and its `rms_norm`: one pass over both. x, y (..., D); weight (D)."""
+    if _triton(x, y, weight, problem=_too_wide(x)):
+        from joyedit.kernels.rms_norm import add_rms_norm as kernel
+
+        return kernel(x, y, weight, eps)
+    x = (x + y).to(x.dtype)
+    return x, rms_norm(x, weight, eps)
 
 
 def channel_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
@@ -129,11 +389,19 @@ def channel_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     Half precision is computed in fp32. Where all channels of a position are zero the result is zero: |x| is
     taken as at least 1e-12. Source: diffusers `WanRMS_norm`.
     """
+    if _triton(x, gamma, problem=_too_wide(x, 1)):
+        from joyedit.kernels.channel_rms_norm import channel_rms_norm as kernel
+
+        return kernel(x, gamma)
     return _channel_rms_norm(x, gamma).to(x.dtype)
 
 
 def channel_rms_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
     """silu(x / rms(x) * gamma) over channels, as `channel_rms_norm`. x (B, C, ...); gamma has C values."""
+    if _triton(x, gamma, problem=_too_wide(x, 1)):
+        from joyedit.kernels.channel_rms_norm import channel_rms_norm_silu as kernel
+
+        return kernel(x, gamma)
     return F.silu(_channel_rms_norm(x, gamma), inplace=True).to(x.dtype)
 
 
@@ -145,72 +413,216 @@ def _channel_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """GroupNorm, statistics in fp32. x (B, C, ...); weight, bias (C)."""
+    """GroupNorm, statistics in fp32, in the memory format of x. x (B, C, ...); weight, bias (C)."""
+    if _triton(x, weight, bias, problem=_uneven(x, groups)):
+        from joyedit.kernels.group_norm import group_norm as kernel
+
+        return kernel(x, weight, bias, groups, eps)
     return _group_norm(x, weight, bias, groups, eps).to(x.dtype)
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """silu(GroupNorm(x)), statistics in fp32. x (B, C, ...); weight, bias (C)."""
+    """silu(GroupNorm(x)), as `group_norm`. x (B, C, ...); weight, bias (C)."""
+    if _triton(x, weight, bias, problem=_uneven(x, groups)):
+        from joyedit.kernels.group_norm import group_norm_silu as kernel
+
+        return kernel(x, weight, bias, groups, eps)
     return F.silu(_group_norm(x, weight, bias, groups, eps), inplace=True).to(x.dtype)
+
+
+def _uneven(x: Tensor, groups: int) -> str | None:
+    return f"{x.shape[1]} channels are not {groups} equal groups" if x.shape[1] % groups else None
 
 
 def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     wide = wide_dtype(x)
     x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
-    if x.device.type == "cpu" and x.ndim == 4 and x.stride(1) == 1:
-        # PyTorch's channels-last kernel adds up squares: the variance of a nearly constant plane cancels.
+    if x.ndim == 4 and x.stride(1) == 1:
+        # Channels last, PyTorch's kernel for CPUs adds up squares: the variance of a nearly constant plane
+        # cancels. The one for GPUs takes a contiguous copy itself, and would leave the result contiguous.
         out = F.group_norm(x.contiguous(), groups, weight, bias, eps)
         return out.contiguous(memory_format=torch.channels_last)
     return F.group_norm(x, groups, weight, bias, eps)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x0, x1) by the angles of each token, in fp32. x (B, N, H, E); cos, sin (N, E
-    / 2)."""
-    pairs = torch.view_as_complex(x.to(wide_dtype(x)).unflatten(-1, (-1, 2)).contiguous())  # (B, N, H, E/2)
-    turned = pairs * torch.complex(cos, sin)[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-
-
-def rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (x[j], x[j + E/2]) by the angles of each token. x (B, N, H, E); cos, sin (B or 1, N, E / 2)."""
-    a, b = x.to(wide_dtype(x)).chunk(2, dim=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+    eps: float = 1e-6,
+    half_split: bool = False,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of q and k per head, then the interleaved rotation. q, k (B, N, H, E) strided views; weights
-    (E); cos, sin (N, E / 2) fp32."""
-    return rope(rms_norm(q, q_weight, eps), cos, sin), rope(rms_norm(k, k_weight, eps), cos, sin)
+    """RMSNorm of q and k and their rotary embedding: from slices of a projection to what attention reads.
+
+    q (B, M, H, E), k (B, N, G, E). Weights: (E), each head is normed; (H * E) and (G * E), all heads of a
+    token together; None, no norm. rope: cos and sin, each (N, E / 2) or (B or 1, N, E / 2); token n of k
+    turns by row n, token m of q by row start + m; None, no rotation. What turns are the pairs
+    (x[2 j], x[2 j + 1]) or, half_split, (x[j], x[j + E / 2]).
+
+    Statistics and rotation in fp32, rounded once, at the end: the references round the norm too, and Qwen's
+    also cos and sin. Raises ValueError for a table that does not fit the tokens.
+    """
+    if rope is not None and (rope[0].shape[-2] != k.shape[1] or start + q.shape[1] > k.shape[1]):
+        tokens = f"{k.shape[1]} tokens, of which {q.shape[1]} from {start} on ask"
+        raise ValueError(f"a rotary table of {rope[0].shape[-2]} rows does not fit {tokens}")
+    tensors = q, k, q_weight, k_weight, *(rope or (None, None))
+    if _triton(*tensors, problem=_too_wide(q if q_weight is None else q_weight)):
+        from joyedit.kernels.qk_norm_rope import qk_norm_rope as kernel
+
+        return kernel(*tensors, eps, half_split, start)
+    stop = start + q.shape[1]
+    q_rope = None if rope is None else (rope[0][..., start:stop, :], rope[1][..., start:stop, :])
+    return _norm_rope(q, q_weight, q_rope, eps, half_split), _norm_rope(k, k_weight, rope, eps, half_split)
 
 
-def qk_norm(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """RMSNorm of q and k per head, for tokens without a position. q, k (B, N, H, E); weights (E)."""
-    return rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+def _norm_rope(
+    x: Tensor, weight: Tensor | None, rope: tuple[Tensor, Tensor] | None, eps: float, half_split: bool
+) -> Tensor:
+    out = x.to(wide_dtype(x)) if weight is None else _head_norm(x, weight, eps)
+    if rope is not None:
+        cos, sin = (t.unsqueeze(-2) for t in rope)
+        if half_split:
+            out = _turn_halves(out, cos, sin)
+        else:
+            out = _turn_neighbours(out, cos, sin, in_place=weight is not None)
+    return out.to(x.dtype)
+
+
+def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = wide_dtype(x)
+    rows = x if len(weight) == x.shape[-1] else x.flatten(-2)
+    # One pass without a tensor of squares.
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide)
+    normed = rows * (length.square() / rows.shape[-1] + eps).rsqrt()
+    return normed.mul_(weight.to(wide)).reshape(x.shape)
+
+
+def _turn_neighbours(x: Tensor, cos: Tensor, sin: Tensor, in_place: bool) -> Tensor:
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())  # (B, N, H, E / 2)
+    angle = torch.complex(cos, sin)
+    return torch.view_as_real(pairs.mul_(angle) if in_place else pairs * angle).flatten(-2)
+
+
+def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * torch.cat((cos, cos), dim=-1)
+    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin)
+    return out
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise."""
+    """silu(gate) * up, elementwise. gate, up (..., D) of one dtype."""
+    if _triton(gate, up, problem=_unlike(gate, up)):
+        from joyedit.kernels.gated import swiglu as kernel
+
+        return kernel(gate, up)
     return F.silu(gate) * up
 
 
 def geglu(value_gate: Tensor) -> Tensor:
     """value * gelu(gate) with the exact (erf) GELU. value_gate (..., 2 D): value, then gate -> (..., D)."""
+    width = value_gate.shape[-1]
+    if _triton(value_gate, problem=f"there are no halves of {width}" if width % 2 else None):
+        from joyedit.kernels.gated import geglu as kernel
+
+        return kernel(value_gate)
     value, gate = value_gate.chunk(2, dim=-1)
     return F.gelu(gate).mul_(value)
 
 
-def rescaled_guidance(cond: Tensor, uncond: Tensor, scale: float, dim: int = 1) -> Tensor:
-    """Classifier-free guidance whose norm over `dim` is brought back to that of `cond`, position by position.
+def geglu_tanh(gate: Tensor, value: Tensor) -> Tensor:
+    """gelu(gate) * value with the tanh-approximated GELU. gate, value (..., D) of one dtype."""
+    if _triton(gate, value, problem=_unlike(gate, value)):
+        from joyedit.kernels.gated import geglu_tanh as kernel
 
-    comb = uncond + scale * (cond - uncond); comb * |cond| / max(|comb|, 1e-6).
-    Source: diffusers `pipeline_joyimage_edit.py`.
+        return kernel(gate, value)
+    return F.gelu(gate, approximate="tanh") * value
+
+
+def _unlike(x: Tensor, y: Tensor) -> str | None:
+    alike = x.shape == y.shape and x.dtype == y.dtype
+    return None if alike else f"{tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype} are not alike"
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh-approximated GELU, elementwise."""
+    if _triton(x):
+        from joyedit.kernels.gated import gelu_tanh as kernel
+
+        return kernel(x)
+    return F.gelu(x, approximate="tanh")
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(linear(x, weight, bias)), the tanh-approximated one. x (..., D_in) -> (..., D_out) in x's dtype.
+
+    After the product, the GELU reads and writes the whole hidden layer, whatever kernel it is, and the bias
+    costs nothing in the product. What spares both is the GELU in the product itself, where that pays.
     """
+    if _product_ends_in_gelu(x, weight, bias):
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        out = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
+        return out.view(*x.shape[:-1], -1)
+    return gelu_tanh(linear(x, weight, bias))
+
+
+# Compute capabilities where cuBLASLt's product with a GELU at its end is faster than two kernels: 1.18 times
+# at widths like ours, 1.03 times in a whole step. On 8.9 and 12.0 it is slower; 8.0 has no recent figures.
+# Source: sgl-project/sglang, pull requests 28168 and 34350.
+GELU_IN_PRODUCT = ((9, 0), (10, 0))
+
+
+def _product_ends_in_gelu(*tensors: Tensor) -> bool:
+    """Whether PyTorch's product with a GELU at its end is used: under "auto", without gradients, of which it
+    has none. Only on CUDA is its GELU the approximated one."""
+    x = tensors[0]
+    if _backend != "auto" or not x.is_cuda or torch.version.hip or x.numel() == 0:
+        return False
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    gpu = torch.cuda.get_device_properties(x.device)
+    return (gpu.major, gpu.minor) in GELU_IN_PRODUCT
+
+
+def guide(
+    cond: Tensor,
+    uncond: Tensor,
+    scale: float,
+    rescale: bool = False,
+    sample: Tensor | None = None,
+    delta: Tensor | None = None,
+) -> Tensor:
+    """Classifier-free guidance, and what may follow it. cond, uncond (B, C, ...): predictions.
+
+    comb = uncond + scale * (cond - uncond). rescale: its norm over C is brought back to that of `cond`,
+    position by position, comb * |cond| / max(|comb|, 1e-6). sample (B, C, ...) and delta (one number): the
+    result is an Euler step, sample + delta * comb, in the dtype of the sample. Raises ValueError for one of
+    them without the other. Source: diffusers `pipeline_joyimage_edit.py`.
+    """
+    if (sample is None) != (delta is None):
+        raise ValueError("an Euler step needs sample and delta, not one of them")
+    if _triton(cond, uncond, sample, delta, problem=_unguided(cond, uncond, sample), has_backward=False):
+        from joyedit.kernels.guide import guide as kernel
+
+        return kernel(cond, uncond, scale, rescale, sample, delta)
     comb = uncond + scale * (cond - uncond)
-    ratio = cond.norm(dim=dim, keepdim=True) / comb.norm(dim=dim, keepdim=True).clamp_min(1e-6)
-    return comb * ratio
+    if rescale:
+        comb = comb * (cond.norm(dim=1, keepdim=True) / comb.norm(dim=1, keepdim=True).clamp_min(1e-6))
+    if sample is None:
+        return comb
+    return (sample.to(wide_dtype(sample)) + delta * comb.to(sample.dtype)).to(sample.dtype)
+
+
+def _unguided(cond: Tensor, uncond: Tensor, sample: Tensor | None) -> str | None:
+    shapes = {tuple(t.shape) for t in (cond, uncond, sample) if t is not None}
+    if len(shapes) > 1 or cond.ndim < 3:
+        return f"tensors of one shape (B, C, ...) are wanted, not {sorted(shapes)}"
+    if cond.shape[1] > GUIDED_CHANNELS:
+        return f"{cond.shape[1]} channels are more than {GUIDED_CHANNELS}"
+    return None

@@ -64,6 +64,16 @@ def test_quick_run_of_diffedit(benchmark, tmp_path):
     check_rows(json.loads((tmp_path / "out.json").read_text(encoding="utf-8")), names)
 
 
+def test_quick_run_of_chronoedit(benchmark, tmp_path):
+    side_by_side, chronoedit = benchmark("side_by_side"), benchmark("chronoedit")
+    names = ["step", "text", "vision", "encode_5", "decode_29", "whole", "reasoning"]
+    chosen = [argument for name in names for argument in ("--only", name)]
+    side_by_side.main(
+        chronoedit.ROWS, "chronoedit", ["--quick", "--out", str(tmp_path / "out.json"), *chosen]
+    )
+    check_rows(json.loads((tmp_path / "out.json").read_text(encoding="utf-8")), names)
+
+
 def test_a_wrong_network_is_refused(benchmark, monkeypatch, tmp_path):
     side_by_side, joyimage = benchmark("side_by_side"), benchmark("joyimage")
     right = joyimage.our_step

@@ -122,6 +122,7 @@ class ChronoEditTransformer3DModel(Network):
 
     Config = ChronoEditConfig
     table = "chronoedit_dit"
+    relatives = frozenset({"WanTransformer3DModel"})  # as the published folder calls it
     # As the reference loads it; norm1 and norm3 of a block have no parameters, the image embedder's have.
     fp32_modules = frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
 
@@ -280,14 +281,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, text: KeyValue, image: KeyValue | None, rope: Rope) -> Tensor:
         """x (B, N, D), vec (B or 1, 6, D) fp32 -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + vec).unbind(1)
-        x = gated(x, self.attn1(ops.ada_layer_norm(x, shift1, scale1, self.eps), rope), gate1)
-        x = x + self.attn2(self.norm2(x), text, image)
-        return gated(x, self.ffn(ops.ada_layer_norm(x, shift2, scale2, self.eps)), gate2)
-
-
-def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y in fp32, as trained: a gate rounded to bf16 moves every token alike, in 40 blocks."""
-    return ops.gate_residual(x.to(ops.wide_dtype(x)), y, gate).to(x.dtype)
+        attended = self.attn1(ops.ada_layer_norm(x, shift1, scale1, self.eps), rope)
+        x = ops.gate_residual(x, attended, gate1)
+        attended = self.attn2(self.norm2(x), text, image)
+        x, normed = ops.gate_residual_norm(x, attended, None, shift2, scale2, self.eps)
+        return ops.gate_residual(x, self.ffn(normed), gate2)
 
 
 class SelfAttention(nn.Module):
@@ -302,9 +300,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        q = ops.rope(heads(self.norm_q(self.to_q(x)), self.num_heads), *rope)
-        k = ops.rope(heads(self.norm_k(self.to_k(x)), self.num_heads), *rope)
-        return self.to_out[0](ops.attention(q, k, heads(self.to_v(x), self.num_heads)).flatten(2))
+        q, k, v = (heads(linear(x), self.num_heads) for linear in (self.to_q, self.to_k, self.to_v))
+        q, k = ops.qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, self.norm_q.eps)
+        return self.to_out[0](ops.attention(q, k, v).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -348,8 +346,7 @@ class ImageCrossAttention(CrossAttention):
         return k, heads(self.add_v_proj(img), self.num_heads)
 
     def attend(self, q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Tensor:
-        first, *rest = (ops.attention(q, k, v) for k, v in zip(keys, values, strict=True))
-        return sum(rest, start=first)
+        return ops.attention(q, keys, values, summed=True)
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:
@@ -398,7 +395,7 @@ class TextEmbedder(nn.Module):
         self.linear_2 = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
+        return self.linear_2(ops.linear_gelu(x, self.linear_1.weight, self.linear_1.bias))
 
 
 class ImageEmbedder(nn.Module):

@@ -270,11 +270,11 @@ class DoubleStreamBlock(nn.Module):
             ops.ada_layer_norm(txt, txt_shift1, txt_scale1),
             rope,
         )
-        img = ops.gate_residual(img, img_attn, img_gate1)
-        txt = ops.gate_residual(txt, txt_attn, txt_gate1)
+        img, img_normed = ops.gate_residual_norm(img, img_attn, img_gate1, img_shift2, img_scale2)
+        txt, txt_normed = ops.gate_residual_norm(txt, txt_attn, txt_gate1, txt_shift2, txt_scale2)
 
-        img = ops.gate_residual(img, self.img_mlp(ops.ada_layer_norm(img, img_shift2, img_scale2)), img_gate2)
-        txt = ops.gate_residual(txt, self.txt_mlp(ops.ada_layer_norm(txt, txt_shift2, txt_scale2)), txt_gate2)
+        img = ops.gate_residual(img, self.img_mlp(img_normed), img_gate2)
+        txt = ops.gate_residual(txt, self.txt_mlp(txt_normed), txt_gate2)
         return img, txt
 
     def forward_target(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, num_targets: int) -> Tensor:
@@ -288,8 +288,8 @@ class DoubleStreamBlock(nn.Module):
             rope,
             num_targets,
         )
-        img = ops.gate_residual(img[:, :num_targets], attn, gate1)
-        return ops.gate_residual(img, self.img_mlp(ops.ada_layer_norm(img, shift2, scale2)), gate2)
+        img, normed = ops.gate_residual_norm(img[:, :num_targets], attn, gate1, shift2, scale2)
+        return ops.gate_residual(img, self.img_mlp(normed), gate2)
 
 
 class JointAttention(nn.Module):
@@ -312,9 +312,11 @@ class JointAttention(nn.Module):
         img_q, img_k, img_v = self.heads(self.img_attn_qkv(img))
         txt_q, txt_k, txt_v = self.heads(self.txt_attn_qkv(txt))
         img_q, img_k = ops.qk_norm_rope(
-            img_q, img_k, self.img_attn_q_norm.weight, self.img_attn_k_norm.weight, *rope
+            img_q, img_k, self.img_attn_q_norm.weight, self.img_attn_k_norm.weight, rope
         )
-        txt_q, txt_k = ops.qk_norm(txt_q, txt_k, self.txt_attn_q_norm.weight, self.txt_attn_k_norm.weight)
+        txt_q, txt_k = ops.qk_norm_rope(
+            txt_q, txt_k, self.txt_attn_q_norm.weight, self.txt_attn_k_norm.weight, None
+        )
 
         out = ops.attention((img_q, txt_q), (img_k, txt_k), (img_v, txt_v)).flatten(2)  # (B, N + L, D)
         img_out, txt_out = out.split((img.shape[1], txt.shape[1]), dim=1)
@@ -323,13 +325,11 @@ class JointAttention(nn.Module):
     def forward_target(self, img: Tensor, txt: Tensor, rope: Rope, num_targets: int) -> Tensor:
         """As `forward`, when only the first M = num_targets image tokens ask. -> (B, M, D)."""
         width = img.shape[-1]
-        cos, sin = rope
         target = img[:, :num_targets]
         (q,) = self.heads(project_rows(self.img_attn_qkv, target, 0, width))
         img_k, img_v = self.heads(project_rows(self.img_attn_qkv, img, width, 3 * width))
         txt_k, txt_v = self.heads(project_rows(self.txt_attn_qkv, txt, width, 3 * width))
-        q = ops.rope(self.img_attn_q_norm(q), cos[:num_targets], sin[:num_targets])
-        img_k = ops.rope(self.img_attn_k_norm(img_k), cos, sin)
+        q, img_k = ops.qk_norm_rope(q, img_k, self.img_attn_q_norm.weight, self.img_attn_k_norm.weight, rope)
         txt_k = self.txt_attn_k_norm(txt_k)
 
         out = ops.attention(q, (img_k, txt_k), (img_v, txt_v)).flatten(2)  # (B, M, D)
@@ -395,7 +395,7 @@ class TextEmbedder(nn.Module):
         self.linear_2 = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
+        return self.linear_2(ops.linear_gelu(x, self.linear_1.weight, self.linear_1.bias))
 
 
 def project_rows(linear: Linear, x: Tensor, start: int, stop: int) -> Tensor:

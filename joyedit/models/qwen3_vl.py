@@ -363,9 +363,8 @@ class Attention(nn.Module):
         """x (B, L, D) -> (B, L - keep_from, D), and the keys and values up to here, each (B, P + L, G, E)."""
         q, k, v = self.q_proj(x[:, keep_from:]), self.k_proj(x), self.v_proj(x)
         q, k, v = (rearrange(t, "b l (h e) -> b l h e", e=self.head_dim) for t in (q, k, v))
-        cos, sin = rope
-        q = ops.rope_half(self.q_norm(q), cos[:, keep_from:], sin[:, keep_from:])
-        k = ops.rope_half(self.k_norm(k), cos, sin)
+        weights, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        q, k = ops.qk_norm_rope(q, k, *weights, rope, eps, half_split=True, start=keep_from)
         if past is not None:
             k, v = (
                 torch.cat((before.expand(len(now), -1, -1, -1), now), dim=1)
@@ -465,10 +464,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b n h e", three=3, h=self.num_heads)
-        q, k = ops.rope_half(q, *rope), ops.rope_half(k, *rope)
-        per_image = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
-        out = torch.cat([ops.attention(*qkv) for qkv in per_image], dim=1)
-        return self.proj(out.flatten(2))
+        q, k = ops.qk_norm_rope(q, k, None, None, rope, half_split=True)
+        return self.proj(ops.attention(q, k, v, lengths=lengths).flatten(2))
 
 
 class VisionMLP(nn.Module):
@@ -478,7 +475,7 @@ class VisionMLP(nn.Module):
         self.linear_fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+        return self.linear_fc2(ops.linear_gelu(x, self.linear_fc1.weight, self.linear_fc1.bias))
 
 
 class PatchMerger(nn.Module):

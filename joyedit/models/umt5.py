@@ -223,7 +223,7 @@ class GatedGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(ops.compute_dtype(self.wi_0.weight.dtype, x.device))
         gate, value = without_fp16(self.wi_0(x)), without_fp16(self.wi_1(x))
-        return self.wo(F.gelu(gate, approximate="tanh") * value)
+        return self.wo(ops.geglu_tanh(gate, value))
 
 
 def without_fp16(x: Tensor) -> Tensor:

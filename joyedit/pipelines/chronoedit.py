@@ -32,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from joyedit import images as im
+from joyedit import ops
 from joyedit.clip_images import CLIPImageProcessor
 from joyedit.lora import LoraReport
 from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel, Context
@@ -319,7 +320,7 @@ class ChronoEditPipeline(Pipeline):
                 velocity = transformer.predict(x, modulation[i], cond, image, rope)
                 if uncond is not None and self.guidance_scale > 1:  # a callback may have turned it off
                     velocity_uncond = transformer.predict(x, modulation[i], uncond, image, rope)
-                    velocity = velocity_uncond + self.guidance_scale * (velocity - velocity_uncond)
+                    velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
                 tensors: dict[str, Any] = {"latents": latents, "prompt_embeds": positive}

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from joyedit import images as im
+from joyedit import ops
 from joyedit.clip_images import CLIPImageProcessor
 from joyedit.hub import Origin
 from joyedit.masks import LATENT_CHANNELS, paste_back, to_latent_mask, to_mask_images
@@ -545,7 +546,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
                 if not guided:
                     return unet.predict(x, times[i], context)
                 uncond, cond = unet.predict(x, times[i], context, branches=2).chunk(2)
-                return uncond + guidance_scale * (cond - uncond)
+                return ops.guide(cond, uncond, guidance_scale)
 
             yield predict
 

@@ -271,12 +271,10 @@ class JoyImageEditPipeline(Pipeline):
                 if self.interrupt:
                     break
                 target = transformer.embed_image(latents)  # (B, N, D)
-                velocity = self._velocity(target, cond, modulation[i], rope, grid)
+                velocity, velocity_uncond = self._velocity(target, cond, modulation[i], rope, grid), None
                 if uncond is not None and self.guidance_scale > 1:  # a callback may have turned it off
                     velocity_uncond = self._velocity(target, uncond, modulation[i], rope, grid)
-                    velocity = ops.rescaled_guidance(velocity, velocity_uncond, self.guidance_scale, dim=1)
-                velocity = velocity[:, None].to(latents.dtype)
-                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                latents = self._step(timestep, latents, velocity, velocity_uncond)
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive.embeds}
                 tensors["negative_prompt_embeds"] = None if negative is None else negative.embeds
@@ -290,6 +288,17 @@ class JoyImageEditPipeline(Pipeline):
                     uncond = self._branch(negative, tokens)
                 bar.update()
         return latents
+
+    def _step(self, timestep: Tensor, latents: Tensor, velocity: Tensor, uncond: Tensor | None) -> Tensor:
+        """Latents (B, 1, C, 1, h, w) at the next noise level. velocity (B, C, 1, h, w); uncond: the one
+        without the prompt, if there is guidance, of which an Euler step is part."""
+        if uncond is not None:
+            length = self.scheduler.step_length(timestep)
+            if length is not None:
+                return ops.guide(velocity, uncond, self.guidance_scale, True, latents[:, 0], length)[:, None]
+            velocity = ops.guide(velocity, uncond, self.guidance_scale, True)
+        velocity = velocity[:, None].to(latents.dtype)
+        return self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
     def _velocity(self, target: Tensor, branch: list[tuple], vec: Tensor, rope: Any, grid: Any) -> Tensor:
         """What the transformer predicts for the target latents, group by group. target (B, N, D) -> (B, C,

@@ -201,16 +201,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         Raises ValueError for an integer timestep or one that is not in the table, IndexError after the last
         step.
         """
-        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
-            raise ValueError(f"timestep={timestep!r}: pass one of scheduler.timesteps, not its index")
-        if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
-        i, count = self._step_index, len(self._deltas)
-        if i >= count:
-            raise IndexError(f"all {count} steps were taken; call set_timesteps before another run")
-        self._step_index += 1
-
+        i = self._count_step(timestep)
         sample = sample.to(torch.float32)
         if self.config.joyai_original:
             model_output = model_output.to(torch.float32)  # before the product, and so is the result
@@ -232,6 +223,30 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         if per_token_timesteps is None:
             sample = sample.to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(sample) if return_dict else (sample,)
+
+    def step_length(self, timestep: float | Tensor) -> Tensor | None:
+        """What `step` multiplies the velocity by, for a caller who takes the step himself, in one pass with
+        other work: sample + length * velocity, in the dtype of the sample. A number; the step is counted.
+
+        None, and nothing is counted, where a step is more than that: it draws noise, or its result is fp32.
+        Raises as `step` does.
+        """
+        if self.config.stochastic_sampling or self.config.joyai_original:
+            return None
+        return self._deltas[self._count_step(timestep)]
+
+    def _count_step(self, timestep: float | Tensor) -> int:
+        """The number of the step from this timestep; the next one has the number after it."""
+        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
+            raise ValueError(f"timestep={timestep!r}: pass one of scheduler.timesteps, not its index")
+        if self._step_index is None:
+            begin = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        i, count = self._step_index, len(self._deltas)
+        if i >= count:
+            raise IndexError(f"all {count} steps were taken; call set_timesteps before another run")
+        self._step_index += 1
+        return i
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Noise a clean sample: sigma * noise + (1 - sigma) * sample, in the sample's dtype.

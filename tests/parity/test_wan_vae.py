@@ -20,6 +20,8 @@ from joyedit.weights import TensorFiles, load_network
 CONFIGS = {
     "narrow": dict(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1, z_dim=16),
     "uneven": dict(base_dim=4, decoder_base_dim=6, dim_mult=[1, 2, 2, 3], num_res_blocks=2, z_dim=5),
+    # wide enough for frames in pairs
+    "wide": dict(base_dim=32, dim_mult=[1, 1, 1, 1], num_res_blocks=1, z_dim=16),
     "three_stages": dict(
         base_dim=6,
         dim_mult=[1, 2, 1],
@@ -224,6 +226,51 @@ def through_3d(monkeypatch):
 
     monkeypatch.setattr(wan_vae.CausalConv3d, "first_frame", first_frame)
     monkeypatch.setattr(wan_vae.PointConv3d, "forward", point)
+
+
+@pytest.mark.parametrize(("frames", "flat", "deep"), [(3, 0, 1), (4, 4, 0), (5, 4, 1), (6, 8, 0)])
+def test_frames_in_pairs(frames, flat, deep):
+    """Two frames take four 2-D convolutions, a last one a 3-D convolution; the sums are the same."""
+    x, weight = torch.randn(2, 32, frames, 5, 6).double(), torch.randn(33, 32, 3, 3, 3).double()
+    bias = torch.randn(33).double()
+    with Convolutions() as counted:
+        found = ops.conv3d((x[:, :, :2], x[:, :, 2:]), weight, bias, padding=(1, 1))
+    assert counted.counts == {2: flat, 3: deep}
+    assert difference(found, torch.nn.functional.conv3d(x, weight, bias, padding=(0, 1, 1))) <= 1e-13
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    with Convolutions() as counted:
+        narrow = ops.conv3d((x.bfloat16(),), weight, padding=(1, 1))
+    assert counted.counts[2] == 0 and narrow.dtype is torch.bfloat16
+
+
+def test_doubled_pictures_are_never_made():
+    x, weight, bias = (
+        torch.randn(2, 5, 4, 3).double(),
+        torch.randn(7, 5, 3, 3).double(),
+        torch.randn(7).double(),
+    )
+    doubled = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact")
+    wanted = torch.nn.functional.conv2d(doubled, weight, bias, padding=1)
+    assert difference(ops.doubling_conv2d(x, weight, bias), wanted) <= 1e-13
+
+
+def test_channels_stay_last():
+    """An axis of size 1 with a wrong stride, and every layer after it works on the other layout."""
+    network = ours(reference("wide"))
+    lost = []
+
+    def look(module, given, found):
+        if isinstance(found, torch.Tensor) and found.ndim == 5:
+            b, c, t, h, w = found.shape
+            if found.stride() != (t * h * w * c, 1, h * w * c, w * c, c):
+                lost.append(type(module).__name__)
+
+    for part in (network.encoder, network.decoder):
+        for module in part.modules():
+            module.register_forward_hook(look)
+    network.encode(torch.randn(1, 3, 5, 32, 48))
+    network.decode(torch.randn(1, 16, 2, 4, 6))
+    assert not lost
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,0 +1,169 @@
+"""The fused operations timed: `python -m benchmarks.ops --provider torch,compile,triton`.
+
+On a CUDA or ROCm device, every case of `op_cases` is timed as plain torch operations (`torch`), as those
+compiled by torch.compile (`compile`) and as the Triton kernel (`triton`); with the bytes of the fused
+operation, each time becomes bytes per second. Before anything is timed, each provider's result is held
+against float64: one that is more than twice as far from it as the plain operations in the case's own dtype
+is refused, and the run ends with an exception.
+
+Without a device, `--overhead` measures what a call costs the host before a kernel is launched: the choice in
+joyedit.ops, torch.library, shapes, strides and tiles. The launch itself is left out (its place in a kernel
+takes a function that does nothing), so the figure is a lower bound; on a device it is included. Beside it:
+the same call of the plain torch operations, on tensors so small that the host is all there is.
+
+Results: results/kernels/timings/<device>.json, results/kernels/overhead.json.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from benchmarks.op_cases import Case, all_cases, all_ops, made
+from benchmarks.side_by_side import UnequalResults, machine
+from joyedit import ops
+
+RESULTS = Path(__file__).resolve().parent / "results" / "kernels"
+PROVIDERS = ("torch", "compile", "triton")
+
+
+def call(case: Case, provider: str) -> Callable[..., Any]:
+    """The operation of a case as a provider computes it."""
+    operation = getattr(ops, case.op)
+
+    def chosen(*args):
+        with ops.backend("triton" if provider == "triton" else "torch"):
+            return operation(*args)
+
+    return torch.compile(operation, dynamic=False) if provider == "compile" else chosen
+
+
+def floats(out: Any) -> list[Tensor]:
+    return [t for t in (out if isinstance(out, tuple) else (out,)) if t.is_floating_point()]
+
+
+def check(case: Case, provider: str, function: Callable[..., Any], args: tuple[Any, ...]) -> float:
+    """Largest error relative to the scale of the exact result. Raises UnequalResults."""
+    wide = tree_map_only(Tensor, lambda a: a.double() if a.is_floating_point() else a, args)
+    operation, worst = getattr(ops, case.op), 0.0
+    with ops.backend("torch"):
+        exact, plain = floats(operation(*wide)), floats(operation(*args))
+    for ours, rounded, wanted in zip(floats(function(*args)), plain, exact, strict=True):
+        scale = wanted.abs().max().item() or 1.0
+        error, plain_error = ((t.double() - wanted).abs().max().item() / scale for t in (ours, rounded))
+        if not error <= 2 * plain_error + torch.finfo(ours.dtype).eps:
+            raise UnequalResults(
+                f"{case.title}: {provider} is {error:.1e} from float64, torch is {plain_error:.1e}"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def timed(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
+    """Median seconds of a call on a device whose L2 cache was emptied before."""
+    from triton.testing import do_bench
+
+    return do_bench(lambda: function(*args), warmup=50, rep=200, return_mode="median") / 1000
+
+
+def measure(cases: list[Case], providers: list[str]) -> dict[str, Any]:
+    """Times of every case and provider on the device. Prints a line for each."""
+    from benchmarks.roofline import stored
+
+    rows = {}
+    for case in cases:
+        args = case.make("cuda")
+        row: dict[str, Any] = {}
+        for provider in providers:
+            function = call(case, provider)
+            error = check(case, provider, function, args)
+            seconds = timed(function, args)
+            fused = stored(tree_leaves(args)) + stored(floats(function(*args)))
+            row[provider] = {"seconds": seconds, "bytes_per_second": fused / seconds, "error": error}
+        rows[case.title] = row
+        cells = (
+            f"{name} {1e6 * r['seconds']:.1f} us, {r['bytes_per_second'] / 1e9:.0f} GB/s"
+            for name, r in row.items()
+        )
+        print(f"{case.title}: {'; '.join(cells)}")
+    return {"machine": machine(), "device": torch.cuda.get_device_name(), "rows": rows}
+
+
+def host_seconds(function: Callable[..., Any], args: tuple[Any, ...], calls: int) -> float:
+    """Median over rounds of the CPU seconds of one call, which other processes disturb little."""
+    rounds = []
+    for _ in range(9):
+        begin = time.thread_time()
+        for _ in range(calls):
+            function(*args)
+        rounds.append((time.thread_time() - begin) / calls)
+    return statistics.median(rounds)
+
+
+def overhead(names: Iterable[str], calls: int = 500) -> dict[str, Any]:
+    """Microseconds of host work of a call of each operation."""
+    from triton.runtime.jit import JITFunction
+
+    has_device = torch.cuda.is_available()
+    h100 = types.SimpleNamespace(major=9, minor=0)
+    properties = torch.cuda.get_device_properties if has_device else lambda device=None: h100
+    rows = {}
+    for name in names:
+        args = made(all_ops()[name].small, "cuda" if has_device else "cpu")
+        operation = getattr(ops, name)
+        with ops.backend("torch"):
+            plain = host_seconds(operation, args, calls)
+        with (
+            ops.backend("triton"),
+            mock.patch.object(ops, "_interpreted", True),
+            mock.patch.object(JITFunction, "run", JITFunction.run if has_device else lambda *a, **k: None),
+            mock.patch.object(torch.cuda, "get_device_properties", properties),
+        ):
+            fused = host_seconds(operation, args, calls)
+        rows[name] = {"triton": round(1e6 * fused, 1), "torch": round(1e6 * plain, 1)}
+        print(f"{name}: {1e6 * fused:.1f} us on the host, plain torch {1e6 * plain:.1f} us")
+    return {"machine": machine(), "launch_included": has_device, "microseconds": rows}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--provider", default=",".join(PROVIDERS), help="separated by commas")
+    parser.add_argument("--op", action="append", help="only this operation (may be repeated)")
+    parser.add_argument("--overhead", action="store_true", help="measure the host's work instead")
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    given = parser.parse_args(arguments)
+    providers = given.provider.split(",")
+    if unknown := set(providers) - set(PROVIDERS):
+        parser.error(f"unknown provider {', '.join(unknown)}: there are {', '.join(PROVIDERS)}")
+    cases = [case for case in all_cases() if given.op is None or case.op in given.op]
+    if given.overhead:
+        results, path = overhead(given.op or all_ops()), RESULTS / "overhead.json"
+    elif torch.cuda.is_available():
+        with torch.no_grad():
+            results = measure(cases, providers)
+        path = RESULTS / "timings" / (re.sub(r"\W+", "-", results["device"]).lower() + ".json")
+    else:
+        print("no GPU: only --overhead can be measured here", file=sys.stderr)
+        return 1
+    path = given.out or path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

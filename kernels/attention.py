@@ -1,0 +1,551 @@
+"""Attention of tokens over tokens without the matrix of scores in memory: softmax(q k^T * scale) v.
+
+    q (B, N, H, E);  k, v (B, M, G, E), H / G heads of q to one of k and v  ->  out (B, N, H, E) contiguous
+
+FlashAttention's forward: a program keeps BLOCK_N queries of one head and walks over the keys, BLOCK_M at a
+time, with a running maximum and sum of the softmax (arXiv 2205.14135, 2307.08691). Reads q once, and k and v
+once per BLOCK_N queries, mostly from the L2 cache; scores and weights are never written. Beyond that:
+
+    segments   q, and k with v, may each be two tensors that follow one another (image and text): nothing is
+               concatenated. `summed`: each of the two has a softmax of its own, and the results are added.
+    lengths    samples packed one after another along the token axis; each attends to its own tokens only.
+    causal     the last query sees the last key, so that a cached prefix may come before; of two key segments
+               the first is seen wholly.
+
+The ragged end of the keys and the causal diagonal are masked, and walked first: what follows is a loop over
+full tiles with no mask in it, and its registers are free of the mask's. A head whose width is no power of two
+is done in two parts (MAIN + REST: 72 as 64 + 16, 160 as 128 + 32), which costs less than the next power. The
+softmax is in powers of two and in fp32; the weights are rounded to the dtype of v. There is no backward.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+LOG2_E = 1.4426950408889634
+
+
+class Tile(NamedTuple):
+    """One program's share, and how it is compiled."""
+
+    BLOCK_N: int  # queries
+    BLOCK_M: int  # keys at a time
+    num_warps: int
+    num_stages: int
+    WARP_SPECIALIZE: bool = False
+
+
+# By family of devices: width of the head as padded -> tile. Chosen by compiling ahead of time: no spills,
+# shared memory within the device's, and of those the most queries, because each program reads all keys.
+#   sm_80, and sm_86 for 8.6 and 8.9 (99 KiB of shared memory, so two stages): copies by cp.async, products
+#     from registers. The accumulator and the scores of 128 x 64 need eight warps; at a width of 64 four have
+#     room, and each then reads the keys for twice as many queries.
+#   sm_90: copies by TMA, products from shared memory; 128 keys at a time, two stages of 64 KiB at a width of
+#     128.
+#   sm_100: both products in tensor memory. At a width of 128 the loop is split among specialised warps, with
+#     64 keys at a time: two segments with 128 spill.
+#   sm_120: TMA, but the matrix instructions and the shared memory of sm_86.
+#   gfx942 has 64 KiB of LDS, gfx950 has 160; four warps of 64 lanes.
+TILES = {
+    "sm_80": {
+        48: Tile(128, 32, 4, 3),
+        64: Tile(128, 64, 4, 3),
+        80: Tile(128, 64, 8, 3),
+        128: Tile(128, 64, 8, 3),
+        160: Tile(128, 32, 8, 3),
+        256: Tile(64, 32, 8, 2),
+    },
+    "sm_86": {
+        48: Tile(128, 64, 8, 2),
+        64: Tile(128, 64, 4, 2),
+        80: Tile(128, 64, 8, 2),
+        128: Tile(128, 64, 8, 2),
+        160: Tile(128, 32, 8, 2),
+        256: Tile(64, 32, 8, 2),
+    },
+    "sm_90": {
+        128: Tile(128, 128, 8, 2),
+        160: Tile(128, 64, 8, 2),
+        256: Tile(128, 64, 8, 2),
+    },
+    "sm_100": {
+        64: Tile(128, 128, 8, 2),
+        80: Tile(128, 128, 8, 2),
+        128: Tile(128, 64, 8, 3, WARP_SPECIALIZE=True),
+        160: Tile(128, 64, 8, 2),
+        256: Tile(128, 64, 8, 2),
+    },
+    "sm_120": {
+        64: Tile(128, 64, 4, 2),
+        80: Tile(128, 64, 8, 2),
+        128: Tile(128, 64, 8, 2),
+        160: Tile(128, 32, 8, 2),
+        256: Tile(64, 32, 8, 2),
+    },
+    "gfx942": {
+        80: Tile(128, 64, 4, 2),
+        128: Tile(128, 32, 4, 2),
+        160: Tile(128, 32, 4, 2),
+        256: Tile(64, 32, 4, 1),
+    },
+    "gfx950": {
+        128: Tile(128, 64, 4, 2),
+        160: Tile(128, 32, 4, 2),
+        256: Tile(64, 32, 4, 2),
+    },
+}
+# The diagonal and a second accumulator take registers of their own.
+CAUSAL_OR_SUMMED_TILES = {
+    "sm_80": {64: Tile(64, 64, 4, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "sm_86": {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "sm_90": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 64, 8, 2)},
+    "sm_100": {256: Tile(128, 64, 8, 2)},
+    "sm_120": {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "gfx942": {128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 4, 1)},
+    "gfx950": {128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 4, 2)},
+}
+# fp32 without TF32: NVIDIA's matrix units do not have it, and the products are unrolled multiply-adds.
+FP32_TILES = {
+    "sm": {128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 2)},
+    "gfx": {128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
+}
+TMA_FAMILIES = ("sm_90", "sm_100", "sm_120")
+
+# Where PyTorch's own kernel is expected to be faster, "auto" takes it: family -> head widths, for one segment
+# in half precision. From published figures, not from measurements of ours.
+STOCK = {
+    "sm_80": (64, 128),  # FlashAttention 2, written for this device
+    "sm_86": (64, 128),  # the same
+    "sm_90": (64, 128),  # cuDNN, 1.4 times what Triton reaches
+    "sm_100": (64, 128),  # cuDNN, twice what Triton reaches
+    "sm_120": (64, 128),  # FlashAttention 2
+    "gfx942": (64, 128),  # AOTriton, tuned on this device
+    "gfx950": (64, 128),  # the same
+}
+# cuDNN's lead pays for copying two segments into one from about this many keys on: the copies take
+# 12 D bytes per token, the lead saves a third of 4 D keys operations per token.
+STOCK_SEGMENTS = {"sm_90": 2048, "sm_100": 2048}
+
+
+def stock_is_faster(
+    q: Sequence[Tensor], k: Sequence[Tensor], lengths: Sequence[int], causal: bool, summed: bool
+) -> bool:
+    """Whether "auto" should leave this attention to PyTorch's own kernel."""
+    device, width, keys = family(q[0].device), q[0].shape[-1], sum(part.shape[1] for part in k)
+    if device is None:
+        return True
+    if q[0].dtype == torch.float32:
+        return device.startswith("sm") and not lengths  # it blocks for registers, which ours cannot
+    if lengths or summed or width not in STOCK[device]:
+        return False
+    if causal and keys != sum(part.shape[1] for part in q):
+        return False  # PyTorch would read a mask
+    return len(q) == len(k) == 1 or keys >= STOCK_SEGMENTS.get(device, float("inf"))
+
+
+def family(device: torch.device) -> str | None:
+    """The key of the tables above, None for a device that is not in them."""
+    if INTERPRETED:
+        return "sm_80"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = "sm_86" if properties.major == 8 and properties.minor else f"sm_{properties.major}0"
+    return name if name in TILES else None
+
+
+def head_parts(width: int) -> tuple[int, int]:
+    """MAIN and REST, which cover a head width with little padding: powers of two from 16 on, or REST is 0."""
+    whole = max(16, triton.next_power_of_2(width))
+    main = whole // 2
+    rest = max(16, triton.next_power_of_2(width - main))
+    return (main, rest) if 16 <= main and rest < main else (whole, 0)
+
+
+def choose(device: str, width: int, dtype: torch.dtype, causal: bool, summed: bool) -> tuple[dict, dict]:
+    """The constants of the kernel and the options of its compilation, for a family of devices."""
+    main, rest = head_parts(width)
+    if dtype == torch.float32:
+        table = FP32_TILES[device[: 2 if device.startswith("sm") else 3]]
+    else:
+        table = (CAUSAL_OR_SUMMED_TILES if causal or summed else TILES)[device]
+    tile = next(tile for widest, tile in table.items() if main + rest <= widest)._asdict()
+    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {"E": width, "MAIN": main, "REST": rest, "CAUSAL": causal, "SUMMED": summed, **tile}
+    return constants, {**options, "enable_fp_fusion": True}
+
+
+@triton.jit(do_not_specialize=["N1", "N2", "M1", "M2"])
+def forward(
+    q1,  # (B, N1, H, E): pointer, and strides of samples and tokens; heads are E apart; so are the next five
+    q2,  # (B, N2, H, E) or None
+    k1,  # (B, M1, G, E)
+    k2,  # (B, M2, G, E) or None
+    v1,  # (B, M1, G, E)
+    v2,  # (B, M2, G, E) or None
+    starts,  # (samples + 1) int32, the first token of each packed sample; None: not packed
+    out,  # (B, N1 + N2, H, E) contiguous
+    N1,
+    N2,
+    M1,
+    M2,
+    scale,  # times log2(e)
+    GROUP: tl.constexpr,  # H / G
+    E: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SUMMED: tl.constexpr,
+    TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    if CAUSAL:
+        tile = tl.num_programs(0) - 1 - tile  # the longest walks first
+    row = tile * BLOCK_N
+    head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    if starts is not None:
+        first = tl.load(starts + sample).to(tl.int64)
+        N1 = tl.load(starts + sample + 1) - first.to(tl.int32)
+        M1 = N1
+        if row >= N1:
+            return
+        sample = sample * 0
+    else:
+        first = sample * 0
+    out_row = first + sample * (N1 + N2) + row
+    position = row + M1 + M2 - N1 - N2  # of the tile's first query, counted as the keys are
+    left = N1 - row
+    if q2 is None:
+        queries = load_queries(q1, sample, first + row, head, left, E, MAIN, REST, BLOCK_N)
+    else:
+        tiles1 = tl.cdiv(N1, BLOCK_N)
+        if tile < tiles1:
+            queries = load_queries(q1, sample, first + row, head, left, E, MAIN, REST, BLOCK_N)
+        else:
+            row -= tiles1 * BLOCK_N
+            left = N2 - row
+            out_row = sample * (N1 + N2) + N1 + row
+            position = row + M1 + M2 - N2
+            queries = load_queries(q2, sample, first + row, head, left, E, MAIN, REST, BLOCK_N)
+
+    group = head // GROUP
+    state = start_state(MAIN, REST, BLOCK_N)
+    if k2 is None:
+        k, v = rows_from(k1, sample, first, group, E), rows_from(v1, sample, first, group, E)
+        state = attend(
+            state, queries, k, v, M1, position, scale,
+            E, MAIN, REST, CAUSAL, TMA, WARP_SPECIALIZE, BLOCK_N, BLOCK_M,
+        )  # fmt: skip
+        result = divided(state, REST)
+    else:
+        result = start_state(MAIN, REST, BLOCK_N)[:2]
+        # A loop, not two calls: the code, and the registers it needs, are those of one segment.
+        for segment in tl.range(0, 2):
+            if segment == 0:
+                k, v = rows_from(k1, sample, first, group, E), rows_from(v1, sample, first, group, E)
+                M = M1
+                last = M1 + 0  # behind all keys: every query sees them
+            else:
+                k, v = rows_from(k2, sample, first, group, E), rows_from(v2, sample, first, group, E)
+                M = M2
+                last = position - M1
+            state = attend(
+                state, queries, k, v, M, last, scale,
+                E, MAIN, REST, CAUSAL, TMA, WARP_SPECIALIZE, BLOCK_N, BLOCK_M,
+            )  # fmt: skip
+            if SUMMED:
+                main, rest = divided(state, REST)
+                result = (result[0] + main, result[1] + rest)
+                state = start_state(MAIN, REST, BLOCK_N)
+        if not SUMMED:
+            result = divided(state, REST)
+
+    heads = tl.num_programs(1)
+    pointer = out + (out_row * heads + head) * E
+    store(pointer, heads * E, left, result[0], 0, E, MAIN, BLOCK_N)
+    if REST:
+        store(pointer, heads * E, left, result[1], MAIN, E, REST, BLOCK_N)
+
+
+@triton.jit
+def attend(
+    state,
+    queries,
+    k,  # pointer to the first key, and the stride of tokens
+    v,
+    M,
+    position,
+    scale,
+    E: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The state after M more keys."""
+    if TMA:  # descriptors of the M rows: what lies behind them reads as zeros
+        k_main = tl.make_tensor_descriptor(k[0], [M, E], [k[1], 1], [BLOCK_M, MAIN])
+        v_main = tl.make_tensor_descriptor(v[0], [M, E], [v[1], 1], [BLOCK_M, MAIN])
+        k_rest = tl.make_tensor_descriptor(k[0], [M, E], [k[1], 1], [BLOCK_M, REST]) if REST else k_main
+        v_rest = tl.make_tensor_descriptor(v[0], [M, E], [v[1], 1], [BLOCK_M, REST]) if REST else v_main
+    else:
+        k_main, v_main, k_rest, v_rest = None, None, None, None
+    k, v = (k[0], k[1], k_main, k_rest), (v[0], v[1], v_main, v_rest)
+    full = M // BLOCK_M * BLOCK_M
+    if CAUSAL:
+        full = tl.minimum(full, (position + 1) // BLOCK_M * BLOCK_M)
+        end = tl.minimum(M, position + BLOCK_N)
+        for start in tl.range(full, end, BLOCK_M, num_stages=1):
+            state = step(
+                state, queries, k, v, start, M, position, scale, E, MAIN, REST, True, True, BLOCK_N, BLOCK_M
+            )
+    elif full < M:
+        state = step(
+            state, queries, k, v, full, M, position, scale, E, MAIN, REST, True, False, BLOCK_N, BLOCK_M
+        )
+    for start in tl.range(0, full, BLOCK_M, warp_specialize=WARP_SPECIALIZE):
+        state = step(
+            state, queries, k, v, start, M, position, scale, E, MAIN, REST, False, False, BLOCK_N, BLOCK_M
+        )
+    return state
+
+
+@triton.jit
+def step(
+    state,
+    queries,
+    k,
+    v,
+    start,
+    M,
+    position,
+    scale,
+    E: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The state after the BLOCK_M keys from `start` on."""
+    main, rest, total, peak = state
+    scores = tl.dot(queries[0], load_main(k, start, M, E, MAIN, BLOCK_M, RAGGED).T, input_precision="ieee")
+    if REST:
+        keys = load_rest(k, start, M, E, MAIN, REST, BLOCK_M, RAGGED)
+        scores = tl.dot(queries[1], keys.T, scores, input_precision="ieee")
+    if RAGGED:
+        last = tl.minimum(position + tl.arange(0, BLOCK_N), M - 1)[:, None] if CAUSAL else M - 1
+        scores = tl.where(start + tl.arange(0, BLOCK_M)[None] <= last, scores, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, 1) * scale)
+    # A query above the diagonal may have seen no key yet: its weights are zeros, not exp2(inf - inf).
+    shift = tl.where(higher == float("-inf"), 0.0, higher) if CAUSAL else higher
+    weights = tl.exp2(scores * scale - shift[:, None])
+    shrink = tl.exp2(peak - shift)
+    total = total * shrink + tl.sum(weights, 1)
+    values = load_main(v, start, M, E, MAIN, BLOCK_M, RAGGED)
+    weights = weights.to(values.dtype)
+    main = tl.dot(weights, values, main * shrink[:, None], input_precision="ieee")
+    if REST:
+        values = load_rest(v, start, M, E, MAIN, REST, BLOCK_M, RAGGED)
+        rest = tl.dot(weights, values, rest * shrink[:, None], input_precision="ieee")
+    return main, rest, total, higher
+
+
+@triton.jit
+def start_state(MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Weighted sums of values (main and rest of the head), sum of the weights, largest score."""
+    main = tl.zeros([BLOCK_N, MAIN], tl.float32)
+    rest = tl.zeros([BLOCK_N, REST], tl.float32) if REST else 0.0
+    return main, rest, tl.zeros([BLOCK_N], tl.float32), tl.full([BLOCK_N], float("-inf"), tl.float32)
+
+
+@triton.jit
+def divided(state, REST: tl.constexpr):
+    main, rest, total, _ = state
+    return main / total[:, None], (rest / total[:, None] if REST else rest)
+
+
+@triton.jit
+def rows_from(x, sample, row, head, E: tl.constexpr):
+    """Pointer to (sample, row, head), and the stride of rows. The stride of heads is a constant: the compiler
+    sees that 72 or 40 keeps loads of 16 bytes aligned, of a variable it knows only whether 16 divides it."""
+    pointer, stride_b, stride_n = x
+    return pointer + (sample * stride_b + row * stride_n + head * E), stride_n
+
+
+@triton.jit
+def load_queries(
+    q, sample, row, head, left, E: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr
+):
+    pointer, stride = rows_from(q, sample, row, head, E)
+    main = load_tile(pointer, stride, left, 0, E, MAIN, BLOCK, True)
+    return main, (load_tile(pointer, stride, left, MAIN, E, REST, BLOCK, True) if REST else 0.0)
+
+
+@triton.jit
+def load_main(rows, start, M, E: tl.constexpr, MAIN: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
+    pointer, stride, descriptor, _ = rows
+    if descriptor is not None:
+        return descriptor.load([start, 0])
+    pointer += tl.cast(start, tl.int64) * stride
+    return load_tile(pointer, stride, M - start, 0, E, MAIN, BLOCK, RAGGED)
+
+
+@triton.jit
+def load_rest(
+    rows,
+    start,
+    M,
+    E: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    pointer, stride, _, descriptor = rows
+    if descriptor is not None:
+        return descriptor.load([start, MAIN])
+    pointer += tl.cast(start, tl.int64) * stride
+    return load_tile(pointer, stride, M - start, MAIN, E, REST, BLOCK, RAGGED)
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    stride,
+    left,  # rows there are, from `pointer` on
+    FROM: tl.constexpr,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """BLOCK rows and WIDTH columns, zeros behind the last of either. The offsets are small and the same at
+    every step of a loop; what moves is one 64-bit pointer."""
+    row, column = tl.arange(0, BLOCK)[:, None], FROM + tl.arange(0, WIDTH)[None]
+    places = pointer + (row * stride + column)
+    if RAGGED:
+        return tl.load(places, (row < left) & (column < E), other=0.0)
+    if FROM + WIDTH > E:
+        return tl.load(places, column < E, other=0.0)
+    return tl.load(places)
+
+
+@triton.jit
+def store(
+    pointer,
+    stride,
+    left,
+    x,
+    FROM: tl.constexpr,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, column = tl.arange(0, BLOCK)[:, None], FROM + tl.arange(0, WIDTH)[None]
+    tl.store(pointer + (row * stride + column), x, (row < left) & (column < E))
+
+
+def run_attention(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    lengths: list[int],
+    causal: bool,
+    summed: bool,
+    scale: float,
+) -> Tensor:
+    first, out = q[0], fake_attention(q, k, v, lengths, causal, summed, scale)
+    if out.numel() == 0:
+        return out
+    q, k, v = ([with_adjacent_heads(x) for x in part] for part in (q, k, v))
+    device = family(first.device)
+    if device is None:
+        raise RuntimeError("no Triton kernel can run here: there are no tiles for this device")
+    constants, options = choose(device, first.shape[-1], first.dtype, causal, summed)
+    constants["TMA"] = device in TMA_FAMILIES and first.dtype != torch.float32 and all(map(tma_reads, k + v))
+    constants["WARP_SPECIALIZE"] &= constants["TMA"]
+    if constants["TMA"] and first.is_cuda:
+        triton.set_allocator(workspace)  # for the descriptors
+
+    n, m = ([x.shape[1] for x in part] for part in (q, k))
+    rows = [max(lengths)] if lengths else n
+    grid = (
+        sum(triton.cdiv(count, constants["BLOCK_N"]) for count in rows),
+        out.shape[2],
+        len(lengths) or len(out),
+    )
+    sizes = (*n, 0)[:2] + (*m, 0)[:2]
+    starts = first_tokens(tuple(lengths), first.device) if lengths else None
+    segments = [(*map(strided, part), None)[:2] for part in (q, k, v)]
+    with torch.cuda.device_of(first):
+        forward[grid](
+            *segments[0],
+            *segments[1],
+            *segments[2],
+            starts,
+            out,
+            *sizes,
+            scale * LOG2_E,
+            GROUP=out.shape[2] // k[0].shape[2],
+            **constants,
+            **options,
+        )
+    return out
+
+
+def with_adjacent_heads(x: Tensor) -> Tensor:
+    _, _, h, e = x.shape
+    return x if x.stride(3) == 1 and (h == 1 or x.stride(2) == e) else x.contiguous()
+
+
+def strided(x: Tensor) -> tuple[Tensor, int, int]:
+    _, n, h, e = x.shape
+    return x, x.stride(0), x.stride(1) if n > 1 else h * e
+
+
+def tma_reads(x: Tensor) -> bool:
+    """Whether address and strides are multiples of 16 bytes."""
+    steps = *strided(x)[1:], x.shape[3]
+    return all(step * x.element_size() % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
+
+
+def workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+@functools.cache
+def first_tokens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept: a copy to the device per call would wait for it, and cannot be captured in a graph."""
+    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+def fake_attention(q, k, v, lengths, causal, summed, scale):
+    b, _, h, e = q[0].shape
+    tokens = sum(part.shape[1] for part in q)
+    return torch.empty((b, tokens, h, e), dtype=q[0].dtype, device=q[0].device)
+
+
+LIBRARY = torch.library.Library("joyedit", "FRAGMENT")
+LIBRARY.define(
+    "attention(Tensor[] q, Tensor[] k, Tensor[] v, int[] lengths, bool causal, bool summed, float scale)"
+    " -> Tensor"
+)
+for key in ("CUDA", "CPU"):  # AMD's devices are CUDA to PyTorch; the CPU is the interpreter's
+    LIBRARY.impl("attention", run_attention, key)
+torch.library.register_fake("joyedit::attention", fake_attention, lib=LIBRARY)
+attention = torch.ops.joyedit.attention.default

@@ -1,0 +1,141 @@
+"""Which implementation an operation chooses, and that nothing falls back unseen."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from joyedit import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+op_cases = importlib.import_module("benchmarks.op_cases")
+sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def auto():
+    """Every test starts from, and leaves, the default."""
+    with ops.backend("auto"):
+        yield
+
+
+def tensor(device="cuda", dtype=torch.bfloat16, requires_grad=False, width=64):
+    """What the choice looks at."""
+    kind, _, index = device.partition(":")
+    return SimpleNamespace(
+        device=torch.device(kind, int(index or 0)),
+        is_cuda=kind == "cuda",
+        dtype=dtype,
+        requires_grad=requires_grad,
+        shape=(2, width),
+    )
+
+
+def test_backend_is_set_and_brought_back():
+    assert ops._backend == "auto"
+    with ops.backend("torch"):
+        assert ops._backend == "torch"
+        with ops.backend("triton"):
+            assert ops._backend == "triton"
+        assert ops._backend == "torch"
+    ops.backend("triton")
+    assert ops._backend == "triton"
+    with pytest.raises(RuntimeError, match="stop"), ops.backend("torch"):
+        raise RuntimeError("stop")
+    assert ops._backend == "triton"
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'cuda': wanted one of auto, triton, torch"):
+        ops.backend("cuda")
+    assert ops._backend == "auto"
+
+
+FROM_THE_ENVIRONMENT = """
+import os
+os.environ["JOYEDIT_OPS"] = "fast"
+try:
+    import joyedit.ops
+except ValueError as error:
+    print(error)
+os.environ["JOYEDIT_OPS"] = "torch"
+import joyedit.ops
+print(joyedit.ops._backend)
+"""
+
+
+def test_environment_variable():
+    command = [sys.executable, "-c", FROM_THE_ENVIRONMENT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "backend 'fast': wanted one of auto, triton, torch\ntorch\n", done.stderr
+
+
+def test_auto_takes_the_kernel_for_what_it_supports():
+    assert ops._triton(tensor(), tensor(dtype=torch.float32), None)
+    assert ops._triton(tensor(requires_grad=True))
+    refused = [
+        (tensor("cpu"),),
+        (tensor(dtype=torch.float64),),
+        (tensor(), tensor(dtype=torch.float64)),
+        (tensor(), tensor("cpu")),
+        (tensor(), tensor("cuda:1")),
+    ]
+    for tensors in refused:
+        assert not ops._triton(*tensors)
+    assert not ops._triton(tensor(), problem="why not")
+    assert not ops._triton(tensor(), tensor(requires_grad=True), has_backward=False)
+    with torch.no_grad():
+        assert ops._triton(tensor(), tensor(requires_grad=True), has_backward=False)
+    with ops.backend("torch"):
+        assert not ops._triton(tensor())
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    ops.backend("triton")
+    assert ops._triton(tensor())
+    reasons = {
+        "on cpu:0, not on a CUDA or ROCm device": (tensor("cpu"),),
+        "not torch.float64": (tensor(), tensor(dtype=torch.float64)),
+        "are on cuda:0 and cpu:0": (tensor(), tensor("cpu")),
+    }
+    for reason, tensors in reasons.items():
+        with pytest.raises(RuntimeError, match=reason):
+            ops._triton(*tensors)
+    with pytest.raises(RuntimeError, match="longer than 16384"):
+        ops._triton(tensor(), problem=ops._too_wide(tensor(width=16385)))
+    with pytest.raises(RuntimeError, match="no backward"):
+        ops._triton(tensor(requires_grad=True), has_backward=False)
+    monkeypatch.setattr(ops, "_has_triton", False)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        ops._triton(tensor())
+
+
+@pytest.mark.parametrize("name", op_cases.all_ops())
+def test_every_operation_asks(name):
+    """No operation takes PyTorch without having asked whether a kernel can run."""
+    args = op_cases.made(op_cases.all_ops()[name].small, "cpu")
+    getattr(ops, name)(*args)
+    with ops.backend("triton"), pytest.raises(RuntimeError, match="not on a CUDA or ROCm device"):
+        getattr(ops, name)(*args)
+
+
+def test_every_kernel_is_in_the_test_above():
+    code = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
+    assert set(re.findall(r"\s(\w+) = torch\.ops\.joyedit\.\1\.default", code)) == set(op_cases.all_ops())
+
+
+@pytest.mark.gpu
+def test_auto_launches_on_a_gpu(launches):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    for name, op in op_cases.all_ops().items():
+        args = op_cases.made(op.small, "cuda")
+        with launches() as counts:
+            getattr(ops, name)(*args)
+        assert counts == {name: 1}

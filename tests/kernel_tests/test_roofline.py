@@ -1,0 +1,120 @@
+"""The counted bytes and floors, the timings' refusal of wrong results, and the README's table."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from joyedit import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+op_cases = importlib.import_module("benchmarks.op_cases")
+roofline = importlib.import_module("benchmarks.roofline")
+timings = importlib.import_module("benchmarks.ops")
+readme = importlib.import_module("benchmarks.readme")
+sys.path.remove(str(ROOT))
+T, Case, Op = op_cases.T, op_cases.Case, op_cases.Op
+
+
+def plain(x, shift, scale):
+    return (x * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+
+
+def case(dtype=torch.bfloat16, **kwargs):
+    vector = T((1, 64), torch.float32)
+    return Case("ada_layer_norm", "joyimage", "made up", (T((2, 8, 64), dtype), vector, vector), **kwargs)
+
+
+def test_bytes_are_each_argument_and_result_once():
+    x, vector = 2 * 8 * 64, 64
+    found = roofline.traffic(case(), Op("", plain, (), op_cases.per_element(9)))
+    assert found.fused == 2 * 2 * x + 2 * 4 * vector
+    assert found.operations == 9 * x
+    # 1 + scale; bf16 times fp32; plus fp32; to bf16.
+    separate = 2 * 4 * vector + (2 + 4) * x + 4 * vector + 2 * 4 * x + 4 * vector + (4 + 2) * x
+    assert (found.plain, found.launches) == (separate, 4)
+
+
+def test_expanded_tensors_and_views_cost_nothing():
+    assert roofline.stored([torch.empty(1, 64).expand(8, 64)]) == 4 * 64
+    with roofline.Moved() as moved:
+        torch.empty(4, 6, device="meta").view(3, 8).transpose(0, 1)[1:].unbind(1)
+    assert (moved.bytes, moved.launches) == (0, 0)
+
+
+def test_floor_is_the_longer_of_memory_and_arithmetic():
+    gpu = roofline.GPU(bandwidth=1e12, matrix=1e15, vector=1e13)
+    light, heavy = roofline.Traffic(10**9, 0, 0, 10**9), roofline.Traffic(10**6, 0, 0, 10**12)
+    op = Op("", plain, (), op_cases.per_element(1))
+    assert roofline.floor(light, op, gpu) == 1e-3
+    assert roofline.floor(heavy, op, gpu) == 0.1
+    assert roofline.floor(heavy, op._replace(matrix=True), gpu) == 1e-3
+
+
+def test_every_case_has_a_row_and_fusing_never_costs(capsys, tmp_path):
+    roofline.main(["--out", str(tmp_path / "out.json")])
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert len(rows) == len(op_cases.all_cases()) == len({row["case"] for row in rows})
+    for row in rows:
+        assert row["case"][:78] in printed
+        assert 0 < row["fused"] <= row["plain"] and row["operations"] > 0
+        assert all(microseconds > 0 for microseconds in row["floors"].values())
+
+
+def test_sum_of_a_step_and_what_a_block_saves():
+    floors = dict.fromkeys(roofline.GPUS, 2.0)
+    row = {"fused": 10, "plain": 25, "launches": 3, "operations": 7, "floors": floors}
+    rows = [{**row, "case": case(per_step=80, per_block=2)}, {**row, "case": case(per_step=2)}]
+    total = roofline.sums(rows, "joyimage")
+    counts = total["fused"], total["plain"], total["calls"], total["launches"]
+    assert counts == (820, 2050, 82, 246)
+    assert total["floors"]["H100"] == pytest.approx(0.164)
+    assert roofline.sums(rows, "chronoedit")["calls"] == 0
+    assert roofline.saved_per_block(rows, "ada_layer_norm") == {"joyimage": 30}
+    assert roofline.saved_per_block(rows, "rms_norm") == {}
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    made = case().make("cpu")
+    right = timings.call(case(), "torch")
+    assert timings.check(case(), "torch", right, made) < 1e-2
+    for wrong in (lambda *a: right(*a) * 1.02, lambda *a: right(*a) * float("nan")):
+        with pytest.raises(timings.UnequalResults, match="from float64"):
+            timings.check(case(), "torch", wrong, made)
+
+
+def test_overhead_of_every_operation(tmp_path, capsys):
+    results = timings.overhead(op_cases.all_ops(), calls=3)
+    assert set(results["microseconds"]) == set(op_cases.all_ops())
+    for pair in results["microseconds"].values():
+        assert pair["triton"] > 0 and pair["torch"] > 0
+    assert ops._backend == "auto" and not ops._interpreted
+    committed = json.loads((timings.RESULTS / "overhead.json").read_text(encoding="utf-8"))
+    missing = set(op_cases.all_ops()) ^ set(committed["microseconds"])
+    assert not missing, "run: python -m benchmarks.ops --overhead"
+
+
+def test_timing_without_a_gpu_says_so(capsys):
+    if torch.cuda.is_available():
+        return
+    assert timings.main(["--provider", "torch"]) == 1
+    assert "no GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        timings.main(["--provider", "cuda"])
+
+
+def test_readme_table_has_every_operation():
+    table = readme.kernel_table().splitlines()
+    assert [line.split("`")[1] for line in table[2:]] == list(op_cases.all_ops())
+    text = "a\n<!-- kernels -->\nold\n<!-- /kernels -->\nb\n"
+    assert readme.filled(text) == f"a\n<!-- kernels -->\n{chr(10).join(table)}\n<!-- /kernels -->\nb\n"
+    rows = [(f"x: {n} [forward]", {"sm_90": {"registers": n}}) for n in (40, 32)]
+    assert readme.registers(rows, "sm_90") == "40"
+    rows.append(("x: y [backward]", {"sm_90": {"registers": 99}}))
+    assert readme.registers(rows, "sm_90") == "40 / 99"
+    assert readme.registers([("x: y", {"sm_90": {"refused": "spills"}})], "sm_90") == "torch"
