@@ -1,0 +1,1 @@
+"""The drawn world on which the small checkpoints are trained and judged."""

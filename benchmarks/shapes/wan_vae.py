@@ -1,0 +1,191 @@
+"""Training the WAN VAE of the small checkpoints; JoyImage and ChronoEdit share it.
+
+Three stages. `pictures`: encoder and decoder on crops of pictures. `decoder`: the encoder rests, so the
+latents no longer change and a denoiser may start on them; the decoder learns to put up with latents that are
+not quite right, as a denoiser's are. `clips`: what concerns later frames only (the earlier temporal slices of
+the kernels and the convolutions over time) learns on clips of edits; the rest is fixed, so that pictures are
+coded to the bit as before.
+
+B batch   C channels   T frames
+Source of the recipe: principal components first, then Muon and a squared error (an absolute one never finds
+all colour axes).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from benchmarks.shapes import scenes
+from benchmarks.shapes.init_vae import initialize_vae
+from benchmarks.shapes.training import Muon, Run, cosine
+from joyedit.latents import DiagonalGaussian
+from joyedit.models.wan_vae import (
+    AutoencoderKLWan,
+    AutoencoderKLWanConfig,
+    CausalConv3d,
+    DoubleFrames,
+    HalveFrames,
+)
+
+# Wide where the maps are small, which is where width is cheap.
+CONFIG = AutoencoderKLWanConfig(
+    base_dim=8,
+    decoder_base_dim=8,
+    dim_mult=(1, 2, 4, 8),
+    num_res_blocks=1,
+    latents_mean=(0.0,) * 16,
+    latents_std=(1.0,) * 16,
+)
+CROP, BATCH = 64, 6
+CLIP_FRAMES, CLIP_BATCH = (5, 5, 9), 1  # a third chunk of frames is the first to see a full past
+SAMPLES = {"pictures": 20_000, "decoder": 60_000, "clips": 6_000}
+RATES = {"pictures": 4e-3, "decoder": 3e-3, "clips": 2e-3}
+
+
+def train(folder: Path, stages: Sequence[str] = ("pictures", "decoder"), scale: float = 1.0, seed: int = 0):
+    """Train, or go on, in `folder`; `folder/vae` is the checkpoint. `scale`: of the numbers of samples."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(CONFIG)
+    initialize_vae(vae, torch.cat([crops(-i, 6) for i in range(1, 13)]))
+    for stage in stages:
+        run = Run(folder / stage, {"vae": vae}, optimizers(trained(vae, stage), RATES[stage]), decay=0.998)
+        test = test_clips() if stage == "clips" else test_pictures()
+        batch = CLIP_BATCH if stage == "clips" else BATCH
+        for progress in run.until(int(SAMPLES[stage] * scale), batch):
+            if run.step % 400 == 0:
+                run.log(**judge(run.averaged("vae"), test))
+                write(run.averaged("vae"), folder / "vae")
+            run.set_rate(min(1, (run.step + 1) / 50) * cosine(progress, 0.02))
+            draw = some_clips if stage == "clips" else crops
+            loss, parts = reconstruction_loss(vae, draw(run.samples, batch), stage)
+            loss.backward()
+            run.update(parts)
+        vae = run.averaged("vae")
+        run.log(**judge(vae, test))
+        write(vae, folder / "vae")
+
+
+def reconstruction_loss(vae: AutoencoderKLWan, pixels: Tensor, stage: str) -> tuple[Tensor, dict[str, float]]:
+    """8 squared error + 0.3 absolute error + 0.2 absolute error of gradients + 1e-5 KL.
+
+    pixels (B, 3, T, H, W) in [-1, 1]."""
+    if stage == "decoder":
+        with torch.no_grad():
+            mean = vae.encode_frames(pixels).chunk(2, dim=1)[0]
+            std = mean.std(dim=(0, 2, 3, 4), keepdim=True)
+            noise = 0.1 * torch.rand(len(mean), 1, 1, 1, 1) * std
+            z, kl = mean + noise * torch.randn_like(mean), torch.zeros(())
+    else:
+        posterior = DiagonalGaussian(vae.encode_frames(pixels))
+        z = posterior.sample()
+        kl = 0.5 * (posterior.mean.square() + posterior.std.square() - 1 - posterior.logvar).sum(1).mean()
+    error = vae.decode_frames(z) - pixels
+    squared, absolute = error.square().mean(), error.abs().mean()
+    edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
+    loss = 8 * squared + 0.3 * absolute + 0.2 * edges + 1e-5 * kl
+    return loss, {"squared": squared.item(), "absolute": absolute.item(), "kl": kl.item()}
+
+
+def trained(vae: AutoencoderKLWan, stage: str) -> list[nn.Parameter]:
+    """What learns in a stage; everything else gets `requires_grad` False."""
+    over_time = set()
+    for module in vae.modules():
+        if isinstance(module, (HalveFrames, DoubleFrames)):
+            over_time.update(module.parameters())
+    earlier = {m.weight for m in vae.modules() if isinstance(m, CausalConv3d) and m.weight.shape[-1] > 1}
+    for name, p in vae.named_parameters():
+        if stage == "clips":
+            p.requires_grad_(p in over_time or p in earlier)
+        else:
+            encodes = name.startswith(("encoder.", "quant_conv."))
+            p.requires_grad_(p not in over_time and not (encodes and stage == "decoder"))
+    if stage == "clips":
+        for p in earlier:  # of these kernels only the earlier slices
+            p.register_hook(_without_last_slice)
+    return [p for p in vae.parameters() if p.requires_grad]
+
+
+def _without_last_slice(grad: Tensor) -> Tensor:
+    return torch.cat((grad[:, :, :-1], torch.zeros_like(grad[:, :, -1:])), dim=2)
+
+
+def optimizers(parameters: list[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for kernels; Adam at half its rate for gains and biases."""
+    kernels = [p for p in parameters if p.ndim > 1 and p[0].numel() > 1]
+    others = [p for p in parameters if p.ndim == 1 or p[0].numel() == 1]
+    return [Muon(kernels, rate), torch.optim.Adam(others, rate / 2, betas=(0.9, 0.98))]
+
+
+@torch.no_grad()
+def judge(vae: AutoencoderKLWan, test: Tensor) -> dict[str, float]:
+    """PSNR in dB of what comes back of held-out pictures or clips, mean and worst."""
+    back = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in test.split(8)])
+    psnr = -10 * torch.log10(((back - test) / 2).square().flatten(1).mean(1))
+    return {"psnr": psnr.mean().item(), "worst": psnr.min().item()}
+
+
+def test_pictures(count: int = 24) -> Tensor:
+    """Sources and targets of held-out edits, (2 count, 3, 1, S, S)."""
+    edits = [scenes.make_edit(i, "held-out") for i in range(count)]
+    return to_tensor(np.stack([scenes.draw(s)[None] for e in edits for s in (e.source, e.target)]))
+
+
+def test_clips(count: int = 12, frames: int = 9) -> Tensor:
+    """Held-out edits as clips, (count, 3, frames, S, S)."""
+    return to_tensor(np.stack([scenes.clip(scenes.make_edit(i, "held-out"), frames) for i in range(count)]))
+
+
+def write(vae: AutoencoderKLWan, folder: Path) -> None:
+    """Save with the statistics of its latents, by which denoisers normalise them."""
+    pictures = torch.cat([to_tensor(random_pictures(-100 - i, 16)[:, None]) for i in range(8)])
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(16)])
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
+    vae.config = vae.config.replace(
+        latents_mean=tuple(round(v, 4) for v in mean.tolist()),
+        latents_std=tuple(round(v, 4) for v in std.tolist()),
+    )
+    vae.save_pretrained(folder)
+
+
+def random_pictures(index: int, count: int) -> np.ndarray:
+    """Pictures of the training world, (count, S, S, 3): sources, targets and what is between them."""
+    rng = np.random.default_rng((7, abs(index), index < 0))
+    pictures = []
+    for _ in range(count):
+        edit = scenes.make_edit(int(rng.integers(2**31)))
+        progress = (0.0, 1.0, float(rng.uniform()))[int(rng.integers(3))]
+        pictures.append(scenes.draw(edit.between(progress)))
+    return np.stack(pictures)
+
+
+def crops(index: int, count: int) -> Tensor:
+    """Training batch number `index`: (count, 3, 1, CROP, CROP) in [-1, 1]."""
+    rng = np.random.default_rng((8, abs(index), index < 0))
+    cut = []
+    for picture in random_pictures(index, count):
+        top, left = rng.integers(0, scenes.SIZE - CROP + 1, 2)
+        picture = picture[top : top + CROP, left : left + CROP]
+        cut.append(picture[:, ::-1] if rng.integers(2) else picture)
+    return to_tensor(np.stack(cut)[:, None])
+
+
+def some_clips(index: int, count: int) -> Tensor:
+    """Training clips, (count, 3, 5 or 9 frames, CROP, CROP) in [-1, 1]."""
+    rng = np.random.default_rng((9, index))
+    frames = int(rng.choice(CLIP_FRAMES))
+    cut = []
+    for _ in range(count):
+        clip = scenes.clip(scenes.make_edit(int(rng.integers(2**31))), frames)
+        top, left = rng.integers(0, scenes.SIZE - CROP + 1, 2)
+        cut.append(clip[:, top : top + CROP, left : left + CROP])
+    return to_tensor(np.stack(cut))
+
+
+def to_tensor(frames: np.ndarray) -> Tensor:
+    """(B, T, H, W, 3) in [0, 1] -> (B, 3, T, H, W) in [-1, 1]."""
+    return rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "b t h w c -> b c t h w") * 2 - 1
