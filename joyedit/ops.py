@@ -271,6 +271,15 @@ def _attention(q, k, v, causal: bool, mask: Tensor | None, scale: float) -> Tens
     return out.transpose(1, 2).contiguous()
 
 
+def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention whose heads are as wide as feature maps: 384 and 512 in the autoencoders, which have one.
+
+    q, k, v (B, N, H, E). PyTorch computes it under every backend: rows of a head do not fit the registers in
+    which the kernel holds them, and it is once per picture, where blocks attend in every layer and step.
+    """
+    return _attention((q,), (k,), (v,), False, None, float(q.shape[-1] ** -0.5))
+
+
 def _check_packing(q: Sequence[Tensor], k: Sequence[Tensor], lengths: Sequence[int], mask: Tensor | None):
     if len(q) > 1 or len(k) > 1 or mask is not None:
         raise ValueError("packed samples have one segment and no mask")
@@ -565,7 +574,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if _product_ends_in_gelu(x, weight, bias):
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        out = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)
         return out.view(*x.shape[:-1], -1)
     return gelu_tanh(linear(x, weight, bias))
 
@@ -614,15 +624,15 @@ def guide(
     comb = uncond + scale * (cond - uncond)
     if rescale:
         comb = comb * (cond.norm(dim=1, keepdim=True) / comb.norm(dim=1, keepdim=True).clamp_min(1e-6))
-    if sample is None:
+    if sample is None or delta is None:
         return comb
     return (sample.to(wide_dtype(sample)) + delta * comb.to(sample.dtype)).to(sample.dtype)
 
 
 def _unguided(cond: Tensor, uncond: Tensor, sample: Tensor | None) -> str | None:
-    shapes = {tuple(t.shape) for t in (cond, uncond, sample) if t is not None}
-    if len(shapes) > 1 or cond.ndim < 3:
-        return f"tensors of one shape (B, C, ...) are wanted, not {sorted(shapes)}"
+    shapes = [tuple(t.shape) for t in (cond, uncond, sample) if t is not None]
+    if cond.ndim < 3 or any(shape != shapes[0] for shape in shapes):
+        return f"tensors of one shape (B, C, ...) are wanted, not {shapes}"
     if cond.shape[1] > GUIDED_CHANNELS:
         return f"{cond.shape[1]} channels are more than {GUIDED_CHANNELS}"
     return None

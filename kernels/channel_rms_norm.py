@@ -20,13 +20,13 @@ PARTIAL_SUMS = 256  # programs of a backward; the same on every device, so that 
 def tile(channels: int, positions: int, last: bool, most: int = 16384) -> dict[str, int]:
     """All channels, padded to a power of two. Channels last: 4096 elements, as the other norms. Contiguous:
     8192, or 32 positions if `most` allows it: 64 bytes of half precision next to each other in each channel.
-    16 elements per thread, AMD's warps are 64 wide. Products and sums fuse, whatever the default of a release
-    of Triton is."""
+    16 elements per thread, up to 1024 threads (32 each spill on Ampere); AMD's warps are 64 wide. Products
+    and sums fuse, whatever the default of a release of Triton is."""
     c_block = triton.next_power_of_2(channels)
     wanted = 4096 // c_block if last else max(32, 8192 // c_block)
     n_block = max(1, min(wanted, most // c_block, triton.next_power_of_2(positions)))
     lanes = 64 if torch.version.hip else 32
-    num_warps = max(1, min(16, c_block * n_block // (16 * lanes)))
+    num_warps = max(1, min(1024, c_block * n_block // 16) // lanes)
     return {"C_BLOCK": c_block, "N_BLOCK": n_block, "num_warps": num_warps, "enable_fp_fusion": True}
 
 
@@ -54,13 +54,13 @@ def forward(
     chunks = tl.cdiv(num_positions, N_BLOCK)
     frame = tl.program_id(0) // chunks
     b, t = (frame // num_frames).to(tl.int64), (frame % num_frames).to(tl.int64)
-    n = (tl.program_id(0) % chunks).to(tl.int64) * N_BLOCK + tl.arange(0, N_BLOCK)[None]
-    c = tl.arange(0, C_BLOCK)[:, None].to(tl.int64)
+    n = (tl.program_id(0) % chunks).to(tl.int64) * N_BLOCK + tl.arange(0, N_BLOCK)[:, None]
+    c = tl.arange(0, C_BLOCK)[None].to(tl.int64)
     mask = (c < num_channels) & (n < num_positions)
     x_ptr += b * stride_xb + t * stride_xt
     x = tl.load(x_ptr + c * stride_xc + n * stride_xn, mask, other=0.0).to(tl.float32)
     gamma = tl.load(gamma_ptr + c, c < num_channels, other=0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-12)[None]
+    length = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
     out = x * (root / length) * gamma
     if SILU:
         out *= tl.sigmoid(out)
@@ -97,18 +97,18 @@ def backward(
     N_BLOCK: tl.constexpr,
 ):
     chunks = tl.cdiv(num_positions, N_BLOCK)
-    c = tl.arange(0, C_BLOCK)[:, None].to(tl.int64)
+    c = tl.arange(0, C_BLOCK)[None].to(tl.int64)
     gamma = tl.load(gamma_ptr + c, c < num_channels, other=0.0).to(tl.float32)
-    dgamma = tl.zeros((C_BLOCK, N_BLOCK), tl.float32)
+    dgamma = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
-        n = (chunk % chunks * N_BLOCK + tl.arange(0, N_BLOCK)[None]).to(tl.int64)
+        n = (chunk % chunks * N_BLOCK + tl.arange(0, N_BLOCK)[:, None]).to(tl.int64)
         b, t = (chunk // chunks // num_frames).to(tl.int64), (chunk // chunks % num_frames).to(tl.int64)
         mask = (c < num_channels) & (n < num_positions)
         x = tl.load(x_ptr + b * stride_xb + t * stride_xt + c * stride_xc + n * stride_xn, mask, other=0.0)
         x = x.to(tl.float32)
         at = b * stride_gb + t * stride_gt + c * stride_gc + n * stride_gn
         grad = tl.load(grad_ptr + at, mask, other=0.0).to(tl.float32)
-        length = tl.sqrt(tl.sum(x * x, 0))[None]
+        length = tl.sqrt(tl.sum(x * x, 1))[:, None]
         scale = root / tl.maximum(length, 1e-12)
         normed = x * scale
         if SILU:
@@ -117,12 +117,12 @@ def backward(
             grad *= share * (1 + out * (1 - share))
         dgamma += grad * normed  # 0 outside
         grad *= gamma
-        along = (tl.sum(grad * normed, 0) / num_channels)[None]
+        along = (tl.sum(grad * normed, 1) / num_channels)[:, None]
         along = tl.where(length >= 1e-12, along, 0.0)  # a length that is raised to 1e-12 does not depend on x
         at = b * stride_db + t * stride_dt + c * stride_dc + n * stride_dn
         tl.store(dx_ptr + at, (grad - normed * along) * scale, mask)
     p = tl.program_id(0).to(tl.int64)
-    tl.store(dgamma_ptr + p * num_channels + c, tl.sum(dgamma, 1)[:, None], c < num_channels)
+    tl.store(dgamma_ptr + p * num_channels + c, tl.sum(dgamma, 0)[None], c < num_channels)
 
 
 def as_planes(x: Tensor) -> Tensor:
@@ -134,8 +134,11 @@ def as_planes(x: Tensor) -> Tensor:
 
 
 def empty_as(x: Tensor) -> Tensor:
-    """Unwritten, dense, in the memory format of x."""
-    return torch.empty_like(as_planes(x)).view(x.shape)
+    """Unwritten, dense, in the memory format of x; contiguous where no stride can describe its positions."""
+    out = torch.empty_like(x)
+    axes = [axis for axis in range(3 if x.ndim == 5 else 2, x.ndim) if x.shape[axis] > 1]
+    merge = all(out.stride(i) == out.stride(j) * out.shape[j] for i, j in zip(axes, axes[1:], strict=False))
+    return out if merge else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def strides(planes: Tensor) -> tuple[int, ...]:

@@ -359,8 +359,11 @@ def as_planes(x: Tensor) -> Tensor:
 
 
 def empty_as(x: Tensor) -> Tensor:
-    """Unwritten, dense, in the memory format of x."""
-    return torch.empty_like(as_planes(x)).view(x.shape)
+    """Unwritten, dense, in the memory format of x; contiguous where no stride can describe its positions."""
+    out = torch.empty_like(x)
+    axes = [axis for axis in range(2, x.ndim) if x.shape[axis] > 1]
+    merge = all(out.stride(i) == out.stride(j) * out.shape[j] for i, j in zip(axes, axes[1:], strict=False))
+    return out if merge else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def run_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -389,9 +392,7 @@ def run_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
         mean, rstd = run_statistics(x, groups, eps)
         choice = tile(c, n, x.stride(1) == 1)
         grid = b * triton.cdiv(c, choice["C_BLOCK"]) * triton.cdiv(n, choice["N_BLOCK"])
-        normalise[grid,](
-            x, weight, bias, mean, rstd, out, c, c // groups, n, *strides, SILU=silu, **choice
-        )
+        normalise[grid,](x, weight, bias, mean, rstd, out, c, c // groups, n, *strides, SILU=silu, **choice)
     return result
 
 

@@ -37,8 +37,20 @@ OPS = {
     ),
 }
 CASES = [
-    Case("channel_rms_norm_silu", "joyimage", "last stage of the decoder", maps(96, 1, 1024, 1024), trained=True),
-    Case("channel_rms_norm_silu", "joyimage", "first stage of the decoder", maps(384, 1, 128, 128), trained=True),
+    Case(
+        "channel_rms_norm_silu",
+        "joyimage",
+        "last stage of the decoder",
+        maps(96, 1, 1024, 1024),
+        trained=True,
+    ),
+    Case(
+        "channel_rms_norm_silu",
+        "joyimage",
+        "first stage of the decoder",
+        maps(384, 1, 128, 128),
+        trained=True,
+    ),
     Case("channel_rms_norm_silu", "joyimage", "second stage of the decoder", maps(192, 1, 512, 512)),
     Case("channel_rms_norm_silu", "joyimage", "channels last", channels_last(384, 1, 128, 128), trained=True),
     Case("channel_rms_norm_silu", "chronoedit", "after an upsampler", frames_first(192, 4, 360, 640)),

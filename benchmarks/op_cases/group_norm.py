@@ -27,7 +27,9 @@ def channels_last(batch: int, width: int, size: int, eps: float = 1e-5) -> tuple
 
 OPS = {
     "group_norm": Op("GroupNorm and its scale and shift", norm, maps(1, 64, 2), per_element(8)),
-    "group_norm_silu": Op("GroupNorm, scale, shift and SiLU", norm_then_silu, maps(1, 64, 2), per_element(12)),
+    "group_norm_silu": Op(
+        "GroupNorm, scale, shift and SiLU", norm_then_silu, maps(1, 64, 2), per_element(12)
+    ),
 }
 
 # Width, size of the picture: calls in a step of the UNet.

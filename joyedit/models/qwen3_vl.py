@@ -342,8 +342,9 @@ class DecoderLayer(nn.Module):
         keep_from: int,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         out, keys_values = self.self_attn(self.input_layernorm(x), rope, visible, past, keep_from)
-        x = x[:, keep_from:] + out
-        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
+        norm = self.post_attention_layernorm
+        x, normed = ops.add_rms_norm(x[:, keep_from:], out, norm.weight, norm.eps)
+        return x + self.mlp(normed), keys_values
 
 
 class Attention(nn.Module):

@@ -315,7 +315,7 @@ class PositionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) 1 c")
-        out = ops.attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))  # (B, N, 1, C)
+        out = ops.wide_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))  # (B, N, 1, C)
         return x + rearrange(self.to_out[0](out), "b (h w) 1 c -> b c h w", h=x.shape[2])
 
 

@@ -165,7 +165,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int], buckets: Tensor) -> Tensor:
         attend, feed_forward = self.layer
-        return feed_forward(attend(x, lengths, buckets))
+        return feed_forward(x, attend(x, lengths, buckets))
 
 
 class AttentionLayer(nn.Module):
@@ -175,7 +175,8 @@ class AttentionLayer(nn.Module):
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, x: Tensor, lengths: Sequence[int], buckets: Tensor) -> Tensor:
-        return x + self.SelfAttention(self.layer_norm(x), lengths, buckets)
+        """What attention adds to x (N, D)."""
+        return self.SelfAttention(self.layer_norm(x), lengths, buckets)
 
 
 class SelfAttention(nn.Module):
@@ -209,8 +210,11 @@ class FeedForwardLayer(nn.Module):
         self.DenseReluDense = GatedGELU(config)
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.DenseReluDense(self.layer_norm(x))
+    def forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x and what attention adds to it, (N, D) -> x after the block."""
+        norm = self.layer_norm
+        x, normed = ops.add_rms_norm(x, attended, norm.weight, norm.eps)
+        return x + self.DenseReluDense(normed)
 
 
 class GatedGELU(nn.Module):

@@ -369,7 +369,7 @@ class FrameAttention(nn.Module):
         """(B, C, H, W) -> the same."""
         tokens = rearrange(frames, "b c h w -> b (h w) c")
         q, k, v = rearrange(self.to_qkv(tokens), "b n (qkv heads c) -> qkv b n heads c", qkv=3, heads=1)
-        out = self.proj(ops.attention(q, k, v)[:, :, 0])  # (B, N, C)
+        out = self.proj(ops.wide_attention(q, k, v)[:, :, 0])  # (B, N, C)
         return rearrange(out, "b (h w) c -> b c h w", h=frames.shape[2])
 
 

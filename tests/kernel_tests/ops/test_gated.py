@@ -139,22 +139,39 @@ def test_where_the_product_ends_in_the_gelu(monkeypatch):
 
 
 def test_product_that_ends_in_the_gelu(monkeypatch, launches, randn):
-    """The same on any device: there its GELU is the approximated one, on a CPU the exact one."""
+    """Same arguments and layout on any device; but on a CPU, where it is never chosen, its GELU is exact."""
+    x, weight, bias = randn(2, 5, 24, dtype=torch.bfloat16), randn(40, 24) / 8, randn(40) / 8
+    with torch.no_grad():
+        if not x.is_cuda:
+            monkeypatch.setattr(ops, "_product_ends_in_gelu", lambda *tensors: True)
+        elif not ops._product_ends_in_gelu(x, weight, bias):
+            return
+        with launches() as counts:
+            out = ops.linear_gelu(x, weight, bias)
+    hidden = F.linear(x.double(), weight.to(x.dtype).double(), bias.to(x.dtype).double())
+    exact = F.gelu(hidden, approximate="tanh" if x.is_cuda else "none")
+    assert counts == {} and out.shape == exact.shape and out.dtype == x.dtype
+    assert (out - exact).abs().max() <= 3 * torch.finfo(x.dtype).eps * exact.abs().max()
 
-    def stand_in(bias, rows, weight, *, use_gelu):
-        assert use_gelu and rows.ndim == 2
-        return F.gelu(torch.addmm(bias, rows, weight), approximate="tanh")
 
-    x, weight, bias = randn(2, 5, 24, dtype=torch.bfloat16), randn(40, 24), randn(40)
-    with ops.backend("torch"):
-        wanted = ops.linear_gelu(x, weight, bias)
-    if not (x.is_cuda and ops._product_ends_in_gelu(x, weight, bias)):
-        monkeypatch.setattr(ops, "_product_ends_in_gelu", lambda *tensors: True)
-        monkeypatch.setattr(torch, "_addmm_activation", stand_in)
-    with launches() as counts:
-        out = ops.linear_gelu(x, weight, bias)
-    assert counts == {} and out.shape == wanted.shape and out.dtype == x.dtype
-    torch.testing.assert_close(out, wanted)
+def test_compiled(randn):
+    """One graph at several sizes, and its gradients."""
+
+    def mlp(x, weight, bias):
+        x = ops.linear_gelu(x, weight, bias)
+        x = ops.geglu(torch.cat((x, ops.swiglu(x, bias.expand_as(x))), dim=-1))
+        return ops.geglu_tanh(x, x + 1)
+
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    for tokens in (3, 5, 7):
+        given = [t.requires_grad_() for t in (randn(2, tokens, 8), randn(24, 8) / 3, randn(24))]
+        with ops.backend("triton"):
+            out = compiled(*given)
+        with ops.backend("torch"):
+            wanted = mlp(*given)
+        torch.testing.assert_close(out, wanted)
+        ours, theirs = (torch.autograd.grad(t.square().mean(), given) for t in (out, wanted))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_registration(randn):

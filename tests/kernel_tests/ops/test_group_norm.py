@@ -9,7 +9,14 @@ from joyedit import ops
 OPERATIONS = pytest.mark.parametrize("silu", [False, True], ids=["norm", "silu"])
 LAYOUTS = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 # B, C, H, W, groups: one channel a group, odd sizes, 30 channels a group, one position, no picture.
-SHAPES = [(1, 1, 1, 1, 1), (2, 6, 5, 7, 6), (2, 60, 3, 5, 2), (1, 320, 2, 3, 32), (3, 34, 1, 1, 2), (0, 8, 2, 2, 4)]
+SHAPES = [
+    (2, 1, 1, 1, 1),
+    (2, 6, 5, 7, 6),
+    (2, 60, 7, 5, 2),
+    (1, 80, 2, 3, 8),
+    (3, 34, 1, 1, 2),
+    (0, 8, 2, 2, 4),
+]
 
 
 def plain(x, weight, bias, groups, eps):
@@ -57,13 +64,13 @@ def test_shared_groups(check, randn, shared, dtype, last, silu):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("partial_sums", [1, 6, 1024])
+@pytest.mark.parametrize("partial_sums", [1, 18])
 def test_many_tiles(check, randn, shared, last, partial_sums):
-    """2500 positions are three tiles of a contiguous map and 40 of one with channels last."""
+    """2501 positions are three tiles of a contiguous map and 40 of one with channels last."""
     from joyedit.kernels import group_norm
 
     shared.setattr(group_norm, "PARTIAL_SUMS", partial_sums)
-    check(True, maps(randn, last, 1, 66, 61, 41), 2)
+    check(True, maps(randn, last, 1, 34, 61, 41), 2)
 
 
 @LAYOUTS
@@ -109,7 +116,8 @@ def test_nearly_constant_maps(randn, monkeypatch, last, elements):
     from joyedit.kernels import group_norm
 
     monkeypatch.setattr(group_norm, "ONE_PROGRAM", elements)
-    x = maps(randn, last, 2, 12, 37, 31) * 0.05 + 4096
+    monkeypatch.setattr(group_norm, "PARTIAL_SUMS", 1)  # each element of a tile sees several values
+    x = maps(randn, last, 1, 12, 71, 61) * 0.05 + 4096
     weight, bias = randn(2, 12)
     exact = plain(x.double(), weight.double(), bias.double(), 3, 1e-6)
     with ops.backend("triton"):
@@ -131,4 +139,5 @@ def test_registration(randn, last, silu):
     kernel = group_norm_silu if silu else group_norm
     weight, bias = randn(6).requires_grad_(), randn(6).requires_grad_()
     torch.library.opcheck(kernel, (maps(randn, last, 2, 6, 3, 2).requires_grad_(), weight, bias, 3, 1e-5))
-    torch.library.opcheck(kernel, (maps(randn, last, 2, 12, 3, 2)[:, 6:], weight, bias, 3, 1e-5))
+    half = maps(randn, last, 2, 12, 3, 2)[:, 6:]
+    torch.library.opcheck(kernel, (half, weight, bias, 3, 1e-5), test_utils="test_faketensor")

@@ -41,6 +41,7 @@ def test_other_layouts(compare, randn, dtype):
     compare(ops.guide, plain, *both.chunk(2), 3.0, True, backward=None)
     last = randn(2, 5, 6, 4, dtype=dtype).movedim(-1, 1)
     compare(ops.guide, plain, last, both[:2], 3.0, True, both[2:], randn(1)[0], backward=None)
+    compare(ops.guide, plain, both[2:], last, 3.0, False, last, randn(1)[0], backward=None)
     film = randn(1, 4, 5, 3, 7, dtype=dtype)
     compare(
         ops.guide,
