@@ -274,8 +274,8 @@ def _attention(q, k, v, causal: bool, mask: Tensor | None, scale: float) -> Tens
 def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention whose heads are as wide as feature maps: 384 and 512 in the autoencoders, which have one.
 
-    q, k, v (B, N, H, E). PyTorch computes it under every backend: rows of a head do not fit the registers in
-    which the kernel holds them, and it is once per picture, where blocks attend in every layer and step.
+    q, k, v (B, N, H, E). There is no kernel: PyTorch computes it under every backend. Rows so wide would not
+    fit the registers where the kernel of `attention` keeps them, and they are attended to once per picture.
     """
     return _attention((q,), (k,), (v,), False, None, float(q.shape[-1] ** -0.5))
 

@@ -38,13 +38,26 @@ PROMPT, OTHER = "a cat", "a dog on it"
 GUIDANCE = 3.0
 WAN = {"dim_mult": (1, 2, 2), "temperal_downsample": (True, True), "scale_factor_spatial": 4}
 
-ATTENTION = "scaled_dot_product_attention"
 # Functions of PyTorch that do what the operations do, or parts of it. Sums and products are everywhere.
 LIKE_KERNELS = {
-    *("layer_norm", "group_norm", "rms_norm", "normalize", "silu", "sigmoid", "gelu", "softmax", ATTENTION),
-    *("norm", "linalg_norm", "linalg_vector_norm", "var", "rsqrt", "tanh", "erf", "addcmul", "addcmul_"),
+    *("layer_norm", "group_norm", "rms_norm", "normalize", "silu", "sigmoid", "gelu", "softmax"),
+    *(
+        "scaled_dot_product_attention",
+        "norm",
+        "linalg_norm",
+        "linalg_vector_norm",
+        "var",
+        "rsqrt",
+        "tanh",
+        "erf",
+        "addcmul",
+        "addcmul_",
+    ),
     *("view_as_complex", "complex", "addcdiv", "native_layer_norm", "native_group_norm", "_addmm_activation"),
 }
+
+
+BY_PYTORCH = "F.scaled_dot_product_attention"
 
 
 class Counts(collections.Counter):
@@ -58,7 +71,7 @@ class Counts(collections.Counter):
 
 
 class PyTorch(TorchFunctionMode):
-    """Counts the calls of LIKE_KERNELS."""
+    """Counts the calls of LIKE_KERNELS, as "F.gelu"."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +79,7 @@ class PyTorch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in LIKE_KERNELS:
-            self.counts[func.__name__] += 1
+            self.counts[f"F.{func.__name__}"] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -159,6 +172,8 @@ def smaller(network, **settings):
             noise = 1 + 0.2 * noise
         elif parameter.ndim == 1:
             noise *= 0.2
+        elif name.endswith("table"):  # of modulation: gates that let layers show
+            noise *= 0.5
         elif not ("embedding" in name or "embed_tokens" in name or name == "shared.weight"):
             noise /= parameter[0].numel() ** 0.5
         parameter.copy_(noise)
@@ -219,7 +234,7 @@ def test_joyimage(joyimage, launches):
         + qwen_text(encoder.text_config)  # what both prompts begin with
         + qwen_text(encoder.text_config, masked=True)  # their ends, padded to one length
         + wan_encoder(vae)
-        + Counts(silu=2, gelu_tanh=branches)  # embeddings of timesteps and of prompts
+        + Counts({"F.silu": 2, "gelu_tanh": branches})  # embeddings of timesteps and of prompts
         + joyimage_transformer(joyimage.transformer.config) * (steps * branches)
         + Counts(guide=steps)
         + wan_decoder(vae)
@@ -250,7 +265,7 @@ def test_diffedit(diffedit, launches):
         clip_text(text)
         + kl_encoder(vae) * 2  # for the mask, and for the inversion
         + sd_unet(unet) * (1 + 2 * steps)  # all prompts of the mask at once; inversion, denoising
-        + Counts(silu=2) * 3  # embeddings of timesteps
+        + Counts({"F.silu": 2}) * 3  # embeddings of timesteps
         + Counts(guide=steps)
         + kl_decoder(vae)
     )
@@ -290,7 +305,7 @@ def test_chronoedit(chronoedit, launches, frames, cut):
 
 
 def test_chronoedit_in_bf16(chronoedit, launches, monkeypatch):
-    """As far from fp32 as PyTorch is in bf16, twice that at most: the rule of the operations' own tests."""
+    """About as far from fp32 as PyTorch is in bf16: both round between layers, which is most of the error."""
     monkeypatch.setattr(ops, "CPU_HAS_BF16", True)
     chronoedit.to(torch.bfloat16)
     half, result, kernels, rest = both_ways(launches, lambda: film(chronoedit, 5, None))
@@ -300,7 +315,7 @@ def test_chronoedit_in_bf16(chronoedit, launches, monkeypatch):
         exact = film(chronoedit, 5, None)
     error, plain_error = ((x - exact).square().mean().sqrt().item() for x in (result, half))
     assert 1e-4 < plain_error < 0.5 * exact.std(), "this is not bf16"
-    assert error <= 2 * plain_error, f"error {error:.1e}, PyTorch {plain_error:.1e}"
+    assert error <= 1.5 * plain_error, f"error {error:.1e}, PyTorch {plain_error:.1e}"
 
 
 def chronoedit_run(pipe, encoded, steps=2, branches=2):
@@ -311,9 +326,9 @@ def chronoedit_run(pipe, encoded, steps=2, branches=2):
         umt5(pipe.text_encoder.config, prompts=branches)
         + clip_vision(pipe.image_encoder.config)
         + wan_encoder(pipe.vae.config) * encoded
-        + Counts(silu=2)  # embeddings of timesteps
+        + Counts({"F.silu": 2})  # embeddings of timesteps
         + Counts(gelu_tanh=1, rms_norm=layers) * branches  # of prompts: their keys are normed in every block
-        + Counts(layer_norm=2, gelu=1, rms_norm=layers)  # of the photograph
+        + Counts({"layer_norm": 2, "F.gelu": 1, "rms_norm": layers})  # of the photograph
         + chronoedit_transformer(transformer) * (steps * branches)
         + Counts(guide=steps)
         + wan_decoder(pipe.vae.config) * 2
@@ -323,11 +338,11 @@ def chronoedit_run(pipe, encoded, steps=2, branches=2):
 def qwen_vision(config) -> Counts:
     mergers = 1 + len(config.deepstack_visual_indexes)
     block = Counts(layer_norm=2, qk_norm_rope=1, attention=1, gelu_tanh=1)
-    return block * config.depth + Counts(layer_norm=1, gelu=1) * mergers
+    return block * config.depth + Counts({"layer_norm": 1, "F.gelu": 1}) * mergers
 
 
 def qwen_text(config, masked=False) -> Counts:
-    attention = ATTENTION if masked else "attention"
+    attention = BY_PYTORCH if masked else "attention"
     layer = Counts({"rms_norm": 1, "qk_norm_rope": 1, attention: 1, "add_rms_norm": 1, "swiglu": 1})
     return layer * config.num_hidden_layers
 
@@ -358,7 +373,7 @@ def sd_unet(config) -> Counts:
 
 def kl_encoder(config) -> Counts:
     resnets = len(config.block_out_channels) * config.layers_per_block + 2
-    return Counts({"group_norm_silu": 2 * resnets + 1, "group_norm": 1, ATTENTION: 1})
+    return Counts({"group_norm_silu": 2 * resnets + 1, "group_norm": 1, BY_PYTORCH: 1})
 
 
 def kl_decoder(config) -> Counts:
@@ -368,7 +383,7 @@ def kl_decoder(config) -> Counts:
 def wan_encoder(config) -> Counts:
     """For one latent frame."""
     blocks = len(config.dim_mult) * config.num_res_blocks + 2
-    return Counts({"channel_rms_norm_silu": 2 * blocks + 1, "channel_rms_norm": 1, ATTENTION: 1})
+    return Counts({"channel_rms_norm_silu": 2 * blocks + 1, "channel_rms_norm": 1, BY_PYTORCH: 1})
 
 
 def wan_decoder(config) -> Counts:
@@ -376,16 +391,16 @@ def wan_decoder(config) -> Counts:
 
 
 def clip_text(config) -> Counts:
-    layer = Counts(layer_norm=2, attention=1, sigmoid=1)
+    layer = Counts({"layer_norm": 2, "attention": 1, "F.sigmoid": 1})
     return layer * config.num_hidden_layers + Counts(layer_norm=1)
 
 
 def clip_vision(config) -> Counts:
     """Without the last layer, which ChronoEdit does not read."""
-    layer = Counts(layer_norm=2, attention=1, gelu=1)
+    layer = Counts({"layer_norm": 2, "attention": 1, "F.gelu": 1})
     return Counts(layer_norm=1) + layer * (config.num_hidden_layers - 1)
 
 
 def umt5(config, prompts) -> Counts:
-    layer = Counts({"rms_norm": 1, ATTENTION: prompts, "add_rms_norm": 1, "geglu_tanh": 1})
+    layer = Counts({"rms_norm": 1, BY_PYTORCH: prompts, "add_rms_norm": 1, "geglu_tanh": 1})
     return layer * config.num_layers + Counts(rms_norm=1)
