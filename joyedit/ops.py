@@ -183,18 +183,22 @@ def _conv3d_by_pairs(
     first, middle, last = weight.unbind(2)
     ends, half = (first + last) / 2, middle / 2
     both, unlike = ends + half, ends - half
-    out = []
+    out = None
     for i in range(0, count - 1, 2):
         a, b, c, d = frames[i : i + 4]
-        p = F.conv2d(a - c, first, padding=padding)
         q = F.conv2d(b + c, both, bias, padding=padding)
         r = F.conv2d(c - b, unlike, padding=padding)
-        s = F.conv2d(b - d, last, padding=padding)
-        out += [p.add_(q).add_(r), q.sub_(r).sub_(s)]
+        if out is None:  # channels last in memory, as `_stack_frames` leaves it
+            out = q.new_empty(len(q), count, *q.shape[2:], q.shape[1]).movedim(-1, 1)
+        out[:, :, i] = F.conv2d(a - c, first, padding=padding).add_(q).add_(r)
+        q = q.sub_(r)
+        del r
+        out[:, :, i + 1] = q.sub_(F.conv2d(b - d, last, padding=padding))
+    assert out is not None
     if count % 2:
         single = F.conv3d(_stack_frames(frames[-3:]), weight, bias, 1, (0, *padding))
-        out.append(single[:, :, 0])
-    return _stack_frames(out)
+        out[:, :, -1] = single[:, :, 0]
+    return out
 
 
 def _stack_frames(frames: Sequence[Tensor]) -> Tensor:
