@@ -84,7 +84,6 @@ REPEATED: dict[str, type | tuple[type, ...]] = {
 }
 LARGEST_SIDE = 768  # of a square of as many pixels as an edit between captions works on by itself
 TINY_SIDE = 256  # the same for the noise of the tiny ChronoEdit
-STRETCH = 1.1  # the change of aspect ratio that is worth a warning
 FILM = "ChronoEditPipeline"
 
 
@@ -282,15 +281,14 @@ def film_copy(photo: Any, args: argparse.Namespace) -> Any:
     resize it as here."""
     import PIL.Image
 
-    from joyedit.images import size_of_area
+    from joyedit.images import STRETCH, size_of_area, stretch
 
     height, width = args.height, args.width
     if height is None:
         side = args.basesize or (TINY_SIDE if model_name(args) == FILM_MODEL else None)
         height, width = size_of_area(photo.height, photo.width, **({} if side is None else {"area": side**2}))
-    change = photo.height / photo.width * width / height
     copy = resized(photo, (width, height), PIL.Image.Resampling.BICUBIC)
-    if max(change, 1 / change) > STRETCH:
+    if stretch((photo.height, photo.width), (height, width)) > STRETCH:
         log.warning("this stretches the photograph: without --height and --width it keeps its shape")
     return copy
 
@@ -448,8 +446,14 @@ def fill_from_image(args: argparse.Namespace, photo_facts: dict[str, str] | None
     kept = set(REPEATED) & set(vars(args))
     if args.model is not None:
         kept -= {"revision", "variant", "parts", "prediction_type"}  # they belong to the recorded model
-        if recorded.get("pipeline") == FILM != model_kind(args):
-            kept -= {*FILM_OPTIONS}
+        maker, lora = recorded.get("pipeline"), recorded.get("lora")
+        if (maker == FILM or lora is not None) and maker != model_kind(args):
+            kept -= {*FILM_OPTIONS, "lora", "lora_scale"}
+            if lora is not None and args.lora is None:
+                log.warning("the recorded adapter (%s) is for a %s: it is left out", lora, maker)
+    if vars(args).get("num_temporal_reasoning_steps") is not None:
+        if recorded.get("num_temporal_reasoning_steps") is None:
+            kept -= {"num_frames"}  # the length of a film without reasoning
     if vars(args).get("preset") is not None:
         kept -= {"num_inference_steps", "guidance_scale"}
     if args.prompt is not None:

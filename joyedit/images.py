@@ -272,6 +272,15 @@ def size_of_area(height: int, width: int, area: int = 720 * 1280, multiple: int 
     return size
 
 
+STRETCH = 1.1  # the change of aspect ratio that is worth a warning
+
+
+def stretch(size: tuple[int, int], other: tuple[int, int]) -> float:
+    """The factor by which the aspect ratios of two sizes (height, width) differ, 1 or more."""
+    change = size[0] * other[1] / (size[1] * other[0])
+    return max(change, 1 / change)
+
+
 class Fit(NamedTuple):
     """Where a photograph comes to lie in a bucket: resized to (height, width), about `scale` times its size,
     then cropped from (top, left) on."""

@@ -149,6 +149,14 @@ class Adapters:
     def get_active_adapters(self) -> list[str]:
         return list(dict.fromkeys(name for state in self._states.values() for name in state.active))
 
+    @property
+    def active_weights(self) -> dict[str, dict[str, float]]:
+        """The active adapters, each with its weight in each network, as `set_adapters` takes it."""
+        return {
+            name: {network: state.weights.get(name, 1.0) for network, state in self._states.items()}
+            for name in self.get_active_adapters()
+        }
+
     def get_list_adapters(self) -> dict[str, list[str]]:
         """The loaded adapters of each network that has any."""
         return {network: list(state.loaded) for network, state in self._states.items() if state.loaded}

@@ -19,8 +19,10 @@ B batch   N tokens   D width   H heads   E = D / H
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +38,7 @@ BACKENDS = ("auto", "triton", "torch")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_WIDTH = 16384  # the longest row that a program of the norms holds in registers
 HEAD_WIDTH = 256  # the widest head of the attention
+TRITON = (3, 4)  # the first version with what the kernels use
 GUIDED_CHANNELS = 128  # the most that a program of `guide` holds in registers
 
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -68,8 +71,8 @@ def _triton(x: Tensor, *others: Tensor | None, problem: str | None = None, has_b
 
 
 def _problem(tensors: list[Tensor], has_backward: bool) -> str | None:
-    if not _has_triton:
-        return "the package triton is not installed"
+    if _no_triton:
+        return _no_triton
     device = tensors[0].device
     if device.type != "cuda" and not (_interpreted and device.type == "cpu"):
         return f"the tensors are on {device}, not on a CUDA or ROCm device"
@@ -87,14 +90,23 @@ def _too_wide(x: Tensor, dim: int = -1) -> str | None:
     return f"rows of {x.shape[dim]} are longer than {KERNEL_WIDTH}" if x.shape[dim] > KERNEL_WIDTH else None
 
 
-def _find_triton() -> bool:
+def _find_triton() -> str | None:
+    """Why there is no Triton for the kernels; without importing it. An unknown version is taken for new."""
     try:
-        return importlib.util.find_spec("triton") is not None
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
     except ModuleNotFoundError:
-        return False
+        return "the package triton is not installed"
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            number = re.match(r"(\d+)\.(\d+)", importlib.metadata.version(name))
+            if number and tuple(map(int, number.groups())) < TRITON:
+                return f"triton {number[0]} is older than {'.'.join(map(str, TRITON))}"
+            return None
+    return None
 
 
-_has_triton = _find_triton()
+_no_triton = _find_triton()
 backend(os.environ.get("JOYEDIT_OPS", "auto"))
 
 
@@ -244,7 +256,8 @@ def attention(
         from joyedit.kernels import attention as kernels
 
         lengths = lengths or ()
-        if _backend == "triton" or not kernels.stock_is_faster(q, k, lengths, causal, summed):
+        stock = _backend != "triton" and kernels.stock_is_faster(q, k, lengths, causal, summed)
+        if not stock and _triton(*q, problem=kernels.no_tiles(q[0].device), has_backward=False):
             return kernels.attention(q, k, v, lengths, causal, summed, scale)
     if summed:
         first, *others = (_attention(q, [a], [b], False, None, scale) for a, b in zip(k, v, strict=True))

@@ -19,6 +19,7 @@ softmax is in powers of two and in fp32; the weights are rounded to the dtype of
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -110,6 +111,11 @@ CAUSAL_OR_SUMMED_TILES = {
     "gfx942": {128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 4, 1)},
     "gfx950": {128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 4, 2)},
 }
+# One segment of queries over two of keys, where the tile above spills.
+TWO_KEY_SEGMENTS_TILES = {
+    "sm_80": {128: Tile(128, 32, 8, 2)},
+    "sm_86": {128: Tile(128, 32, 8, 2)},
+}
 # fp32 without TF32: NVIDIA's matrix units do not have it, and the products are unrolled multiply-adds.
 FP32_TILES = {
     "sm": {128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 2)},
@@ -128,9 +134,16 @@ STOCK = {
     "gfx942": (64, 128),  # AOTriton, tuned on this device
     "gfx950": (64, 128),  # the same
 }
-# cuDNN's lead pays for copying two segments into one from about this many keys on: the copies take
-# 12 D bytes per token, the lead saves a third of 4 D keys operations per token.
+# PyTorch's lead pays for copying two segments into one from about this many keys on: the copies take 12 D
+# bytes per token, the lead saves its share of 4 D keys operations per token. cuDNN's is a third or more. The
+# others' is not known so well, but at 4096 keys a tenth pays (on AMD's a fifth), at 9292 half of that.
 STOCK_SEGMENTS = {"sm_90": 2048, "sm_100": 2048}
+STOCK_SEGMENTS |= dict.fromkeys(("sm_80", "sm_86", "sm_120", "gfx942", "gfx950"), 4096)
+
+
+def no_tiles(device: torch.device) -> str | None:
+    """Why the kernel cannot run on a device, None where it can."""
+    return None if family(device) else "there are no tiles of attention for this device"
 
 
 def stock_is_faster(
@@ -141,12 +154,12 @@ def stock_is_faster(
     if device is None:
         return True
     if q[0].dtype == torch.float32:
-        return device.startswith("sm") and not lengths  # it blocks for registers, which ours cannot
+        return device.startswith("sm")  # it blocks for registers, which ours cannot
     if lengths or summed or width not in STOCK[device]:
         return False
     if causal and keys != sum(part.shape[1] for part in q):
         return False  # PyTorch would read a mask
-    return len(q) == len(k) == 1 or keys >= STOCK_SEGMENTS.get(device, float("inf"))
+    return len(q) == len(k) == 1 or keys >= STOCK_SEGMENTS[device]
 
 
 def family(device: torch.device) -> str | None:
@@ -169,13 +182,20 @@ def head_parts(width: int) -> tuple[int, int]:
     return (main, rest) if 16 <= main and rest < main else (whole, 0)
 
 
-def choose(device: str, width: int, dtype: torch.dtype, causal: bool, summed: bool) -> tuple[dict, dict]:
-    """The constants of the kernel and the options of its compilation, for a family of devices."""
+def choose(
+    device: str, width: int, dtype: torch.dtype, causal: bool, summed: bool, segments: tuple[int, int]
+) -> tuple[dict, dict]:
+    """The constants of the kernel and the options of its compilation, for a family of devices; segments: how
+    many there are of queries and of keys."""
     main, rest = head_parts(width)
     if dtype == torch.float32:
         table = FP32_TILES[device[: 2 if device.startswith("sm") else 3]]
+    elif causal or summed:
+        table = CAUSAL_OR_SUMMED_TILES[device]
+    elif segments == (1, 2):
+        table = TILES[device] | TWO_KEY_SEGMENTS_TILES.get(device, {})
     else:
-        table = (CAUSAL_OR_SUMMED_TILES if causal or summed else TILES)[device]
+        table = TILES[device]
     tile = next(tile for widest, tile in table.items() if main + rest <= widest)._asdict()
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"E": width, "MAIN": main, "REST": rest, "CAUSAL": causal, "SUMMED": summed, **tile}
@@ -475,9 +495,14 @@ def run_attention(
     q, k, v = ([with_adjacent_heads(x) for x in part] for part in (q, k, v))
     device = family(first.device)
     if device is None:
-        raise RuntimeError("no Triton kernel can run here: there are no tiles for this device")
-    constants, options = choose(device, first.shape[-1], first.dtype, causal, summed)
-    constants["TMA"] = device in TMA_FAMILIES and first.dtype != torch.float32 and all(map(tma_reads, k + v))
+        raise RuntimeError(f"no Triton kernel can run here: {no_tiles(first.device)}")
+    constants, options = choose(device, first.shape[-1], first.dtype, causal, summed, (len(q), len(k)))
+    if device in TMA_FAMILIES and first.dtype != torch.float32 and first.shape[-1] % 8 == 0:
+        # Masked pointers would spill on these devices: a copy is the lesser cost.
+        k, v = ([x if tma_reads(x) else copied(x) for x in part] for part in (k, v))
+        constants["TMA"] = True
+    else:
+        constants["TMA"] = False
     constants["WARP_SPECIALIZE"] &= constants["TMA"]
     if constants["TMA"] and first.is_cuda:
         triton.set_allocator(workspace)  # for the descriptors
@@ -524,14 +549,33 @@ def tma_reads(x: Tensor) -> bool:
     return all(step * x.element_size() % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
 
 
+def copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-@functools.cache
 def first_tokens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept: a copy to the device per call would wait for it, and cannot be captured in a graph."""
-    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    """(samples + 1) int32. Kept, because a copy to the device per call would wait for it. A graph that is
+    being captured cannot copy, and its memory must not outlive it: there the numbers are filled in."""
+    if not capturing(device):
+        return kept_first_tokens(lengths, device)
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+    for i, first in enumerate(itertools.accumulate(lengths)):
+        starts[i + 1].fill_(first)
+    return starts
+
+
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@functools.lru_cache(maxsize=64)
+def kept_first_tokens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    starts = (0, *itertools.accumulate(lengths))
+    return torch.tensor(starts, dtype=torch.int32, device=device)
 
 
 def fake_attention(q, k, v, lengths, causal, summed, scale):

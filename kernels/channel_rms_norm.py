@@ -20,8 +20,8 @@ PARTIAL_SUMS = 256  # programs of a backward; the same on every device, so that 
 def tile(channels: int, positions: int, last: bool, most: int = 16384) -> dict[str, int]:
     """All channels, padded to a power of two. Channels last: 4096 elements, as the other norms. Contiguous:
     8192, or 32 positions if `most` allows it: 64 bytes of half precision next to each other in each channel.
-    16 elements per thread, up to 1024 threads (32 each spill on Ampere); AMD's warps are 64 wide. Products
-    and sums fuse, whatever the default of a release of Triton is."""
+    16 elements per thread, up to 1024 threads (32 each spill on Ampere); Instinct's warps are 64 wide.
+    Products and sums fuse, whatever the default of a release of Triton is."""
     c_block = triton.next_power_of_2(channels)
     wanted = 4096 // c_block if last else max(32, 8192 // c_block)
     n_block = max(1, min(wanted, most // c_block, triton.next_power_of_2(positions)))

@@ -23,8 +23,8 @@ from torch import Tensor
 
 def tile() -> dict[str, int]:
     """2048 elements, 16 per thread: two 16-byte loads of half precision in flight for each of gate and value.
-    All widths in use but one are multiples of 256. AMD's warps are 64 wide. Products and sums fuse, whatever
-    the default of a release of Triton is."""
+    All widths in use but one are multiples of 256. Instinct's warps are 64 wide. Products and sums fuse,
+    whatever the default of a release of Triton is."""
     num_warps = 2 if torch.version.hip else 4
     return {"ROWS": 8, "BLOCK": 256, "num_warps": num_warps, "enable_fp_fusion": True}
 

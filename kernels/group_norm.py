@@ -43,7 +43,7 @@ def group_tile(channels: int, positions: int) -> dict[str, int]:
 
 
 def options(size: int) -> dict[str, int]:
-    """16 elements per thread: two 16-byte loads of half precision in flight. AMD's warps are 64 wide.
+    """16 elements per thread: two 16-byte loads of half precision in flight. Instinct's warps are 64 wide.
     Products and sums fuse, whatever the default of a release of Triton is."""
     lanes = 64 if torch.version.hip else 32
     return {"num_warps": max(1, min(16, size // (16 * lanes))), "enable_fp_fusion": True}

@@ -19,8 +19,8 @@ from torch import Tensor
 
 def tile(channels: int) -> dict[str, int]:
     """1024 elements or 16 positions, 8 elements per thread: latents are small, and this way there are
-    programs for all processors. AMD's warps are 64 wide. Products and sums fuse, whatever the default of a
-    release of Triton is."""
+    programs for all processors. Instinct's warps are 64 wide. Products and sums fuse, whatever the default of
+    a release of Triton is."""
     rows = triton.next_power_of_2(channels)
     block = max(16, 1024 // rows)
     lanes = 64 if torch.version.hip else 32

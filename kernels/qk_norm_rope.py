@@ -30,7 +30,7 @@ PARTIAL_SUMS = 256  # programs of a backward for each of q and k; on every devic
 
 def tile(q_heads: int, k_heads: int, head_dim: int, across: bool) -> dict[str, int]:
     """As many heads of a token as both q and k have, up to 4096 elements, or all that are normed together;
-    and 16 elements per thread: two 16-byte loads of half precision in flight. AMD's warps are 64 wide.
+    and 16 elements per thread: two 16-byte loads of half precision in flight. Instinct's warps are 64 wide.
     Products and sums fuse, whatever the default of a release of Triton is."""
     block = max(2, triton.next_power_of_2(head_dim))
     heads = max(q_heads, k_heads) if across else min(q_heads, k_heads, max(1, 4096 // block))

@@ -22,8 +22,8 @@ PARTIAL_SUMS = 256  # programs of a backward; the same on every device, so that 
 
 def tile(width: int) -> dict[str, int]:
     """Whole rows, 4096 elements or one row, and 16 elements per thread: two 16-byte loads of half precision
-    in flight. AMD's warps are 64 wide. Products and sums fuse, whatever the default of a release of Triton
-    is."""
+    in flight. Instinct's warps are 64 wide. Products and sums fuse, whatever the default of a release of
+    Triton is."""
     block = triton.next_power_of_2(width)
     rows = max(1, min(64, 4096 // block))
     lanes = 64 if torch.version.hip else 32

@@ -406,6 +406,50 @@ def test_the_distillation_preset(tiny, states):
     assert np.array_equal(found, wanted) and not np.array_equal(plain, wanted)
 
 
+def test_a_preset_leaves_the_other_adapters_as_they_were(tiny, monkeypatch):
+    pipe = joyedit.load(tiny, device="cpu")
+    pipe.load_lora_weights(tiny / LORA, "style")
+    pipe.set_adapters("style", 0.5)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(joyedit.lora.AdapterState, "fuse", lambda *_: (_ for _ in ()).throw(MemoryError))
+        pipe.use_preset("distill", lora=tiny / LORA)
+    assert pipe.preset is None and pipe.get_list_adapters() == {"transformer": ["style"]}
+    assert pipe.adapters.active_weights["style"]["transformer"] == 0.5
+    pipe.use_preset("distill", lora=tiny / LORA)
+    assert pipe.get_active_adapters() == ["style", "distill"] and pipe.adapters.fused_loras == {"distill"}
+    weights = pipe.adapters.active_weights
+    assert (weights["style"]["transformer"], weights["distill"]["transformer"]) == (0.5, 1.0)
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    assert not torch.equal(layer.weight, layer._parameters["weight"])  # the other one still runs
+
+
+def test_distilled_weights_are_known_as_long_as_they_are_there(tiny, tmp_path, caplog):
+    def warnings(pipe, **options):
+        caplog.clear()
+        film(pipe, **options)
+        return [message for message in caplog.messages if "distilled" in message]
+
+    recipe = {"num_inference_steps": 8, "guidance_scale": 1.0}
+    pipe = joyedit.load(tiny, device="cpu", preset="distill")
+    pipe.unload_lora_weights()  # but it is fused
+    assert not warnings(pipe, **recipe)
+    (message,) = warnings(pipe, num_inference_steps=2, guidance_scale=1.0)
+    assert message.endswith("here there is num_inference_steps=2")
+    shutil.copy(tiny / LORA, tmp_path / "brush.safetensors")
+    pipe = joyedit.load(tiny, device="cpu")
+    for forget in (pipe.unload_lora_weights, lambda: pipe.adapters.delete_adapters("default_0")):
+        pipe.load_lora_weights(tiny / LORA)
+        assert warnings(pipe)
+        forget()
+        pipe.load_lora_weights(tmp_path / "brush.safetensors")
+        assert pipe.get_active_adapters() == ["default_0"] and not warnings(pipe)
+        pipe.unload_lora_weights()
+    pipe.load_lora_weights(tiny / LORA)
+    pipe.unload_lora_weights()
+    joyedit.ChronoEditPipeline(**pipe.components).load_lora_weights(tmp_path / "brush.safetensors")
+    assert pipe.get_active_adapters() == ["default_0"] and not warnings(pipe)
+
+
 def test_presets_that_there_are_not(tiny, folder, no_tensors, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="preset='turbo': known are .*distill"):
         joyedit.load(tiny, device="cpu", preset="turbo")

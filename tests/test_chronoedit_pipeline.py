@@ -237,7 +237,7 @@ def test_films_of_a_prompt_follow_one_another(pipe):
 def test_one_prompt_serves_several_photographs_and_one_photograph_several_prompts(pipe):
     photos = [picture(1), picture(2)]
     two = [seeded(1), seeded(2)]
-    several = run(pipe, photos, [PROMPT], generator=two)
+    several = run(pipe, photos, [PROMPT], negative_prompt=[""], generator=two)
     assert close(several[1:], run(pipe, photos[1], generator=seeded(2)))
     two = [seeded(1), seeded(2)]
     shared = run(pipe, photos[0], [PROMPT, OTHER], generator=two)
@@ -385,6 +385,17 @@ def test_callbacks_see_and_replace(pipe):
     assert not run(pipe, output_type="latent", callback_on_step_end=Zero()).any()
 
 
+def test_callbacks_without_guidance(pipe):
+    """There is no negative prompt then, and what is not there can be handed back, but not replaced."""
+    names = ["latents", "negative_prompt_embeds"]
+    call = {"guidance_scale": 1.0, "callback_on_step_end_tensor_inputs": names}
+    same = run(pipe, callback_on_step_end=lambda pipe, step, time, tensors: tensors, **call)
+    assert np.array_equal(same, run(pipe, guidance_scale=1.0))
+    for returned in ({"negative_prompt_embeds": EMBEDS}, {"latents": None}):
+        with pytest.raises(ValueError, match=f"the callback returned a {next(iter(returned))} in place of"):
+            run(pipe, callback_on_step_end=lambda *_, made=returned: made, **call)
+
+
 @pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])
 def test_changed_embeddings_are_used_from_the_next_step(pipe, name):
     def change(pipe, step, timestep, tensors):
@@ -484,7 +495,14 @@ def test_preset_sets_what_the_call_leaves_open(pipe, caplog, monkeypatch):
     before = pipe.scheduler
     wanted = {"num_inference_steps": 8, "guidance_scale": 1.0}
     plain = {"height": HEIGHT, "width": WIDTH}
-    found = pipe(picture(), PROMPT, generator=seeded(), preset="distill", **plain).frames
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append((shift_of(pipe.scheduler), pipe.scheduler.timesteps[step] == timestep))
+
+    call = {"preset": "distill", "callback_on_step_end": look}
+    found = pipe(picture(), PROMPT, generator=seeded(), **call, **plain).frames
+    assert seen == [(2.0, True)] * 8
     assert len(calls["predict"]) == 8 and pipe.scheduler is before and shift_of(before) == 5.0
     assert len(messages(caplog)) == 1  # no adapter
     pipe.scheduler = UniPCMultistepScheduler.from_config(before.config, flow_shift=2.0)
@@ -660,3 +678,6 @@ def test_parts_that_do_not_fit_are_refused(loaded, checkpoint):
             ChronoEditPipeline(**{**loaded.components, "transformer": other})
     with pytest.raises(TypeError, match="scheduler is a str"):
         ChronoEditPipeline(**{**loaded.components, "scheduler": "UniPC"})
+    for part in (None, object()):
+        with pytest.raises(TypeError, match=f"vae is a {type(part).__name__}: ChronoEditPipeline takes Auto"):
+            ChronoEditPipeline.from_pretrained(checkpoint, vae=part)

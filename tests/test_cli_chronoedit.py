@@ -300,6 +300,27 @@ def test_what_was_recorded_of_a_film_is_no_matter_to_other_models(photo, run, ch
     assert (found["model"], found["num_frames"], found["fps"]) == (str(checkpoint), 29, 8)
 
 
+def test_reasoning_after_a_run_without_it_makes_the_whole_film(photo, run):
+    assert run("edit", photo, "x", *QUICK, "-o", "a.png")[0] == 0 and recorded("a.png")["num_frames"] == 5
+    again = ("--config-from", "a.png", "--reasoning-steps", 1, "-q", "-o")
+    assert run("edit", photo, *again, "b.png")[0] == 0 and recorded("b.png")["num_frames"] == 29
+    assert run("edit", photo, *again, "c.png", "--frames", 9)[0] == 0
+    assert recorded("c.png")["num_frames"] == 9
+
+
+def test_a_recorded_adapter_is_no_matter_to_other_models(photo, run, checkpoint, monkeypatch):
+    monkeypatch.setattr(cli, "run_pipeline", lambda pipe, given, seeds: [Image.new("RGB", (48, 32))])
+    lora = checkpoint / "lora" / "chronoedit_distill_lora.safetensors"
+    words = ("--lora", lora, "--lora-scale", 0.5, "-o", "first.png")
+    assert run("edit", photo, "Make it red.", *QUICK, *words)[0] == 0
+    again = ("--config-from", "first.png", "-o", "other.png", "--steps", 1)
+    status, _, err = run("edit", photo, *again, "-m", "tiny-joyimage")
+    assert status == 0 and "is for a ChronoEditPipeline: it is left out" in err
+    assert not {"lora", "lora_scale"} & set(recorded("other.png"))
+    status, _, err = run("edit", photo, *again, "-m", checkpoint, "--force")
+    assert status == 0 and "left out" not in err and recorded("other.png")["lora_scale"] == 0.5
+
+
 def test_another_photograph_keeps_its_own_shape(photo, run, seen):
     assert run("edit", photo, "x", *QUICK, "--basesize", 256, "-o", "first.png")[0] == 0
     Image.open(photo).resize((60, 240)).save("tall.png")

@@ -11,7 +11,7 @@ Sizes: JoyImage edits 1024 x 1024 pixels with one reference (8192 image and 1100
 heads, 40 blocks); ChronoEdit makes 5 frames of 720p (7200 tokens, width 5120, 40 heads, 40 blocks, 512 text
 and 257 image tokens); Stable Diffusion 2.1 edits 768 x 768 pixels (latents 96 x 96). A step is one denoising
 step with guidance: two forwards of a transformer, one of the UNet with a batch of 2. JoyImage's last block is
-counted like the others; it does half of their work.
+counted like the others, but for its attention; it does half of their work.
 """
 
 import importlib

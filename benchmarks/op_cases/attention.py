@@ -72,9 +72,12 @@ OPS = {
 }
 JOINT_K = (alone(8192, 32, 128), alone(1100, 32, 128))
 JOINT_V = (projected(8192, 32, 128), projected(1100, 32, 128))
+TARGET = alone(4096, 32, 128)
+TARGET_V = (projected(8192, 32, 128, of=2), projected(1100, 32, 128, of=2))
 CONTEXT = (alone(512, 40, 128), alone(257, 40, 128))
 CASES = [
-    Case("attention", "joyimage", "image and text", (JOINT_K, JOINT_K, JOINT_V), 80, 1),
+    Case("attention", "joyimage", "image and text", (JOINT_K, JOINT_K, JOINT_V), 78, 1),
+    Case("attention", "joyimage", "last block, to image and text", (TARGET, JOINT_K, TARGET_V), 2),
     Case("attention", "chronoedit", "self", all_of(7200, 40, 128), 80, 1),
     Case(
         "attention",
@@ -98,7 +101,6 @@ CASES = [
     ),
     Case("attention", "diffedit", "self at 96 x 96", all_of(96 * 96, 5, 64, HALF, 2), 5, 1),
     Case("attention", "diffedit", "1.5: self at 64 x 64", all_of(64 * 64, 8, 40, HALF, 2)),
-    Case("attention", "diffedit", "1.5: self at 32 x 32", all_of(32 * 32, 8, 80, HALF, 2)),
     Case("attention", "diffedit", "1.5: self at 16 x 16", all_of(16 * 16, 8, 160, HALF, 2)),
     Case("attention", "chronoedit", "CLIP vision", all_of(257, 16, 80)),
     Case("attention", "diffedit", "CLIP text, causal", (*all_of(77, 16, 64, HALF, 2), True)),

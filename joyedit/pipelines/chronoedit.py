@@ -20,7 +20,7 @@ Source: diffusers `pipeline_chronoedit.py`; nv-tlabs/ChronoEdit; arXiv 2510.0429
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +40,8 @@ from joyedit.models.clip import CLIPVisionModel, CLIPVisionModelWithProjection
 from joyedit.models.umt5 import UMT5EncoderModel
 from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.noise import Generators, draw_noise
-from joyedit.pipelines.chronoedit_frames import EDIT, FrameCoder, for_all
-from joyedit.pipelines.chronoedit_presets import PRESETS, Scheduler, preset_called, shift_of, with_shift
+from joyedit.pipelines.chronoedit_frames import ENDS, FrameCoder, for_all
+from joyedit.pipelines.chronoedit_presets import PRESETS, Solver, preset_called, shift_of, with_shift
 from joyedit.pipelines.pipeline import (
     Pipeline,
     as_list,
@@ -62,7 +62,6 @@ TENSOR_IMAGES = "tensor_images"
 
 EDIT_FRAMES, REASONING_FRAMES = 5, 29
 DEFAULT_FRAMES, DEFAULT_STEPS, DEFAULT_GUIDANCE = 81, 50, 5.0  # the reference's
-STRETCH = 1.1  # the change of aspect ratio that is worth a warning
 
 Picture = Image.Image | np.ndarray | Tensor
 
@@ -105,7 +104,7 @@ class ChronoEditPipeline(Pipeline):
         image_processor: CLIPImageProcessor,
         transformer: ChronoEditTransformer3DModel,
         vae: AutoencoderKLWan,
-        scheduler: Scheduler,
+        scheduler: Solver,
         reference_quirks: bool | Sequence[str] = False,
     ):
         super().__init__(
@@ -124,13 +123,14 @@ class ChronoEditPipeline(Pipeline):
         self.image_processor: CLIPImageProcessor
         self.transformer: ChronoEditTransformer3DModel
         self.vae: AutoencoderKLWan
-        self.scheduler: Scheduler
+        self.scheduler: Solver
         self.vae_scale_factor_spatial = vae.config.scale_factor_spatial
         self.vae_scale_factor_temporal = vae.config.scale_factor_temporal
         self.preset: str | None = None
         self.guidance_scale = 1.0
         self.num_timesteps = 0
         self._distilled: set[str] = set()  # adapters from files that are called so
+        self._keeps_distilled = False  # whether such a one stayed in the weights when it was forgotten
         self.check_configs({name: network.config for name, network in self.networks.items()})
 
     @classmethod
@@ -241,7 +241,7 @@ class ChronoEditPipeline(Pipeline):
             raise ValueError(
                 f"negative_prompt_embeds are for {len(negative_prompt_embeds)} prompts, but there are {batch}"
             )
-        negatives = as_list(negative_prompt, batch, "negative_prompt")
+        negatives = _one_each(negative_prompt, batch, "negative_prompt")
         generator = check_generators(generator, batch * copies)
         height, width = int(height), int(width)
         if latents is not None:
@@ -252,7 +252,7 @@ class ChronoEditPipeline(Pipeline):
         _warn_if_stretched(photos, height, width, self.size_multiple)
 
         positive, negative = self.encode_prompt(
-            None if prompt is None else as_list(prompt[0] if len(prompt) == 1 else prompt, batch, "prompt"),
+            None if prompt is None else _one_each(prompt, batch, "prompt"),
             negatives,
             self.do_classifier_free_guidance,
             copies,
@@ -268,7 +268,8 @@ class ChronoEditPipeline(Pipeline):
         latents, condition = self.prepare_latents(
             batch, copies, height, width, frames, generator, latents, pixels, order
         )
-        with contextlib.nullcontext() if scale is None else self.adapters.scaled(scale):
+        scaled = contextlib.nullcontext() if scale is None else self.adapters.scaled(scale)
+        with scaled, self._running(scheduler):
             latents = self._denoise(
                 scheduler,
                 latents,
@@ -283,9 +284,19 @@ class ChronoEditPipeline(Pipeline):
         result = self._decode(latents, output_type, only_last_frame)
         return ChronoEditPipelineOutput(result) if return_dict else (result,)
 
+    @contextlib.contextmanager
+    def _running(self, scheduler: Solver) -> Iterator[None]:
+        """The scheduler of a call in the place of the pipeline's own, where callbacks look for it."""
+        own, self.scheduler = self.scheduler, scheduler
+        try:
+            yield
+        finally:
+            if self.scheduler is scheduler:  # else a callback has chosen another for the calls to come
+                self.scheduler = own
+
     def _denoise(
         self,
-        scheduler: Scheduler,
+        scheduler: Solver,
         latents: Tensor,
         condition: Tensor,
         positive: Tensor,
@@ -312,8 +323,8 @@ class ChronoEditPipeline(Pipeline):
                 if self.interrupt:
                     break
                 if i == cut:
-                    latents, condition = latents[:, :, EDIT], condition[:, :, EDIT]
-                    scheduler.select_frames(EDIT)
+                    latents, condition = latents[:, :, ENDS], condition[:, :, ENDS]
+                    scheduler.select_frames(ENDS)
                     rope = None
                 x = torch.cat((latents, condition), dim=1)
                 rope = rope or transformer.rope(transformer.token_grid(x), x.device)
@@ -370,7 +381,7 @@ class ChronoEditPipeline(Pipeline):
         texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
         batch = len(texts) if prompt_embeds is None else len(prompt_embeds)
         guided = do_classifier_free_guidance and negative_prompt_embeds is None
-        texts += as_list(negative_prompt, batch, "negative_prompt") if guided else []
+        texts += _one_each(negative_prompt, batch, "negative_prompt") if guided else []
         read = self._embed(texts, max_sequence_length) if texts else None
         if prompt_embeds is None:
             assert read is not None
@@ -493,12 +504,21 @@ class ChronoEditPipeline(Pipeline):
         files = () if isinstance(source, Mapping) else (Path(source).name, options.get("weight_name") or "")
         if any("distill" in name.lower() for name in (report.name, *files)):
             self._distilled.add(report.name)
+        else:
+            self._distilled.discard(report.name)
         return report
+
+    def unload_lora_weights(self) -> None:
+        """Forget all adapters; see `joyedit.lora.Adapters`."""
+        self._keeps_distilled |= bool(self.adapters.fused_loras & self._distilled)
+        super().unload_lora_weights()
+        self._distilled.clear()
 
     def use_preset(self, name: str, lora: Any = None, reversible: bool = False) -> LoraReport | None:
         """Set the pipeline up for a preset: `scheduler` gets its shift, and calls that leave steps and
         guidance at the defaults get its own. lora: its adapter, as `load_lora_weights` takes it, which is
-        fused into the weights; reversible keeps the originals, as `fuse_lora` does.
+        fused into the weights, and the active ones stay so; reversible keeps the originals, as `fuse_lora`
+        does.
 
         Raises ValueError for an unknown name, and what loading the adapter raises, with nothing changed.
         """
@@ -506,12 +526,20 @@ class ChronoEditPipeline(Pipeline):
         scheduler = with_shift(self.scheduler, chosen.flow_shift)
         report = None
         if lora is not None:
+            before = self.adapters.active_weights
             report = self.load_lora_weights(lora, name)
-            self.fuse_lora(adapter_names=[name], reversible=reversible)
+            try:
+                self.fuse_lora(adapter_names=[name], reversible=reversible)
+            except BaseException:
+                self.adapters.delete_adapters(name)
+                self._distilled.discard(name)
+                self.set_adapters(list(before), list(before.values()))
+                raise
+            self.set_adapters([*before, name], [*before.values(), 1.0])
         self.scheduler, self.preset = scheduler, name
         return report
 
-    def _settings(self, preset: str | None, steps: int, guidance: float) -> tuple[Scheduler, int, float]:
+    def _settings(self, preset: str | None, steps: int, guidance: float) -> tuple[Solver, int, float]:
         """Scheduler, steps and guidance of a run, those of the preset where the call leaves the defaults."""
         check_count("num_inference_steps", steps)
         if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
@@ -524,10 +552,11 @@ class ChronoEditPipeline(Pipeline):
             steps = chosen.num_inference_steps if steps == DEFAULT_STEPS else steps
             guidance = chosen.guidance_scale if guidance == DEFAULT_GUIDANCE else guidance
         adapters = {*self.get_active_adapters(), *self.adapters.fused_loras}
-        if adapters & self._distilled:
+        if self._keeps_distilled or adapters & self._distilled:
             chosen = chosen or PRESETS["distill"]
         if chosen is not None:
-            chosen.warn_of_parts(steps, guidance, shift_of(scheduler), bool(adapters))
+            adapted = self._keeps_distilled or bool(adapters)
+            chosen.warn_of_parts(steps, guidance, shift_of(scheduler), adapted)
         return scheduler, steps, guidance
 
 
@@ -568,6 +597,11 @@ def _batch(**given: Sequence[Any] | Tensor | None) -> int:
     return batch
 
 
+def _one_each(text: str | list[str] | None, batch: int, name: str) -> list[str]:
+    """As `as_list`, but a list of one serves all prompts, as the text alone does."""
+    return as_list(text[0] if isinstance(text, list) and len(text) == 1 else text, batch, name)
+
+
 def _rows(embeds: Tensor | None, batch: int) -> Tensor | None:
     return None if embeds is None else embeds.expand(batch, -1, -1)
 
@@ -583,16 +617,13 @@ def _lora_scale(attention_kwargs: Mapping[str, Any] | None) -> float | None:
 
 
 def _warn_if_stretched(photos: list[Image.Image], height: int, width: int, multiple: int) -> None:
-    def distortion(photo: Image.Image, height: int, width: int) -> float:
-        change = photo.height * width / (photo.width * height)
-        return max(change, 1 / change)
-
     for photo in photos:
-        if (now := distortion(photo, height, width)) <= STRETCH:
+        own = (photo.height, photo.width)
+        if (now := im.stretch(own, (height, width))) <= im.STRETCH:
             continue
         with contextlib.suppress(ValueError):  # too narrow for any size of that area
-            size = im.size_of_area(photo.height, photo.width, height * width, multiple)
-            if distortion(photo, *size) < now:
+            size = im.size_of_area(*own, height * width, multiple)
+            if im.stretch(own, size) < now:
                 given = f"{photo.width} x {photo.height} pixels is stretched to {width} x {height}"
                 log.warning("a photograph of %s; width=%d, height=%d would fit it", given, size[1], size[0])
                 return

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from joyedit.models.wan_vae import AutoencoderKLWan, Past, ResidualBlock, UpBlock
 
-EDIT = (0, -1)  # the latent frames of the photograph and of the edited picture
+ENDS = (0, -1)  # the latent frames of the photograph and of the edited picture
 
 
 class FrameCoder:
@@ -31,9 +31,6 @@ class FrameCoder:
         self.vae = vae
         mean, std = (torch.tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
         self.mean, self.std = (rearrange(values, "c -> 1 c 1 1 1") for values in (mean, std))
-
-    def latent_frames(self, frames: int) -> int:
-        return (frames - 1) // self.vae.config.scale_factor_temporal + 1
 
     def condition(self, pictures: Tensor, frames: int, known: bool = True) -> Tensor:
         """What is known of films of 1 + 4k frames, (B, 4 + C, T, h, w) fp32: the mask of each of the four
@@ -57,7 +54,7 @@ class FrameCoder:
         if latents.shape[2] == 1:
             return self.vae.decode(latents).sample
         if only_last:
-            return self.vae.decode_with(self._last_frame, latents[:, :, EDIT])
+            return self.vae.decode_with(self._last_frame, latents[:, :, ENDS])
         return self.vae.decode_with(self._all_frames, latents)
 
     def _all_frames(self, z: Tensor) -> Tensor:
@@ -66,7 +63,12 @@ class FrameCoder:
         past: Past = {}
         start = self.vae.decoder(first, past)
         end = self.vae.decoder(edit, dict(past))
-        return torch.cat([start, *(self.vae.decoder(frame, past) for frame in way), end], dim=2)
+        each = end.shape[2]
+        film = start.new_empty(*start.shape[:2], 1 + each * (len(way) + 1), *start.shape[3:])
+        film[:, :, :1], film[:, :, -each:] = start, end
+        for i, frame in enumerate(way):
+            film[:, :, 1 + each * i : 1 + each * (i + 1)] = self.vae.decoder(frame, past)
+        return film
 
     def _last_frame(self, z: Tensor) -> Tensor:
         """z (B, C, 2, h, w), not normalised -> the last of the five frames, (B, 3, 1, H, W).

@@ -18,7 +18,7 @@ from joyedit.schedulers.unipc import UniPCMultistepScheduler
 
 log = logging.getLogger("joyedit")
 
-Scheduler = UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler
+Solver = UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,12 @@ def preset_called(name: Any) -> Preset:
     return PRESETS[name]
 
 
-def shift_of(scheduler: Scheduler) -> float:
+def shift_of(scheduler: Solver) -> float:
     is_euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
     return scheduler.shift if is_euler else scheduler.config.flow_shift
 
 
-def with_shift(scheduler: Scheduler, shift: float) -> Scheduler:
+def with_shift(scheduler: Solver, shift: float) -> Solver:
     """A scheduler like this one with that shift; itself, if it has it. Raises ValueError for a UniPC solver
     whose predictor is another scheduler."""
     if shift_of(scheduler) == shift:

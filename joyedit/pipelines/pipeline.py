@@ -53,16 +53,19 @@ class Pipeline:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Raises TypeError for a part of another class."""
-        kinds = self.parts.get(name)
-        if kinds and not isinstance(value, kinds) and not (value is None and name in self.optional_parts):
+        self.check_part(name, value)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def check_part(cls, name: str, value: Any) -> None:
+        """Raises TypeError when `name` is that of a part, and `value` of another class than it may have."""
+        kinds = cls.parts.get(name)
+        if kinds and not isinstance(value, kinds) and not (value is None and name in cls.optional_parts):
             wanted = " or ".join(kind.__name__ for kind in kinds)
             advice = ""
             if hasattr(value, "_orig_mod"):
                 advice = "; compile its blocks in place instead: `for block in blocks: block.compile()`"
-            raise TypeError(
-                f"{name} is a {type(value).__name__}: {type(self).__name__} takes {wanted}{advice}"
-            )
-        super().__setattr__(name, value)
+            raise TypeError(f"{name} is a {type(value).__name__}: {cls.__name__} takes {wanted}{advice}")
 
     @classmethod
     def from_pretrained(
@@ -97,6 +100,8 @@ class Pipeline:
         quirks: bool | Sequence[str] = False,
     ) -> Self:
         """`from_pretrained` with its arguments sorted: `given` are the parts that are not loaded."""
+        for name, part in given.items():
+            cls.check_part(name, part)
         classes, settings = {}, {}
         if set(cls.parts) - set(given):
             index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
@@ -317,6 +322,10 @@ class Pipeline:
                 f"the callback returned {sorted(unknown)}; only {sorted(tensors)} can be replaced"
             )
         for name, tensor in returned.items():
+            if tensor is tensors[name]:  # None as well, where a run has no such tensor
+                continue
+            if tensor is None or tensors[name] is None:
+                raise ValueError(f"the callback returned a {name} in place of none, or none in place of one")
             if tensor.shape != tensors[name].shape:
                 shapes = f"{tuple(tensor.shape)}, wanted {tuple(tensors[name].shape)}"
                 raise ValueError(f"the callback returned {name} of shape {shapes}")

@@ -97,7 +97,7 @@ def test_a_changed_kernel_or_tile_is_noticed(monkeypatch):
 
 
 def test_tiles_are_those_of_the_gpu():
-    """AMD's warps are twice as wide, so half as many hold a row."""
+    """Instinct's warps are twice as wide, so half as many hold a row."""
     case = op_cases.modules()["rms_norm"].CASES[0]
     found = {}
     for target in ("sm_90", "gfx942"):

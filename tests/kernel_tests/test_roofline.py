@@ -88,6 +88,50 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
             timings.check(case(), "torch", wrong, made)
 
 
+def test_compiled_operations_are_the_plain_ones(monkeypatch):
+    """On a GPU, "auto" would compile a call of our kernel. Nothing compiled for another case is left over."""
+    done = []
+
+    def compile(operation, dynamic):
+        return lambda *args: done.append(ops._backend) or operation(*args)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
+    compiled = timings.call(case(), "compile")
+    assert timings.check(case(), "compile", compiled, case().make("cpu")) < 1e-2
+    assert done == ["reset", "torch"] and ops._backend == "auto"
+
+
+def test_some_heads_of_attention_are_held_against_float64():
+    x, shared = T((1, 9, 6, 16), torch.bfloat16), T((1, 9, 2, 16), torch.bfloat16)
+    made_up = Case("attention", "joyimage", "made up", ((x, x), (shared, shared), (shared, shared)))
+    made, right = made_up.make("cpu"), timings.call(made_up, "torch")
+
+    def wrong(*args):
+        out = right(*args)
+        out[:, :, 2] *= 1.1  # the last head that shares the first one of k
+        return out
+
+    assert timings.check(made_up, "torch", right, made) < 1e-2
+    with pytest.raises(timings.UnequalResults, match="from float64"):
+        timings.check(made_up, "torch", wrong, made)
+
+
+def test_results_are_written_after_each_case(monkeypatch, tmp_path):
+    def measure(cases, providers):
+        for count in (1, 2):
+            assert not torch.is_grad_enabled()
+            yield {"rows": count}
+        raise timings.UnequalResults("stop")
+
+    monkeypatch.setattr(timings, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "made up")
+    with pytest.raises(timings.UnequalResults, match="stop"):
+        timings.main(["--out", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == {"rows": 2}
+
+
 def test_overhead_of_every_operation(tmp_path, capsys):
     results = timings.overhead(op_cases.all_ops(), calls=3)
     assert set(results["microseconds"]) == set(op_cases.all_ops())

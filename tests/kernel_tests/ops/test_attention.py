@@ -1,6 +1,7 @@
 """attention against float64: segments, packing, causality, grouped queries and every kind of tile."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -250,7 +251,7 @@ def tiles(monkeypatch, device):
 
         class Kernel:
             def __getitem__(self, grid):
-                return lambda *args, **constants: found.update(constants, grid=grid)
+                return lambda *args, **constants: found.update(constants, grid=grid, segments=args[:6])
 
         n, m = len(shape.queries), len(shape.keys)
         with monkeypatch.context() as patch, ops.backend("triton"):
@@ -270,7 +271,50 @@ def test_descriptors_where_the_device_has_them_and_the_memory_allows(tiles):
     assert not tiles("sm_90", Shape(width=64), torch.float32).TMA
     assert not tiles("sm_90", Shape(width=12)).TMA, "24 bytes from token to token"
     off = tiles("sm_100", Shape(width=128), change=lambda x: F.pad(x.flatten(), (1, 0))[1:].view(x.shape))
-    assert not off.TMA and not off.WARP_SPECIALIZE, "an address that is no multiple of 16 bytes"
+    assert off.TMA and off.WARP_SPECIALIZE, "copied from an address that is no multiple of 16 bytes"
+    read = [x[0] for x in off.segments if x is not None][1:]
+    assert [x.data_ptr() % 16 for x in read] == [0, 0]
+
+
+def test_keys_at_an_odd_address(check, monkeypatch):
+    """As in the test above, and the result is still right."""
+    given = tensors
+    odd = functools.partial(map, lambda x: F.pad(x.flatten(), (1, 0))[1:].view(x.shape))
+    monkeypatch.setitem(globals(), "tensors", lambda *args: [*odd(given(*args))])
+    check(Shape((33,), (70, 9), batch=2))
+
+
+def test_a_tile_of_its_own_for_two_segments_of_keys_alone(tiles):
+    """JoyImage's last block asks with one segment."""
+    joint, alone = (tiles("sm_80", Shape(queries, (70, 9), width=128)) for queries in ((33, 9), (33,)))
+    assert (joint.BLOCK_M, alone.BLOCK_M) == (64, 32)
+    assert tiles("sm_90", Shape((33,), (70, 9), width=128)).BLOCK_M == 128
+
+
+def test_first_tokens_of_samples(monkeypatch, device):
+    """Kept outside of a graph's capture, made anew within it."""
+    from joyedit.kernels import attention
+
+    lengths = (3, 0, 5)
+    kept = attention.first_tokens(lengths, device)
+    assert kept.tolist() == [0, 3, 3, 8] and kept.dtype == torch.int32
+    assert attention.first_tokens(lengths, device) is kept
+    monkeypatch.setattr(attention, "capturing", lambda device: True)
+    filled = attention.first_tokens(lengths, device)
+    assert filled is not kept and torch.equal(filled, kept) and filled.dtype == torch.int32
+
+
+def test_a_device_without_tiles(monkeypatch, device):
+    from joyedit.kernels import attention
+
+    monkeypatch.setattr(attention, "family", lambda device: None)
+    q, k, v = tensors(Shape(), torch.float32, device)
+    with ops.backend("triton"), pytest.raises(RuntimeError, match="can run here: there are no tiles"):
+        ops.attention(q, k, v)
+    with pytest.raises(RuntimeError, match="can run here: there are no tiles"):
+        attention.attention([q], [k], [v], [], False, False, 1.0)
+    with ops.backend("auto"):
+        torch.testing.assert_close(ops.attention(q, k, v), plain(q, k, v).contiguous())
 
 
 def test_every_family_has_tiles_for_every_width(tiles):
@@ -310,8 +354,10 @@ def test_pytorch_where_it_is_faster(monkeypatch):
         assert not stock(family, keys=(80, 20)) and not stock(family, keys=(80, 20), summed=True)
         assert not stock(family, queries=(50,), causal=True)
         assert stock(family, dtype=torch.float32) == family.startswith("sm")
+        assert stock(family, dtype=torch.float32, lengths=[40, 60]) == family.startswith("sm")
     joyimage = {"queries": (8192, 1100), "keys": (8192, 1100)}
-    assert stock("sm_90", **joyimage) and stock("sm_100", **joyimage) and not stock("sm_120", **joyimage)
+    assert all(stock(family, **joyimage) for family in attention.TILES)
+    assert stock("sm_90", keys=(2048, 9)) and not stock("sm_80", keys=(2048, 9))
     assert stock(None)
 
 
