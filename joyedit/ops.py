@@ -11,9 +11,9 @@ The environment variable JOYEDIT_OPS sets it at the start. Kernels are in kernel
 and registered as `torch.ops.joyedit.*`: what is launched can be counted by a TorchDispatchMode, and
 torch.compile sees one node. With TRITON_INTERPRET=1 they run on CPU tensors, slowly, under "triton".
 
-Activations may be wider than the stored weights (bf16 weights, fp32 activations): a
-weight is brought to the dtype of the activation where it is used, which keeps the memory of the narrow
-checkpoint and the arithmetic of the wide one.
+Activations may be wider than the stored weights (bf16 weights, fp32 activations): a weight is brought to the
+dtype of the activation where it is used, which keeps the memory of the narrow checkpoint and the arithmetic
+of the wide one.
 
 B batch   N tokens   D width   H heads   E = D / H
 """

@@ -140,10 +140,16 @@ def _byte_tokenizer(folder: Path) -> Qwen2Tokenizer:
     """One token per byte and no merges, with the special tokens of the real vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    added = {token: len(vocab) + i for i, token in enumerate(SPECIAL_TOKENS)}
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     write_json(folder / "vocab.json", vocab)
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    write_special_tokens(folder, len(vocab))
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def write_special_tokens(folder: Path, first: int) -> None:
+    """Beside a Qwen vocabulary of `first` tokens, the files that give the special ones the ids after it."""
+    added = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     write_json(folder / "added_tokens.json", added)
     write_json(
         folder / "tokenizer_config.json",
@@ -156,7 +162,6 @@ def _byte_tokenizer(folder: Path) -> Qwen2Tokenizer:
             "model_max_length": 262144,
         },
     )
-    return Qwen2Tokenizer.from_pretrained(folder)
 
 
 def _encoder_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:

@@ -25,13 +25,14 @@ from tqdm import tqdm
 from benchmarks.shapes import evaluate, scenes
 from benchmarks.shapes.init_mmdit import initialize_editor
 from benchmarks.shapes.training import RatedAdamW, Run, cosine
-from benchmarks.shapes.vocabulary import QWEN_TOKENS, instructions, qwen_tokenizer
+from benchmarks.shapes.vocabulary import instructions, qwen_tokenizer
 from joyedit.images import Qwen2VLImageConfig, Qwen2VLImageProcessor, patchify, to_latent_input
 from joyedit.models.joyimage_mmdit import JoyImageEditConfig, JoyImageEditTransformer3DModel
 from joyedit.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.pipelines.joyimage import JoyImageEditPipeline
 from joyedit.pipelines.joyimage_prompts import SYSTEM, USER, VISION
+from joyedit.random_checkpoint import SPECIAL_TOKENS
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.tokenizers import Qwen2Tokenizer, Qwen3VLProcessor
 
@@ -296,7 +297,7 @@ def make_processor(folder: Path) -> Qwen3VLProcessor:
 
 def encoder_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
     """Two layers of text, one of vision, one DeepStack feature."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_TOKENS}
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     return Qwen3VLConfig.from_dict(
         {
             "text_config": {

@@ -8,19 +8,9 @@ from tokenizers import pre_tokenizers, trainers
 
 from benchmarks.shapes import scenes
 from joyedit.pipelines.joyimage_prompts import SYSTEM, USER
+from joyedit.random_checkpoint import write_special_tokens
 from joyedit.tokenizers import Qwen2Tokenizer, build_qwen_backend
 from joyedit.weights import write_json
-
-QWEN_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 
 
 def qwen_tokenizer(texts: Iterable[str], limit: int = 600) -> Qwen2Tokenizer:
@@ -36,21 +26,7 @@ def qwen_tokenizer(texts: Iterable[str], limit: int = 600) -> Qwen2Tokenizer:
         )
         backend.train_from_iterator([*texts, SYSTEM, USER, "assistant\n"], trainer)
         backend.model.save(temporary)
-        size = backend.get_vocab_size(with_added_tokens=False)
-        added = {token: size + i for i, token in enumerate(QWEN_TOKENS)}
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-        write_json(folder / "added_tokens.json", added)
-        write_json(
-            folder / "tokenizer_config.json",
-            {
-                "tokenizer_class": "Qwen2Tokenizer",
-                "added_tokens_decoder": {str(i): {"content": token, **flags} for token, i in added.items()},
-                "additional_special_tokens": list(QWEN_TOKENS[1:]),
-                "eos_token": "<|im_end|>",
-                "pad_token": "<|endoftext|>",
-                "model_max_length": 262144,
-            },
-        )
+        write_special_tokens(folder, backend.get_vocab_size(with_added_tokens=False))
         return Qwen2Tokenizer.from_pretrained(folder)
 
 

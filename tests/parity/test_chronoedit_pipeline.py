@@ -203,10 +203,9 @@ CALLS = {
     "reasoning to the end": dict(prompt=PROMPT, **reasoning(3)),
     "pruned at once": dict(prompt=PROMPT, guidance_scale=1.0, **reasoning(0)),
     "pruned after the first": dict(prompt=PROMPT, num_inference_steps=4, **reasoning(1)),
-    "pruned in the middle": dict(
-        prompt=PROMPT, num_inference_steps=5, guidance_scale=3.0, **reasoning(3, 13)
-    ),
-    "pruned before the last": dict(prompt=OTHER, num_inference_steps=4, **reasoning(3, 17)),
+    "pruned in the middle": dict(prompt=PROMPT, num_inference_steps=4, guidance_scale=3.0, **reasoning(2)),
+    "pruned before the last": dict(prompt=OTHER, num_inference_steps=4, **reasoning(3)),
+    "pruned from thirteen": dict(prompt=PROMPT, num_inference_steps=5, **reasoning(3, 13)),
     "nine frames": dict(prompt=OTHER, guidance_scale=1.0, **reasoning(3, 9)),
     "one frame to five": dict(prompt=PROMPT, guidance_scale=1.0, **reasoning(1, 1)),
     "one frame": dict(prompt=PROMPT, guidance_scale=1.0, **reasoning(3, 1)),
