@@ -155,3 +155,12 @@ def no_work(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(loading, "load", load)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The folder where the built-in checkpoints are made, once for a file that asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("JOYEDIT_CACHE", str(folder))
+        yield folder

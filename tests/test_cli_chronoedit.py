@@ -23,14 +23,7 @@ COFFEE = ROOT / "examples" / "coffee.jpg"
 TINY = ("-m", "tiny-chronoedit")
 SIZE = ("--height", 32, "--width", 48)
 QUICK = (*TINY, *SIZE, "--steps", 2, "-q")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Where the built-in checkpoints are made, once for this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JOYEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

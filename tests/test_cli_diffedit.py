@@ -18,14 +18,7 @@ from joyedit.random_checkpoint import write_random_diffedit_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = ("--source", "a bowl of fruits", "--target", "a bowl of pears")
 QUICK = ("--steps", 3, "-q")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Where the built-in checkpoints are made, once for this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JOYEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
