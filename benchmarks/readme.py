@@ -2,7 +2,8 @@
 
 A table of `results/NAME.json` stands between `<!-- speed:NAME -->` and `<!-- /speed:NAME -->`, the table of
 the kernels, from `results/kernels/` and the sizes in `op_cases`, between `<!-- kernels -->` and `<!--
-/kernels -->`.
+/kernels -->`, that of the small models, from `results/shapes/`, between `<!-- small -->` and `<!-- /small
+-->`.
 """
 
 import argparse
@@ -54,12 +55,42 @@ def filled(text: str, results: Path = RESULTS) -> str:
         return f"{match[1]}\n{render(content)}\n{match[3]}"
 
     text = re.sub(r"(<!-- speed:(\w+) -->).*?(<!-- /speed:\2 -->)", table, text, flags=re.DOTALL)
-    markers = re.search(r"(<!-- kernels -->).*?(<!-- /kernels -->)", text, flags=re.DOTALL)
-    if markers is None:
-        return text
-    return (
-        f"{text[: markers.start()]}{markers[1]}\n{kernel_table(results)}\n{markers[2]}{text[markers.end() :]}"
-    )
+    for name, made in (("kernels", kernel_table), ("small", small_table)):
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n{made(results)}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def small_table(results: Path = RESULTS) -> str:
+    """Markdown of the small models: what they take, and how their edits of held-out scenes come out."""
+    lines = [
+        "| model | weights | trained on one core | held-out edits that succeed | elsewhere in the picture |",
+        "| --- | ---: | ---: | --- | --- |",
+    ]
+    for name in ("joyimage", "chronoedit", "diffedit"):
+        recorded = json.loads((results / "shapes" / f"{name}.json").read_text(encoding="utf-8"))
+        training = recorded["training"]
+        minutes = sum(part["cpu_minutes"] for part in (*training["autoencoder"].values(), training["editor"]))
+        held_out = recorded["held_out"]
+        said = {"model": "", "reasoning": "with temporal reasoning: "}
+        success = "; ".join(
+            said[side]
+            + ", ".join(f"{kind} {100 * row['ok']:.0f} %" for kind, row in held_out[side]["kinds"].items())
+            for side in said
+            if side in held_out
+        )
+        model = held_out["model"]
+        if "iou" in model:
+            success += f"; mask IoU {model['iou']:.2f} on average"
+            kept = f"{model['masked']:.1f} dB outside the mask"
+        else:
+            kept = [row["outside"] for row in model["kinds"].values() if row["outside"] is not None]
+            kept = f"{min(kept):.1f} to {max(kept):.1f} dB by kind"
+        size = f"{recorded['bytes'] / 1e6:.1f} MB"
+        lines.append(f"| `tiny-{name}` | {size} | {minutes:.0f} min | {success} | {kept} |")
+    return "\n".join(lines)
 
 
 def kernel_table(results: Path = RESULTS) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from joyedit import __version__
 
 DEFAULT_MODEL, CAPTION_MODEL, FILM_MODEL = "tiny-joyimage", "tiny-diffedit", "tiny-chronoedit"
+DEMO_FOLDER = "joyedit-demo"
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webp")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
@@ -142,6 +143,12 @@ def build_parser(functions: Mapping[str, Any]) -> argparse.ArgumentParser:
     made = command("generate", "make an image from text", image_options(), *part_options())
     made.add_argument("prompt", metavar="PROMPT", nargs="?", help="what to show")
 
+    made = command("demo", "edit drawn scenes with the built-in models, and show it in one picture")
+    made.add_argument(
+        "--out", metavar="FOLDER", default=DEMO_FOLDER, help=f"folder to write, default: {DEMO_FOLDER}"
+    )
+    made.add_argument("--force", action="store_true", help="replace files that are there already")
+
     made = command("convert", "write a checkpoint in another layout or dtype", *part_options())
     made.add_argument("source", metavar="SRC", help="folder, weight file or Hub name of the checkpoint")
     made.add_argument("target", metavar="DST", help="folder to write")
@@ -245,7 +252,13 @@ def image_options() -> argparse.ArgumentParser:
         help="seed of the first image, the next ones count up; default: a random one",
     )
     add("--num-images", type=positive, metavar="N", help="how many images, default 1")
-    add("--steps", type=positive, metavar="N", dest="num_inference_steps", help="denoising steps")
+    add(
+        "--steps",
+        type=positive,
+        metavar="N",
+        dest="num_inference_steps",
+        help="denoising steps; default: what the model was made for",
+    )
     add(
         "--guidance-scale",
         type=finite,
@@ -264,8 +277,9 @@ def image_options() -> argparse.ArgumentParser:
         "--basesize",
         type=int,
         choices=(256, 512, 768, 1024),
-        help="work in sizes of about this edge squared; if not given, ChronoEdit takes as many pixels as "
-        "1280 x 720 have, and an edit between captions the photograph's own size up to 768 squared",
+        help="work in sizes of about this edge squared; if not given, in those that the model was made for: "
+        "ChronoEdit takes as many pixels as 1280 x 720 have, an edit between captions the photograph's own "
+        "size up to that of the model's training (Stable Diffusion 1.x 512 squared, 2.x 768 squared)",
     )
     add("--config-from", metavar="PNG", help="take every option that is not given from an image made here")
     add(

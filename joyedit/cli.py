@@ -1,11 +1,12 @@
-"""The command line: `joyedit edit`, `generate`, `convert` and `info`.
+"""The command line: `joyedit edit`, `generate`, `demo`, `convert` and `info`.
 
 The paths of what was made are all that goes to standard output; log, progress and errors go to standard
 error. A run ends with 0, with 2 for arguments that are wrong in themselves, with 1 and one line for what else
 is known to go wrong (`-v` adds the traceback), and with 130 after Ctrl-C, which leaves no file behind.
 
 Nothing heavy is imported before the arguments are read, so `--help`, `--version` and a misspelt option are
-quick. What the user did not say stays None down to the pipeline, whose own defaults then hold.
+quick. What the user did not say is what the checkpoint was made for (`joyedit.made_for`), if it says so; else
+it stays None down to the pipeline, whose own defaults then hold.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from joyedit.results import existing_parent, numbered, output_paths, refuse_file
 
 if TYPE_CHECKING:
     from joyedit.info import Checkpoint
+    from joyedit.made_for import MadeFor
 
 log = logging.getLogger("joyedit")
 
@@ -82,14 +84,13 @@ REPEATED: dict[str, type | tuple[type, ...]] = {
     "prediction_type": str,
     "reference_quirks": bool,
 }
-LARGEST_SIDE = 768  # of a square of as many pixels as an edit between captions works on by itself
-TINY_SIDE = 256  # the same for the noise of the tiny ChronoEdit
 FILM = "ChronoEditPipeline"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; wrong arguments raise SystemExit(2)."""
-    args = parse(argv, {"edit": edit, "generate": generate, "convert": convert, "info": info})
+    commands = {"edit": edit, "generate": generate, "demo": demo, "convert": convert, "info": info}
+    args = parse(argv, commands)
     with log_to_stderr(args.verbosity):
         try:
             args.run(args)
@@ -173,15 +174,18 @@ def make(args: argparse.Namespace, source: str | None) -> None:
     refuse_files(files, args.force)
     kind = refuse_other_model(args)
     refuse_adapter(args)
+    made_for = fill_from_checkpoint(args)
     if kind == FILM:
-        photo = film_copy(photo, args)
+        photo = film_copy(photo, args, made_for.basesize)
 
     pipe = open_pipeline(args)
     log.info("seed %s", " ".join(map(str, seeds)))
     given = given_options(args, kind)
     if is_by_captions(args):
         assert photo is not None
-        given["image"] = photo = working_copy(photo, args)
+        given["image"] = photo = working_copy(photo, args, trained_side(pipe))
+    warn_of_the_unknown(args, pipe, made_for, photo)
+    if is_by_captions(args):
         made = edit_by_captions(pipe, given, seeds)
     elif kind == FILM:
         assert photo is not None
@@ -219,8 +223,11 @@ def model_kind(args: argparse.Namespace) -> str:
     """The class of the model's pipeline."""
     from joyedit.loading import pipeline_name
 
-    options = {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
-    return pipeline_name(model_name(args), **options)
+    return pipeline_name(model_name(args), **origin_options(args))
+
+
+def origin_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
 
 
 def refuse_other_model(args: argparse.Namespace) -> str:
@@ -264,28 +271,78 @@ def given_options(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     return given
 
 
-def working_copy(photo: Any, args: argparse.Namespace) -> Any:
-    """The photograph in the size that is asked for, or else in its own, up to LARGEST_SIDE squared."""
+def fill_from_checkpoint(args: argparse.Namespace) -> "MadeFor":
+    """What the model says it was made for, whose settings are taken over where nothing else says them."""
+    from joyedit.loading import made_for
+
+    found = made_for(model_name(args), **origin_options(args))
+    replaced = () if vars(args).get("preset") is None else ("num_inference_steps", "guidance_scale")
+    for name, value in found.call.items():
+        if name in vars(args) and getattr(args, name) is None and name not in replaced:
+            setattr(args, name, value)
+    if wrong := contradiction(args):
+        raise ValueError(wrong)
+    return found
+
+
+def warn_of_the_unknown(args: argparse.Namespace, pipe: Any, made_for: "MadeFor", photo: Any) -> None:
+    """One line, where a model that knows little is given something else. It edits that all the same."""
+    from joyedit.images import resize_center_crop
+    from joyedit.loading import RELEASED
+    from joyedit.made_for import round_trip
+
+    world, kind = made_for.world, type(pipe).__name__
+    if world is None:
+        return
+    if photo is None:
+        unknown = "a text without a picture"
+    else:
+        seen = photo
+        if kind == "JoyImageEditPipeline":
+            seen = resize_center_crop(photo, *pipe.choose_size([photo], args.height, args.width))
+        texts = [vars(args).get(name) for name in ("prompt", *CAPTIONS)]
+        words = ", ".join(repr(word) for word in world.unknown(filter(None, texts))[:4])
+        pictured = "this photograph" if round_trip(pipe, seen) < world.psnr else ""
+        unknown = " and of ".join(filter(None, (pictured, words)))
+    if unknown:
+        log.warning(
+            "%s knows only %s: expect little of %s; real edits need real weights, as in --model %s",
+            model_name(args),
+            world.about,
+            unknown,
+            RELEASED[kind],
+        )
+
+
+def trained_side(pipe: Any) -> int:
+    """The edge of the square pictures that the UNet of a Stable Diffusion was trained on."""
+    size = pipe.unet.config.sample_size or 64
+    return (size if isinstance(size, int) else min(size)) * pipe.vae_scale_factor
+
+
+def working_copy(photo: Any, args: argparse.Namespace, side: int) -> Any:
+    """The photograph in the size that is asked for, or else in its own, up to as many pixels as `side`
+    squared."""
     import PIL.Image
 
     size = (args.width, args.height)
     if args.height is None:
-        scale = (args.basesize or LARGEST_SIDE) / (photo.width * photo.height) ** 0.5
+        scale = (args.basesize or side) / (photo.width * photo.height) ** 0.5
         scale = scale if args.basesize else min(scale, 1)
         size = tuple(max(int(side * scale) // 8 * 8, 8) for side in photo.size)
     return resized(photo, size, PIL.Image.Resampling.LANCZOS)
 
 
-def film_copy(photo: Any, args: argparse.Namespace) -> Any:
-    """The photograph in the size that is asked for, or else in that of ChronoEdit's own examples, which
-    resize it as here."""
+def film_copy(photo: Any, args: argparse.Namespace, basesize: int | None) -> Any:
+    """The photograph in the size that is asked for, or else in that which the model was made for: without a
+    basesize that of ChronoEdit's own examples, which resize it as here."""
     import PIL.Image
 
     from joyedit.images import STRETCH, size_of_area, stretch
 
     height, width = args.height, args.width
     if height is None:
-        side = args.basesize or (TINY_SIDE if model_name(args) == FILM_MODEL else None)
+        side = args.basesize or basesize
         height, width = size_of_area(photo.height, photo.width, **({} if side is None else {"area": side**2}))
     copy = resized(photo, (width, height), PIL.Image.Resampling.BICUBIC)
     if stretch((photo.height, photo.width), (height, width)) > STRETCH:
@@ -338,8 +395,7 @@ def open_pipeline(args: argparse.Namespace) -> Any:
 
 def source_options(args: argparse.Namespace) -> dict[str, Any]:
     """Where a checkpoint's files come from, as `joyedit.load` takes it."""
-    names = ("revision", "cache_dir", "variant")
-    return {**{name: getattr(args, name) for name in names}, "local_files_only": args.offline}
+    return {**origin_options(args), "variant": args.variant}
 
 
 def run_pipeline(pipe: Any, given: dict[str, Any], seeds: list[int]) -> list[Any]:
@@ -486,6 +542,14 @@ def photo_name(source: str) -> str:
     if source.startswith(("http://", "https://")):
         return PurePath(unquote(urlsplit(source).path)).name or "photo"
     return Path(source).name
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Write a picture of edits by the three built-in models, and the files behind it, to a folder."""
+    from joyedit.demo import run
+
+    disable = {-1: True, 0: None}.get(args.verbosity, False)
+    print(run(Path(args.out).expanduser(), force=args.force, disable_progress=disable), flush=True)
 
 
 def convert(args: argparse.Namespace) -> None:

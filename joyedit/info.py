@@ -23,7 +23,6 @@ from joyedit import __version__, ops
 from joyedit.convert.table import plan_conversion
 from joyedit.hub import Origin, choose_weight_files, shards_of
 from joyedit.loading import (
-    BUILT_IN,
     COMFYUI_FOLDERS,
     ORIGINAL_TEXT_ENCODER,
     PIPELINES,
@@ -32,12 +31,13 @@ from joyedit.loading import (
     licence_of,
     pipeline_for,
     pipeline_name,
+    place_of,
     read_infer_config,
 )
 from joyedit.lora_files import family_of, is_lora
+from joyedit.made_for import MadeFor
 from joyedit.pipelines.chronoedit_presets import PRESETS
 from joyedit.pipelines.pipeline import is_called
-from joyedit.random_checkpoint import cached_random_checkpoint
 from joyedit.single_file import read_single_file
 from joyedit.weights import (
     AUTO_BF16_BYTES,
@@ -82,7 +82,8 @@ class Part:
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint: `revision` is the Hub's commit, `provenance` what `joyedit convert` noted,
-    `presets` the names that `joyedit.load` takes for it and the adapters behind them."""
+    `presets` the names that `joyedit.load` takes for it and the adapters behind them, `made_for` what it says
+    of its use."""
 
     name: str
     layout: str
@@ -93,6 +94,7 @@ class Checkpoint:
     bytes: int
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
     presets: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    made_for: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> int | None:
@@ -115,6 +117,7 @@ class Checkpoint:
             dtypes = " + ".join(sorted(part.dtypes or ())) if part.files else "no files"
             table.append((name, part.class_name, count(part.parameters), dtypes, size(part.bytes)))
         table.append(("total", "", count(self.parameters or None), "", size(self.bytes)))
+        made_for = MadeFor.from_dict(self.made_for)
         facts = {
             "name": self.name,
             "pipeline": self.pipeline,
@@ -123,6 +126,9 @@ class Checkpoint:
             "revision": self.revision,
             "licence": self.licence,
             "presets": dict(self.presets) or None,
+            "made for": made_for.world.about if made_for.world else None,
+            "basesize": made_for.basesize,
+            "settings": dict(made_for.call) or None,
             **{key: text for key, text in self.provenance.items() if key != "license"},
         }
         settings = {
@@ -141,8 +147,8 @@ def describe(
     variant: str | None = None,
 ) -> Checkpoint:
     """What the folder, weight file or Hub repository `name` holds; names and errors as in `joyedit.load`."""
-    if name in BUILT_IN and not Path(name).exists():
-        return dataclasses.replace(describe(str(cached_random_checkpoint(name))), name=name)
+    if (place := place_of(name)) != name:
+        return dataclasses.replace(describe(place), name=name)
     path = Path(name).expanduser()
     if path.is_file():
         return describe_file(path)
@@ -190,6 +196,7 @@ def describe(
         sum(origin.sizes(used).values()),
         provenance,
         presets if pipeline_for(pipeline) == "ChronoEditPipeline" else {},
+        index.get("made_for", {}),
     )
 
 

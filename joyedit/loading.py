@@ -22,9 +22,9 @@ import torch
 
 from joyedit.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.lora_files import family_of, is_lora
+from joyedit.made_for import MadeFor
 from joyedit.pipelines.chronoedit_presets import preset_called
 from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
-from joyedit.random_checkpoint import cached_random_checkpoint
 from joyedit.single_file import is_single_file, open_single_file, read_single_file
 from joyedit.weights import (
     LoadOptions,
@@ -45,10 +45,12 @@ PIPELINES = {  # class -> module
     "StableDiffusionDiffEditPipeline": "joyedit.pipelines.diffedit",
     "ChronoEditPipeline": "joyedit.pipelines.chronoedit",
 }
-BUILT_IN = {
-    "tiny-joyimage": "JoyImageEditPipeline",
-    "tiny-diffedit": "StableDiffusionDiffEditPipeline",
-    "tiny-chronoedit": "ChronoEditPipeline",
+BUILT_IN = ("tiny-joyimage", "tiny-diffedit", "tiny-chronoedit")  # small ones, trained on drawn scenes
+ASSETS = Path(__file__).parent / "assets"
+RELEASED = {
+    "JoyImageEditPipeline": "jdopensource/JoyAI-Image-Edit-Diffusers",
+    "StableDiffusionDiffEditPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "ChronoEditPipeline": "nvidia/ChronoEdit-14B-Diffusers",
 }
 
 # Why some folders hold none of them, by the beginning of their pipeline's name.
@@ -114,7 +116,7 @@ def load(
     """
     check_offload(offload)
     target = _device(device)
-    name = str(name_or_path)
+    name = place_of(name_or_path)
     if pipeline is not None and pipeline not in PIPELINES:
         raise ValueError(f"pipeline={pipeline!r}: must be one of {', '.join(PIPELINES)}")
     origin_options = {
@@ -123,8 +125,6 @@ def load(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    if name in BUILT_IN and not Path(name).exists():
-        name = str(cached_random_checkpoint(name))
     origin = Origin(name, **origin_options)
     options = LoadOptions(dtype=parse_dtype(dtype), variant=variant, origin=origin_options)
     listing = [] if Path(name).is_file() else origin.listing()
@@ -154,7 +154,7 @@ def load(
     log.info(
         "%s from %s (%s layout); licence of the weights: %s",
         class_name,
-        name,
+        name_or_path,
         layout,
         licence_of(origin, listing),
     )
@@ -170,11 +170,29 @@ def load(
 def pipeline_name(name_or_path: str | Path, **options: Any) -> str:
     """Which pipeline `load` would return, from names and small files alone. Options: where a Hub repository's
     files come from, as in `load`. Raises FileNotFoundError or ValueError as `load` does."""
-    name = str(name_or_path)
-    if name in BUILT_IN and not Path(name).exists():
-        return BUILT_IN[name]
+    name = place_of(name_or_path)
     origin = Origin(name, **options)
     return _pipeline_class(origin, layout_of(name, [] if Path(name).is_file() else origin.listing()))
+
+
+def made_for(name_or_path: str | Path, **options: Any) -> MadeFor:
+    """What a checkpoint says of its use; nothing, where it is not a Diffusers folder or does not say it.
+    Options and errors as of `pipeline_name`."""
+    name = place_of(name_or_path)
+    origin = Origin(name, **options)
+    if Path(name).is_file() or "model_index.json" not in origin.listing():
+        return MadeFor()
+    index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
+    try:
+        return MadeFor.from_dict(index.get("made_for", {}))
+    except ValueError as error:
+        raise ValueError(f"{name_or_path}/model_index.json: {error}") from None
+
+
+def place_of(name_or_path: str | Path) -> str:
+    """The folder of a built-in checkpoint, unless something here has that name; other names as they are."""
+    name = str(name_or_path)
+    return str(ASSETS / name) if name in BUILT_IN and not Path(name).exists() else name
 
 
 def layout_of(name: str, listing: list[str]) -> str:
@@ -400,11 +418,7 @@ def _open_comfyui(
     if "processor" in wanted:  # it brings the tokenizer
         wanted = [name for name in wanted if name != "tokenizer"]
     if wanted:
-        released = {
-            "JoyImageEditPipeline": "jdopensource/JoyAI-Image-Edit-Diffusers",
-            "ChronoEditPipeline": "nvidia/ChronoEdit-14B-Diffusers",
-        }
-        example = f"a Diffusers folder or Hub name such as {released[cls.__name__]!r}"
+        example = f"a Diffusers folder or Hub name such as {RELEASED[cls.__name__]!r}"
         raise ValueError(
             f"{origin.name} holds no {' and no '.join(wanted)}: pass {wanted[0]}= ({example}), ..."
         )
@@ -438,7 +452,8 @@ def save_checkpoint(
     if "processor" not in pipe.components:
         kind = "Stable Diffusion" if "unet" in pipe.components else "ChronoEdit"
         raise ValueError(f"to={to!r} is for JoyAI-Image: {kind} is written as 'diffusers' only")
-    if lost := sorted(pipe.settings_to_save()):
+    lost = list(pipe.settings_to_save()) + ["made_for"] * bool(pipe.made_for)
+    if lost:
         log.warning("the %s layout has no place for %s: the released ones will be used", to, ", ".join(lost))
     if to == "comfyui":
         for part, network in pipe.networks.items():

@@ -1,20 +1,16 @@
 """Tiny checkpoints with seeded random weights, in the published folder layouts.
 
 They go through the same loader, networks and pipeline as the large models, on any machine and offline, in
-seconds. Their weights were never trained: what they make of a photograph is noise.
+seconds, and tests and benchmarks are made with them. Their weights were never trained: what they make of a
+photograph is noise.
 """
 
-import hashlib
-import logging
-import os
-import shutil
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from joyedit import __version__
 from joyedit.clip_images import CLIPImageConfig, CLIPImageProcessor
 from joyedit.images import buckets
 from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
@@ -40,8 +36,6 @@ from joyedit.schedulers.unipc import UniPCMultistepScheduler
 from joyedit.tokenizers import CLIPTokenizer, Qwen2Tokenizer, Qwen3VLProcessor, T5TokenizerFast
 from joyedit.weights import save_tensors, write_json
 
-log = logging.getLogger("joyedit")
-
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -56,39 +50,6 @@ SPECIAL_TOKENS = (
 
 # What the tiny CLIP and UMT5 vocabularies hold as one token.
 WORDS = "a of and the in on at is it an bowl basket photo fruit pear cat dog".split()
-
-
-def cached_random_checkpoint(name: str) -> Path:
-    """The folder of "tiny-joyimage", "tiny-diffedit" or "tiny-chronoedit", made on first use in
-    JOYEDIT_CACHE or the user's cache folder."""
-    writers = {
-        "tiny-joyimage": write_random_checkpoint,
-        "tiny-diffedit": write_random_diffedit_checkpoint,
-        "tiny-chronoedit": write_random_chronoedit_checkpoint,
-    }
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(os.environ.get("JOYEDIT_CACHE") or home / "joyedit")
-    folder = cache / f"{name}-random-{__version__}-{_fingerprint()}"
-    if not (folder / "model_index.json").is_file():
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted copy may have left
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            made = Path(temporary) / "checkpoint"
-            writers[name](made)
-            try:
-                made.replace(folder)
-            except OSError:  # another process was faster
-                if not (folder / "model_index.json").is_file():
-                    raise
-    log.warning("%s has random weights: the result is only noise", name)
-    return folder
-
-
-def _fingerprint() -> str:
-    """Of the code that decides what is in a checkpoint: a fork that changes a network gets a new one."""
-    package = Path(__file__).parent
-    files = [Path(__file__), *sorted(package.glob("models/*.py")), *sorted(package.glob("pipelines/*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def write_random_checkpoint(folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -305,7 +266,7 @@ def write_random_chronoedit_checkpoint(folder: Path, seed: int = 0) -> None:
     """Write a ChronoEdit checkpoint to `folder` as the released one was published: the transformer in fp32
     shards, the vision tower with its projection in bf16, the classes under the names that WAN gave them, and
     the distillation LoRA in WAN's spelling."""
-    tokenizer = _unigram_tokenizer()
+    tokenizer = unigram_tokenizer(WORDS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = ChronoEditTransformer3DModel(
@@ -364,12 +325,12 @@ def write_random_chronoedit_checkpoint(folder: Path, seed: int = 0) -> None:
     write_json(folder / "model_index.json", index)
 
 
-def _unigram_tokenizer() -> T5TokenizerFast:
-    """The special tokens of UMT5 under their ids, letters, the few WORDS, and bytes for everything else."""
+def unigram_tokenizer(vocabulary: Iterable[str]) -> T5TokenizerFast:
+    """The special tokens of UMT5 under their ids, letters, a few words, and bytes for everything else."""
     special = ("<pad>", "</s>", "<s>", "<unk>")
     spelled = [f"<0x{byte:02X}>" for byte in range(256)]
     letters = ["\u2581", *map(chr, range(33, 127))]  # the first is how the vocabulary writes a space
-    words = [f"\u2581{word}" for word in WORDS]
+    words = [f"\u2581{word}" for word in vocabulary]
     scores = {**dict.fromkeys(special, 0.0), **dict.fromkeys(spelled, -20.0), **dict.fromkeys(letters, -10.0)}
     scores |= dict.fromkeys(words, -5.0)
     backend = Tokenizer(models.Unigram(list(scores.items()), unk_id=3, byte_fallback=True))

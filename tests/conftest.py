@@ -158,9 +158,18 @@ def no_work(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """The folder where the built-in checkpoints are made, once for a file that asks for it."""
+def random_built_in(tmp_path_factory):
+    """The built-in names stand for checkpoints of random weights, in a file that asks for it: there every
+    seed gives another image, and ChronoEdit has a preset, and films of as many pixels as 256 x 256."""
+    from joyedit import loading, random_checkpoint
+    from joyedit.weights import read_json, write_json
+
+    folder = tmp_path_factory.mktemp("assets")
+    random_checkpoint.write_random_checkpoint(folder / "tiny-joyimage")
+    random_checkpoint.write_random_diffedit_checkpoint(folder / "tiny-diffedit")
+    random_checkpoint.write_random_chronoedit_checkpoint(folder / "tiny-chronoedit")
+    index = folder / "tiny-chronoedit" / "model_index.json"
+    write_json(index, {**read_json(index), "made_for": {"basesize": 256}})
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("JOYEDIT_CACHE", str(folder))
+        patch.setattr(loading, "ASSETS", folder)
         yield folder

@@ -23,7 +23,7 @@ COFFEE = ROOT / "examples" / "coffee.jpg"
 TINY = ("-m", "tiny-chronoedit")
 SIZE = ("--height", 32, "--width", 48)
 QUICK = (*TINY, *SIZE, "--steps", 2, "-q")
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = pytest.mark.usefixtures("random_built_in")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipe():
+def pipe(random_built_in):
     return joyedit.load("tiny-chronoedit", device="cpu")
 
 
@@ -93,7 +93,7 @@ def test_a_photograph_becomes_a_png_and_an_mp4(photo, run, pipe, untouched):
     words = (*SIZE, "--steps", 2, "--seed", 1, "--video", "out.mp4")
     status, out, err = run("edit", photo, "Make it red.", *words)
     assert (status, out) == (0, "coffee-edit-1.png\nout.mp4\n")
-    assert "only noise" in err and "working at 48 x 32 pixels, the photograph has 480 x 320" in err
+    assert "working at 48 x 32 pixels, the photograph has 480 x 320" in err
     wanted = film(pipe, photo)
     assert np.array_equal(pixels("coffee-edit-1.png"), wanted[-1])
     frames, stream = read_film("out.mp4")

@@ -18,7 +18,7 @@ from joyedit.random_checkpoint import write_random_diffedit_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = ("--source", "a bowl of fruits", "--target", "a bowl of pears")
 QUICK = ("--steps", 3, "-q")
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = pytest.mark.usefixtures("random_built_in")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_edit_writes_result_mask_and_grid(photo, run):
     words = ("--mask-out", "mask.png", "--grid", "grid.png", "--seed", 1, "--steps", 6)
     status, out, err = run("edit", photo, *CAPTIONS, *words)
     assert (status, out) == (0, "photo-edit-1.png\nmask.png\ngrid.png\n")
-    assert "only noise" in err and "working at 96 x 64 pixels, the photograph has 100 x 68" in err
+    assert "working at 96 x 64 pixels, the photograph has 100 x 68" in err
     result, mask, grid = pixels("photo-edit-1.png"), white("mask.png"), pixels("grid.png")
     assert result.shape == (64, 96, 3) and mask.shape == (8, 12) and Image.open("mask.png").mode == "L"
     assert 0 < mask.mean() < 0.5
@@ -185,25 +185,43 @@ def test_each_of_several_images_equals_the_run_of_its_own_seed(photo, run):
 
 
 @pytest.mark.parametrize(
-    ("size", "words", "wanted"),
+    ("side", "size", "words", "wanted"),
     [
-        ((96, 64), (), (96, 64)),
-        ((103, 71), (), (96, 64)),
-        ((1000, 700), (), (912, 640)),
-        ((4000, 3000), (), (880, 664)),
-        ((4000, 3000), ("--basesize", "256"), (288, 216)),
-        ((96, 64), ("--basesize", "256"), (312, 208)),
-        ((1000, 700), ("--height", "512", "--width", "512"), (512, 512)),
-        ((3000, 2), (), (3000, 8)),
+        (768, (96, 64), (), (96, 64)),
+        (768, (103, 71), (), (96, 64)),
+        (768, (1000, 700), (), (912, 640)),
+        (768, (4000, 3000), (), (880, 664)),
+        (512, (4000, 3000), (), (584, 440)),
+        (64, (96, 96), (), (64, 64)),
+        (64, (100, 68), (), (72, 48)),
+        (768, (4000, 3000), ("--basesize", "256"), (288, 216)),
+        (64, (96, 64), ("--basesize", "256"), (312, 208)),
+        (64, (1000, 700), ("--height", "512", "--width", "512"), (512, 512)),
+        (768, (3000, 2), (), (3000, 8)),
     ],
 )
-def test_size_to_work_at(size, words, wanted):
-    commands = dict.fromkeys(("edit", "generate", "convert", "info"))
+def test_size_to_work_at(side, size, words, wanted):
+    commands = dict.fromkeys(("edit", "generate", "demo", "convert", "info"))
     args = joyedit.arguments.parse(["edit", "a.png", *CAPTIONS, *words], commands)
-    made = cli.working_copy(Image.new("RGB", size), args)
+    made = cli.working_copy(Image.new("RGB", size), args, side)
     assert made.size == wanted
-    if not words and max(size) > 768:
-        assert made.width * made.height <= 768**2
+    if not words and max(size) > side and min(size) > 8:
+        assert made.width * made.height <= side**2
+
+
+@pytest.mark.parametrize(("stored", "side"), [(64, 512), (96, 768), ([32, 48], 256), (None, 512), (8, 64)])
+def test_pictures_are_as_large_as_those_of_the_training(
+    checkpoint, tmp_path, photo, run, monkeypatch, stored, side
+):
+    """By the sample_size of the network, in latents."""
+    shutil.copytree(checkpoint, "sized")
+    config = Path("sized/unet/config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": stored}))
+    assert cli.trained_side(joyedit.load("sized", device="cpu")) == side
+    monkeypatch.setattr(cli, "edit_by_captions", lambda pipe, given, seeds: [{"output": given["image"]}])
+    Image.open(photo).resize((800, 800)).save("large.png")
+    assert run("edit", "large.png", *CAPTIONS, "-m", "sized", "-o", "out.png", "-q")[0] == 0
+    assert Image.open("out.png").size == (side, side)
 
 
 def test_another_photograph_of_another_size_decides_itself(photo, run):

@@ -4,13 +4,14 @@ import importlib
 import json
 import pkgutil
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import joyedit
-from joyedit.loading import layout_of, read_infer_config, save_checkpoint
+from joyedit.loading import BUILT_IN, layout_of, place_of, read_infer_config, save_checkpoint
 from joyedit.random_checkpoint import write_random_checkpoint
 
 
@@ -194,20 +195,21 @@ def test_parts_can_be_replaced_and_given_parts_are_not_cast(diffusers_folder):
     assert direct.vae is vae and direct.dtype is torch.float32
 
 
-def test_quirks_and_default_checkpoint(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("JOYEDIT_CACHE", str(tmp_path))
-    pipe = joyedit.load(device="cpu", reference_quirks=True)
-    assert pipe.quirks == pipe.quirk_names
-    assert "random weights: the result is only noise" in caplog.text
-    (made,) = tmp_path.iterdir()
-    stamp = (made / "model_index.json").stat().st_mtime_ns
-    joyedit.load("tiny-joyimage", device="cpu")
-    assert (made / "model_index.json").stat().st_mtime_ns == stamp  # made once
-    (made / "model_index.json").unlink()
-    assert joyedit.load("tiny-joyimage", device="cpu").dtype is torch.bfloat16  # half a folder is made again
-    monkeypatch.setattr("joyedit.random_checkpoint._fingerprint", lambda: "changed")
-    joyedit.load("tiny-joyimage", device="cpu")
-    assert len(list(tmp_path.iterdir())) == 2  # changed networks have a checkpoint of their own
+def test_built_in_names_are_folders_of_the_package(diffusers_folder, monkeypatch, tmp_path, caplog):
+    folder = Path(joyedit.__file__).parent / "assets"
+    for name in BUILT_IN:
+        assert place_of(name) == str(folder / name) and place_of(folder / name) == str(folder / name)
+    with caplog.at_level("INFO", logger="joyedit"):
+        pipe = joyedit.load(device="cpu", reference_quirks=True)
+    assert pipe.quirks == pipe.quirk_names and "JoyImageEditPipeline from tiny-joyimage (" in caplog.text
+    stored = load_file(folder / "tiny-joyimage" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(pipe.vae.state_dict()["quant_conv.bias"], stored["quant_conv.bias"])
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(diffusers_folder, "tiny-joyimage")  # a folder of that name here comes first
+    stored = load_file(diffusers_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(
+        joyedit.load(device="cpu").vae.state_dict()["quant_conv.bias"], stored["quant_conv.bias"]
+    )
 
 
 def test_load_is_still_the_function_after_every_submodule_is_imported(diffusers_folder):

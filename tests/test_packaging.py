@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 import joyedit
+from joyedit.loading import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,7 +133,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, archive):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"joyedit", f"joyedit-{joyedit.__version__}.dist-info"}
     assert {name for name in names if name.startswith("joyedit/")} == package_files(archive / "joyedit")
-    assert {"joyedit/py.typed", "joyedit/convert/table.py"} <= names
+    assert {"joyedit/py.typed", "joyedit/convert/table.py", "joyedit/assets/demo/demo.json"} <= names
+    for name in BUILT_IN:
+        assert {f"joyedit/assets/{name}/{file}" for file in ("model_index.json", "vae/config.json")} <= names
     assert "joyedit/kernels/__init__.py" not in names
 
 
@@ -161,7 +164,8 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
 
 def test_packages_and_dependencies_listed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    folders = {name.rpartition("/")[0].replace("/", ".") for name in package_files(ROOT / "joyedit")}
+    modules = {name for name in package_files(ROOT / "joyedit") if name.endswith(".py")}
+    folders = {name.rpartition("/")[0].replace("/", ".") for name in modules}
     assert set(settings["tool"]["setuptools"]["packages"]) == folders
     extras = settings["project"]["optional-dependencies"]
     assert set(extras) == {"video", "chrono", "test", "dev"}
@@ -211,6 +215,8 @@ def test_install_elsewhere(kind, environment, tmp_path, request):
     code = "import joyedit, joyedit.convert.table; joyedit.JoyImageEditPipeline; print(joyedit.__file__)"
     file = run(environment, "-c", code, cwd=tmp_path).strip()
     assert Path(file).is_relative_to(own_packages(environment))
+    found = run(environment.with_name("joyedit"), "info", "tiny-joyimage", cwd=tmp_path).splitlines()
+    assert "name: tiny-joyimage" in found and "layout: diffusers" in found
 
 
 def test_editable_install_reaches_the_links(environment, archive, tmp_path):

@@ -9,6 +9,7 @@ through the VAE (`ceiling`).
 """
 
 import argparse
+import importlib
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -21,11 +22,21 @@ from PIL import Image, ImageDraw
 
 from benchmarks.shapes import scenes
 from joyedit.images import to_latent_input, to_output
+from joyedit.loading import load, pipeline_name
 from joyedit.pipelines.joyimage import JoyImageEditPipeline
 
 INSIDE = 0.08  # largest mean absolute error in the changed region, of the full range
 OUTSIDE = 26.0  # least PSNR in dB elsewhere
 OVERLAP = 0.75  # least intersection over union of a new shape with the true one
+EDITS, COUNTS = 40, (1, 2, 2, 3, 3, 4)  # of each kind; shapes in a scene, as often as listed
+STEPS = 2
+
+# The module that evaluates a pipeline, and the kinds of edits it knows.
+EVALUATIONS = {
+    "JoyImageEditPipeline": ("benchmarks.shapes.evaluate", scenes.KINDS),
+    "ChronoEditPipeline": ("benchmarks.shapes.evaluate_chronoedit", scenes.KINDS),
+    "StableDiffusionDiffEditPipeline": ("benchmarks.shapes.evaluate_diffedit", ("recolour", "replace")),
+}
 
 
 class Score(NamedTuple):
@@ -133,7 +144,7 @@ def run(
 def through_vae(pipe: JoyImageEditPipeline, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Pictures encoded and decoded."""
     images = [Image.fromarray(scenes.to_levels(picture)) for picture in pictures]
-    latents = pipe.vae.encode(to_latent_input(images)).latent_dist.mode()
+    latents = pipe.vae.encode(to_latent_input(images).to(pipe.vae.device)).latent_dist.mode()
     return list(to_output(pipe.vae.decode(latents).sample[:, :, 0], "np"))
 
 
@@ -164,11 +175,12 @@ def held_out(count: int, counts: Sequence[int], kinds: Sequence[str]) -> list[sc
 
 
 def evaluate(
-    pipe: JoyImageEditPipeline, count: int, counts: Sequence[int], kinds: Sequence[str], steps: int
+    pipe: JoyImageEditPipeline, count: int, counts: Sequence[int], kinds: Sequence[str]
 ) -> tuple[dict[str, Any], Image.Image]:
-    """`count` held-out edits of each kind: the model's scores, those of doing nothing and of the VAE."""
+    """`count` held-out edits of each kind in scenes of `counts` shapes: the model's scores, those of doing
+    nothing and of the VAE."""
     edits = held_out(count, counts, kinds)
-    results = run(pipe, edits, steps)
+    results = run(pipe, edits, STEPS)
     ceiling = through_vae(pipe, [scenes.draw(edit.target) for edit in edits])
     sides = {"model": results, "nothing": [scenes.draw(edit.source) for edit in edits], "ceiling": ceiling}
     report = {
@@ -178,21 +190,31 @@ def evaluate(
     return report, grid([edits[i] for i in shown], [results[i] for i in shown])
 
 
+def evaluate_checkpoint(
+    folder: Path, count: int, counts: Sequence[int], kinds: Sequence[str] | None = None
+) -> tuple[dict[str, Any], Image.Image]:
+    """The report of a checkpoint of any of the three systems, and a picture of its first results."""
+    module, known = EVALUATIONS[pipeline_name(folder)]
+    pipe = load(folder, device="cpu", dtype="float32")
+    pipe.set_progress_bar_config(disable=True)
+    return importlib.import_module(module).evaluate(pipe, count, counts, kinds or known)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shapes.evaluate", description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; a picture is put beside it")
-    parser.add_argument("--edits", type=int, default=40, help="of each kind")
-    parser.add_argument("--shapes", type=int, nargs="+", default=[1, 2, 2, 3, 3, 4], help="in a scene")
-    parser.add_argument("--kinds", nargs="+", default=scenes.KINDS, choices=scenes.KINDS)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--edits", type=int, default=EDITS, help="of each kind")
+    parser.add_argument("--shapes", type=int, nargs="+", default=COUNTS, help="in a scene")
+    parser.add_argument("--kinds", nargs="+", choices=scenes.KINDS, help="of edits")
     given = parser.parse_args(arguments)
-    pipe = JoyImageEditPipeline.from_pretrained(given.checkpoint, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    report, picture = evaluate(pipe, given.edits, given.shapes, given.kinds, given.steps)
+    report, picture = evaluate_checkpoint(given.checkpoint, given.edits, given.shapes, given.kinds)
     given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     picture.save(given.out.with_suffix(".png"))
     for name, side in report.items():
+        if "kinds" not in side:
+            print(name, side)
+            continue
         rows = "  ".join(f"{kind} {row['ok']:.2f}" for kind, row in side["kinds"].items())
         print(f"{name:8} {side['ok']:.3f}  {rows}")
 

@@ -45,6 +45,7 @@ CONFIG = JoyImageEditConfig(
     rope_dim_list=(8, 12, 12),
     theta=20,
 )
+CPU = torch.device("cpu")
 SEEN_PIXELS = 64 * 64  # Qwen3-VL sees a picture as 2 x 2 tokens
 SAMPLES = 400_000
 BATCH, GROUPS = 24, 3
@@ -78,17 +79,23 @@ def plan(samples: int, total: int) -> Plan:
     )
 
 
-def train(folder: Path, vae_folder: Path, scale: float = 1.0, seed: int = 0) -> None:
+def train(
+    folder: Path,
+    vae_folder: Path,
+    scale: float = 1.0,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> None:
     """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint."""
     torch.manual_seed(seed)
     total = int(SAMPLES * scale)
-    vae = AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.float32)
+    vae = AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.float32).to(device)
     processor = make_processor(folder / "tokenizer")
     transformer = JoyImageEditTransformer3DModel(CONFIG)
     rates = initialize_editor(transformer, seed)
     encoder = Qwen3VLForConditionalGeneration(encoder_config(processor.tokenizer))
     initialize_encoder(encoder)
-    networks = {"transformer": transformer, "text_encoder": encoder}
+    networks = {"transformer": transformer.to(device), "text_encoder": encoder.to(device)}
     shares = {p: rates[name] for name, p in transformer.named_parameters() if name in rates}
     parameters = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
     optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -103,7 +110,8 @@ def train(folder: Path, vae_folder: Path, scale: float = 1.0, seed: int = 0) -> 
         now = plan(run.samples, total)
         losses = []
         for _ in range(GROUPS):
-            loss = editing_loss(transformer, encoder, pool.draw(BATCH // GROUPS), now.own)
+            batch = pool.draw(BATCH // GROUPS).to(device)
+            loss = editing_loss(transformer, encoder, batch, now.own)
             (loss / GROUPS).backward()
             losses.append(loss.item())
         run.update({"loss": sum(losses) / GROUPS}, clip=1.0)
@@ -136,6 +144,9 @@ class Batch(NamedTuple):
     grids: Tensor  # (B, 3)
     dropped: int
 
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+
 
 def editing_loss(
     transformer: JoyImageEditTransformer3DModel,
@@ -149,15 +160,17 @@ def editing_loss(
     own answer to pure noise, as it does when an edit is made. Their error counts 1.5 sigma**2: that of x0.
     """
     target, count = batch.target, len(batch.target)
-    u = torch.rand(count)
+    u = torch.rand(count)  # drawn on the CPU: the same on every device
     low = (SHIFT * u / (1 + (SHIFT - 1) * u)).clamp_min(1e-3)
-    sigma = torch.where(torch.rand(count) < 0.5, 1.0, low).view(-1, 1, 1, 1, 1)
-    noise = torch.randn_like(target)
+    sigma = torch.where(torch.rand(count) < 0.5, 1.0, low).view(-1, 1, 1, 1, 1).to(target.device)
+    noise = torch.randn(target.shape).to(target.device)
     clean, weight = target, batch.weight
     if own > 0:
-        is_own = (torch.rand_like(sigma) < own) & (sigma < 1)
+        is_own = (torch.rand(sigma.shape).to(sigma.device) < own) & (sigma < 1)
         with torch.no_grad():
-            answer = noise - predict(transformer, encoder, batch, noise, torch.ones(count))
+            answer = noise - predict(
+                transformer, encoder, batch, noise, torch.ones_like(sigma[:, 0, 0, 0, 0])
+            )
         clean = torch.where(is_own, answer, target)
         weight = torch.where(is_own, 1.5 * sigma.square(), 1.0) * weight
     noisy = torch.lerp(clean, noise, sigma)
@@ -231,9 +244,9 @@ class Pool:
         self.next += count
         pictures = [as_image(scene) for edit in edits for scene in (edit.source, edit.target)]
         with torch.no_grad():
-            posterior = self.vae.encode(to_latent_input(pictures)).latent_dist
+            posterior = self.vae.encode(to_latent_input(pictures).to(self.vae.device)).latent_dist
         # As in the pipeline, the reference is a sample of the posterior.
-        source, target = posterior.sample(generators)[::2], posterior.mean[1::2]
+        source, target = posterior.sample(generators)[::2].cpu(), posterior.mean[1::2].cpu()
         self.reference[slots] = ((source - self.mean) / self.std).half()
         self.target[slots] = ((target - self.mean) / self.std).half()
         self.weight[slots] = torch.stack([cell_weights(edit, self.weight.shape[-1]) for edit in edits]).half()

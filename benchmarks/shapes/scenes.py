@@ -284,9 +284,10 @@ _MAKERS = {
 }
 
 
-def clip(edit: Edit, frames: int, size: int = SIZE) -> np.ndarray:
-    """The edit as it happens, (T, H, W, 3): the source first, the target last, slow at both ends."""
-    times = np.linspace(0, 1, frames)
+def clip(edit: Edit, frames: int, size: int = SIZE, only: slice = slice(None)) -> np.ndarray:
+    """The edit as it happens, (T, H, W, 3): the source first, the target last, slow at both ends. `only`:
+    which of the frames."""
+    times = np.linspace(0, 1, frames)[only]
     return np.stack([draw(edit.between(t * t * (3 - 2 * t)), size) for t in times])
 
 

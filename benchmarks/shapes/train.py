@@ -2,31 +2,42 @@
 
     python -m benchmarks.shapes.train wan-vae --out runs/wan-vae
     python -m benchmarks.shapes.train joyimage --vae runs/wan-vae/vae --out runs/joyimage
+    python -m benchmarks.shapes.train chronoedit --vae runs/wan-vae/vae --out runs/chronoedit
+    python -m benchmarks.shapes.train sd-vae --out runs/sd-vae
+    python -m benchmarks.shapes.train diffedit --vae runs/sd-vae/vae --out runs/diffedit
 
-Training runs in one process on the processor's threads (OMP_NUM_THREADS). Metrics are in `metrics.jsonl`.
+Training runs in one process, on the processor (OMP_NUM_THREADS threads) or on `--device cuda`. Metrics are in
+`metrics.jsonl` of the folder, the checkpoint is in its `checkpoint`, that of a VAE in its `vae`.
 """
 
 import argparse
+import importlib
 from pathlib import Path
 
-from benchmarks.shapes import joyimage, wan_vae
+import torch
+
+VAES = ("wan-vae", "sd-vae")
+EDITORS = ("joyimage", "chronoedit", "diffedit")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shapes.train", description=__doc__)
-    parser.add_argument("model", choices=("wan-vae", "joyimage"))
+    parser.add_argument("model", choices=VAES + EDITORS)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--vae", type=Path, help="joyimage: the trained VAE, which must not change any more")
-    parser.add_argument("--stages", nargs="+", help="only these, in this order")
+    parser.add_argument("--vae", type=Path, help="editors: the trained VAE, which must not change any more")
+    parser.add_argument("--stages", nargs="+", help="VAEs: only these, in this order")
     parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of samples")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="such as cuda")
     given = parser.parse_args(arguments)
-    if given.model == "wan-vae":
-        wan_vae.train(given.out, given.stages or ("pictures", "decoder"), given.scale, given.seed)
+    train = importlib.import_module(f"benchmarks.shapes.{given.model.replace('-', '_')}").train
+    if given.model in VAES:
+        stages = {"stages": given.stages} if given.stages else {}
+        train(given.out, scale=given.scale, seed=given.seed, device=given.device, **stages)
     elif given.vae is None:
-        parser.error("joyimage needs --vae")
+        parser.error(f"{given.model} needs --vae")
     else:
-        joyimage.train(given.out, given.vae, given.scale, given.seed)
+        train(given.out, given.vae, scale=given.scale, seed=given.seed, device=given.device)
 
 
 if __name__ == "__main__":

@@ -139,10 +139,11 @@ class Run:
         os.replace(part, path)
 
     def _load(self) -> None:
-        state = torch.load(self.folder / "state.pt", weights_only=True)
+        state = torch.load(self.folder / "state.pt", weights_only=True, map_location="cpu")
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
-        self.average = state["average"]
+            for key, value in self.average[name].items():
+                value.copy_(state["average"][name][key])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["random"])

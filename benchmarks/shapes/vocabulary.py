@@ -8,8 +8,14 @@ from tokenizers import pre_tokenizers, trainers
 
 from benchmarks.shapes import scenes
 from joyedit.pipelines.joyimage_prompts import SYSTEM, USER
-from joyedit.random_checkpoint import write_special_tokens
-from joyedit.tokenizers import Qwen2Tokenizer, build_qwen_backend
+from joyedit.random_checkpoint import unigram_tokenizer, write_special_tokens
+from joyedit.tokenizers import (
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    T5TokenizerFast,
+    build_clip_backend,
+    build_qwen_backend,
+)
 from joyedit.weights import write_json
 
 
@@ -30,6 +36,47 @@ def qwen_tokenizer(texts: Iterable[str], limit: int = 600) -> Qwen2Tokenizer:
         return Qwen2Tokenizer.from_pretrained(folder)
 
 
+def clip_tokenizer(texts: Iterable[str], limit: int = 1000, length: int = 77) -> CLIPTokenizer:
+    """A vocabulary of at most `limit` tokens in which the words of `texts` are one each, in CLIP's order:
+    bytes within a word, bytes at its end, merges, the special tokens. Prompts are padded to `length`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        vocab, merges = folder / "vocab.json", folder / "merges.txt"
+        write_json(vocab, {symbol: i for i, symbol in enumerate([*alphabet, end])})
+        merges.write_text("#version: 0.2\n", encoding="utf-8")
+        backend = build_clip_backend(vocab, merges)
+        trainer = trainers.BpeTrainer(
+            vocab_size=limit - len(alphabet) - 2,  # all ends of words and the special tokens come on top
+            min_frequency=1,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        backend.model.save(temporary)
+        lines = merges.read_text(encoding="utf-8").splitlines()[1:]
+        merged = [line.replace(" ", "") for line in lines]
+        tokens = [*alphabet, *(f"{symbol}</w>" for symbol in alphabet), *merged, start, end]
+        write_json(vocab, {token: i for i, token in enumerate(dict.fromkeys(tokens))})
+        special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+        write_json(folder / "special_tokens_map.json", special)
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True}
+        write_json(folder / "tokenizer_config.json", {**settings, **special})
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def umt5_tokenizer(texts: Iterable[str]) -> T5TokenizerFast:
+    """A vocabulary in which the words of `texts` are one token each; other words are spelled."""
+    return unigram_tokenizer(sorted({word.strip(".,") for text in texts for word in text.split()}))
+
+
 def instructions(count: int = 4000) -> list[str]:
     """What is said in the training world."""
     return [scenes.make_edit(i).instruction for i in range(count)]
+
+
+def captions(count: int = 4000) -> list[str]:
+    """What pictures of the training world show."""
+    return [scenes.caption(scenes.make_edit(i).source) for i in range(count)]

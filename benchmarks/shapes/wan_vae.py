@@ -2,9 +2,10 @@
 
 Three stages. `pictures`: encoder and decoder on crops of pictures. `decoder`: the encoder rests, so the
 latents no longer change and a denoiser may start on them; the decoder learns to put up with latents that are
-not quite right, as a denoiser's are. `clips`: what concerns later frames only (the earlier temporal slices of
-the kernels and the convolutions over time) learns on clips of edits; the rest is fixed, so that pictures are
-coded to the bit as before.
+not quite right, as a denoiser's are. `clips`: what of the decoder concerns later frames only (the earlier
+temporal slices of the kernels and the convolutions over time) learns on clips of edits; the rest is fixed, so
+that pictures are coded to the bit as before. A latent of the encoder is the last of its four frames, from
+beginning to end: clips need no latents of their own, and the decoder fills in the frames between.
 
 B batch   C channels   T frames
 Source of the recipe: principal components first, then Muon and a squared error (an absolute one never finds
@@ -40,17 +41,26 @@ CONFIG = AutoencoderKLWanConfig(
     latents_mean=(0.0,) * 16,
     latents_std=(1.0,) * 16,
 )
+CPU = torch.device("cpu")
 CROP, BATCH = 64, 6
-CLIP_FRAMES, CLIP_BATCH = (5, 5, 9), 1  # a third chunk of frames is the first to see a full past
-SAMPLES = {"pictures": 20_000, "decoder": 60_000, "clips": 6_000}
+FILM, CLIP_BATCH = 29, 2  # frames of a whole film of an edit
+SAMPLES = {"pictures": 20_000, "decoder": 60_000, "clips": 8_000}
+STAGES = tuple(SAMPLES)
 RATES = {"pictures": 4e-3, "decoder": 3e-3, "clips": 2e-3}
 
 
-def train(folder: Path, stages: Sequence[str] = ("pictures", "decoder"), scale: float = 1.0, seed: int = 0):
+def train(
+    folder: Path,
+    stages: Sequence[str] = STAGES,
+    scale: float = 1.0,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> None:
     """Train, or go on, in `folder`; `folder/vae` is the checkpoint. `scale`: of the numbers of samples."""
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(CONFIG)
     initialize_vae(vae, torch.cat([crops(-i, 6) for i in range(1, 13)]))
+    vae.to(device)
     for stage in stages:
         run = Run(folder / stage, {"vae": vae}, optimizers(trained(vae, stage), RATES[stage]), decay=0.998)
         test = test_clips() if stage == "clips" else test_pictures()
@@ -61,7 +71,7 @@ def train(folder: Path, stages: Sequence[str] = ("pictures", "decoder"), scale: 
                 write(run.averaged("vae"), folder / "vae")
             run.set_rate(min(1, (run.step + 1) / 50) * cosine(progress, 0.02))
             draw = some_clips if stage == "clips" else crops
-            loss, parts = reconstruction_loss(vae, draw(run.samples, batch), stage)
+            loss, parts = reconstruction_loss(vae, draw(run.samples, batch).to(device), stage)
             loss.backward()
             run.update(parts)
         vae = run.averaged("vae")
@@ -73,16 +83,16 @@ def reconstruction_loss(vae: AutoencoderKLWan, pixels: Tensor, stage: str) -> tu
     """8 squared error + 0.3 absolute error + 0.2 absolute error of gradients + 1e-5 KL.
 
     pixels (B, 3, T, H, W) in [-1, 1]."""
-    if stage == "decoder":
-        with torch.no_grad():
-            mean = vae.encode_frames(pixels).chunk(2, dim=1)[0]
-            std = mean.std(dim=(0, 2, 3, 4), keepdim=True)
-            noise = 0.1 * torch.rand(len(mean), 1, 1, 1, 1) * std
-            z, kl = mean + noise * torch.randn_like(mean), torch.zeros(())
-    else:
+    if stage == "pictures":
         posterior = DiagonalGaussian(vae.encode_frames(pixels))
         z = posterior.sample()
         kl = 0.5 * (posterior.mean.square() + posterior.std.square() - 1 - posterior.logvar).sum(1).mean()
+    else:
+        with torch.no_grad():
+            mean = vae.encode_frames(pixels).chunk(2, dim=1)[0]
+            std = mean.std(dim=(0, 2, 3, 4), keepdim=True)
+            noise = 0.1 * torch.rand(len(mean), 1, 1, 1, 1, device=mean.device) * std
+            z, kl = mean + noise * torch.randn_like(mean), mean.new_zeros(())
     error = vae.decode_frames(z) - pixels
     squared, absolute = error.square().mean(), error.abs().mean()
     edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
@@ -98,14 +108,13 @@ def trained(vae: AutoencoderKLWan, stage: str) -> list[nn.Parameter]:
             over_time.update(module.parameters())
     earlier = {m.weight for m in vae.modules() if isinstance(m, CausalConv3d) and m.weight.shape[-1] > 1}
     for name, p in vae.named_parameters():
-        if stage == "clips":
-            p.requires_grad_(p in over_time or p in earlier)
-        else:
-            encodes = name.startswith(("encoder.", "quant_conv."))
-            p.requires_grad_(p not in over_time and not (encodes and stage == "decoder"))
+        rests = stage != "pictures" and name.startswith(("encoder.", "quant_conv."))
+        learns = p in over_time or p in earlier if stage == "clips" else p not in over_time
+        p.requires_grad_(learns and not rests)
     if stage == "clips":
         for p in earlier:  # of these kernels only the earlier slices
-            p.register_hook(_without_last_slice)
+            if p.requires_grad:
+                p.register_hook(_without_last_slice)
     return [p for p in vae.parameters() if p.requires_grad]
 
 
@@ -123,7 +132,8 @@ def optimizers(parameters: list[nn.Parameter], rate: float) -> list[torch.optim.
 @torch.no_grad()
 def judge(vae: AutoencoderKLWan, test: Tensor) -> dict[str, float]:
     """PSNR in dB of what comes back of held-out pictures or clips, mean and worst."""
-    back = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in test.split(8)])
+    parts = [part.to(vae.device) for part in test.split(8)]
+    back = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample.cpu() for part in parts])
     psnr = -10 * torch.log10(((back - test) / 2).square().flatten(1).mean(1))
     return {"psnr": psnr.mean().item(), "worst": psnr.min().item()}
 
@@ -143,7 +153,8 @@ def write(vae: AutoencoderKLWan, folder: Path) -> None:
     """Save with the statistics of its latents, by which denoisers normalise them."""
     pictures = torch.cat([to_tensor(random_pictures(-100 - i, 16)[:, None]) for i in range(8)])
     with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(16)])
+        parts = [part.to(vae.device) for part in pictures.split(16)]
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
     vae.config = vae.config.replace(
         latents_mean=tuple(round(v, 4) for v in mean.tolist()),
@@ -175,12 +186,15 @@ def crops(index: int, count: int) -> Tensor:
 
 
 def some_clips(index: int, count: int) -> Tensor:
-    """Training clips, (count, 3, 5 or 9 frames, CROP, CROP) in [-1, 1]."""
+    """Training clips, (count, 3, 5 or 9 frames, CROP, CROP) in [-1, 1]: of the whole edit in so few frames,
+    or out of the middle of a long film of it."""
     rng = np.random.default_rng((9, index))
-    frames = int(rng.choice(CLIP_FRAMES))
+    frames, whole = int(rng.choice((5, 9))), bool(rng.integers(2))
     cut = []
     for _ in range(count):
-        clip = scenes.clip(scenes.make_edit(int(rng.integers(2**31))), frames)
+        edit = scenes.make_edit(int(rng.integers(2**31)))
+        start = 0 if whole else 4 * int(rng.integers((FILM - frames) // 4 + 1))
+        clip = scenes.clip(edit, frames if whole else FILM, only=slice(start, start + frames))
         top, left = rng.integers(0, scenes.SIZE - CROP + 1, 2)
         cut.append(clip[:, top : top + CROP, left : left + CROP])
     return to_tensor(np.stack(cut))

@@ -29,7 +29,7 @@ class Pipeline:
     """Parts by name, and what users do with all of them at once.
 
     `reference_quirks`: True reproduces every listed defect of the reference, a collection of names only
-    those.
+    those. `made_for`: what a small checkpoint says of its use, see `joyedit.made_for`; empty for others.
     """
 
     parts: ClassVar[Mapping[str, tuple[type, ...]]]  # part -> the classes it may have, the default first
@@ -47,6 +47,7 @@ class Pipeline:
         self.quirks = self.quirk_names if reference_quirks is True else frozenset(reference_quirks or ())
         if unknown := self.quirks - self.quirk_names:
             raise ValueError(f"reference_quirks={sorted(unknown)}: known are {sorted(self.quirk_names)}")
+        self.made_for: dict[str, Any] = {}
         self._interrupt = False
         self._progress: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
@@ -102,7 +103,7 @@ class Pipeline:
         """`from_pretrained` with its arguments sorted: `given` are the parts that are not loaded."""
         for name, part in given.items():
             cls.check_part(name, part)
-        classes, settings = {}, {}
+        classes, settings, index = {}, {}, {}
         if set(cls.parts) - set(given):
             index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
             if index.get("_class_name") not in {cls.__name__, *cls.relatives}:
@@ -130,7 +131,9 @@ class Pipeline:
         configs = {name: part.config for name, part in given.items() if isinstance(part, Network)}
         cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
         loaded |= {name: one.read() for name, one in planned.items()}
-        return cls(**loaded, **given, **settings, reference_quirks=quirks)
+        pipe = cls(**loaded, **given, **settings, reference_quirks=quirks)
+        pipe.made_for = index.get("made_for", {})
+        return pipe
 
     @classmethod
     def check_configs(cls, configs: Mapping[str, Any]) -> None:
@@ -164,6 +167,8 @@ class Pipeline:
                 part.save_pretrained(folder / name)
             index[name] = [None, None] if part is None else [part.library, type(part).__name__]
         index.update(self.settings_to_save())
+        if self.made_for:
+            index["made_for"] = dict(self.made_for)
         write_json(folder / "model_index.json", index)
 
     def settings_to_save(self) -> dict[str, Any]:

@@ -5,11 +5,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 
 
 def test_operations_under_the_interpreter():
-    options = ["-q", "--tb=short", "--color=no", "-rfEs", "-p", "no:cacheprovider", "--durations=5"]
+    interpreted("not slow")
+
+
+@pytest.mark.slow
+def test_trained_checkpoints_under_the_interpreter():
+    interpreted("slow")
+
+
+def interpreted(marks):
+    options = [
+        "-q",
+        "--tb=short",
+        "--color=no",
+        "-rfEs",
+        "-p",
+        "no:cacheprovider",
+        "--durations=5",
+        "-m",
+        marks,
+    ]
     command = [sys.executable, "-m", "pytest", *options, str(HERE / "ops")]
     env = {**os.environ, "TRITON_INTERPRET": "1", "JOYEDIT_OPS": "auto"}
     done = subprocess.run(command, cwd=HERE.parents[1], env=env, capture_output=True, text=True)

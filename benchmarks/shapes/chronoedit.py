@@ -1,0 +1,355 @@
+"""Training the small ChronoEdit: WAN transformer, UMT5 and CLIP together, on latents of the trained VAE.
+
+An edit is a film of five frames, in latents two: the photograph and the edited picture. With temporal
+reasoning it has 29 frames, in latents eight, and the way is a drawn one, too. A latent frame after the first
+is the code of the last of its four frames, as long as the encoder's temporal parts are at their start: so no
+film is ever encoded, only pictures.
+
+The loss is that of flow matching: x_t = (1 - sigma) x0 + sigma noise, and the network predicts the velocity
+noise - x0. Half of the samples are pure noise, sigma = 1: that is where an edit is decided, the rest is
+polishing. Latent cells that hold a shape or change count four times, but in the first frame, which is known.
+A step takes mostly edits of two latent frames and a film or so of eight. What is drawn when is as for
+JoyImage.
+
+Padding of prompts is attended to. Some batches get as much of it as the pipeline makes, most get little: it
+is all one row of keys and values.
+
+B batch   C latent channels   T latent frames   h, w latent height and width   L prompt tokens
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.shapes import evaluate, evaluate_chronoedit, scenes
+from benchmarks.shapes.init_chronoedit import initialize_editor, initialize_encoders
+from benchmarks.shapes.joyimage import as_image, plan
+from benchmarks.shapes.training import RatedAdamW, Run, cosine
+from benchmarks.shapes.vocabulary import instructions, umt5_tokenizer
+from joyedit.clip_images import CLIPImageConfig, CLIPImageProcessor
+from joyedit.images import to_latent_input
+from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel, Context
+from joyedit.models.clip import CLIPVisionConfig, CLIPVisionModel
+from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel
+from joyedit.models.wan_vae import AutoencoderKLWan
+from joyedit.pipelines.chronoedit import EDIT_FRAMES, REASONING_FRAMES, ChronoEditPipeline
+from joyedit.pipelines.chronoedit_frames import FrameCoder
+from joyedit.schedulers.unipc import UniPCMultistepScheduler
+from joyedit.tokenizers import T5TokenizerFast
+
+CONFIG = ChronoEditConfig(
+    num_attention_heads=6,
+    attention_head_dim=32,
+    text_dim=128,
+    ffn_dim=512,
+    num_layers=4,
+    image_dim=32,
+    added_kv_proj_dim=192,
+)
+CPU = torch.device("cpu")
+SEEN_SIDE = 32  # pixels; CLIP sees a picture as 2 x 2 patches
+SAMPLES = 150_000
+EDITS, FILMS = 23, 1  # of a batch
+FRESH_EDITS, FILM_STEPS = 4, 4  # new edits per batch; batches per new film
+EDIT_POOL, FILM_POOL = 4096, 512
+RATE = 7e-4
+SHIFT = 3.0
+WEIGHT = 4.0  # of cells that hold a shape or change
+FILM_WEIGHT = 0.2  # of the films in the loss
+NO_PROMPT = 0.05  # share of samples without an instruction, for guidance
+PADDING = (1, 1, 1, 8, 64, 500)  # rows, each equally often
+
+
+class Editor(NamedTuple):
+    """The networks that learn."""
+
+    transformer: ChronoEditTransformer3DModel
+    text_encoder: UMT5EncoderModel
+    image_encoder: CLIPVisionModel
+
+
+def train(
+    folder: Path,
+    vae_folder: Path,
+    scale: float = 1.0,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> None:
+    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint."""
+    torch.manual_seed(seed)
+    total = int(SAMPLES * scale)
+    vae = AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.float32).to(device)
+    tokenizer = kept_tokenizer(folder / "tokenizer")
+    editor, rates = make_editor(tokenizer, seed)
+    for network in editor:
+        network.to(device)
+    shares = {p: rates[n].to(device) for n, p in editor.transformer.named_parameters() if n in rates}
+    parameters = [p for network in editor for p in network.parameters() if p.requires_grad]
+    optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    run = Run(folder, editor._asdict(), [optimizer], decay=0.998)
+    batch = EDITS + FILMS
+    edits = Pool(vae, tokenizer, total, EDIT_FRAMES, EDIT_POOL, batch / FRESH_EDITS)
+    films = Pool(vae, tokenizer, total, REASONING_FRAMES, FILM_POOL, FILM_STEPS * batch)
+    edits.fill(run.step * FRESH_EDITS)
+    films.fill(run.step // FILM_STEPS)
+    for progress in run.until(total, batch):
+        if run.step % 500 == 0:
+            report(run, vae, tokenizer, total)
+        run.set_rate(min(1, (run.step + 1) / 100) * cosine(progress, 0.03, start_at=0.5))
+        own = plan(run.samples, total).own
+        edit_loss = editing_loss(editor, edits.draw(EDITS).to(device), own)
+        ((1 - FILM_WEIGHT) * edit_loss).backward()
+        film_loss = editing_loss(editor, films.draw(FILMS).to(device), own)
+        (FILM_WEIGHT * film_loss).backward()
+        run.update({"loss": edit_loss.item(), "film_loss": film_loss.item()}, clip=1.0)
+        edits.renew(FRESH_EDITS)
+        if run.step % FILM_STEPS == FILM_STEPS - 1:
+            films.renew(1)
+    report(run, vae, tokenizer, total)
+
+
+def report(run: Run, vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, total: int) -> None:
+    """Score held-out edits like those of now, write the checkpoint and every now and then a picture."""
+    pipe = assemble(Editor(*map(run.averaged, Editor._fields)), vae, tokenizer)
+    now = plan(run.samples, total)
+    edits = evaluate.held_out(8, now.counts, tuple(dict.fromkeys(now.kinds)))
+    results = evaluate_chronoedit.run(pipe, edits, steps=2)
+    run.log(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
+    picture = evaluate.grid(edits, results, columns=8)
+    picture.save(run.folder / "held-out.png")
+    films = evaluate_chronoedit.film_grid(edits[::8], evaluate_chronoedit.films(pipe, edits[::8], steps=4))
+    films.save(run.folder / "films.png")
+    if run.step % 2500 == 0:
+        picture.save(run.folder / f"held-out-{run.samples:07d}.png")
+    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
+
+
+class Batch(NamedTuple):
+    frames: Tensor  # (B, C, T, h, w), normalised: the photograph and what becomes of it
+    condition: Tensor  # (B, 4 + C, T, h, w), as the pipeline makes it
+    weight: Tensor  # (B, 1, T, h, w)
+    tokens: Tensor  # (B, L), padded
+    mask: Tensor  # (B, L), 1 at tokens
+    padding: int  # rows that follow L
+    pixels: Tensor  # (B, 3, SEEN_SIDE, SEEN_SIDE), as CLIP reads them
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+
+
+def editing_loss(editor: Editor, batch: Batch, own: float = 0.0) -> Tensor:
+    """The weighted mean squared error of the velocity (x_t - x0) / sigma.
+
+    `own`: the share of the samples below sigma = 1 whose x_t comes not from the truth but from the network's
+    own answer to pure noise, as it does when an edit is made. Their error counts 1.5 sigma**2: that of x0.
+    """
+    target, count = batch.frames, len(batch.frames)
+    u = torch.rand(count)  # drawn on the CPU: the same on every device
+    low = (SHIFT * u / (1 + (SHIFT - 1) * u)).clamp_min(1e-3)
+    sigma = torch.where(torch.rand(count) < 0.5, 1.0, low).view(-1, 1, 1, 1, 1).to(target.device)
+    noise = torch.randn(target.shape).to(target.device)
+    clean, weight = target, batch.weight
+    if own > 0:
+        is_own = (torch.rand(sigma.shape).to(sigma.device) < own) & (sigma < 1)
+        with torch.no_grad():
+            answer = noise - predict(editor, batch, noise, torch.ones_like(sigma).flatten())
+        clean = torch.where(is_own, answer, target)
+        weight = torch.where(is_own, 1.5 * sigma.square(), 1.0) * weight
+    noisy = torch.lerp(clean, noise, sigma)
+    velocity = predict(editor, batch, noisy, sigma.flatten())
+    return (weight * (velocity - (noisy - target) / sigma).square()).mean()
+
+
+def predict(editor: Editor, batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """The velocity (B, C, T, h, w) of `noisy` at noise levels sigma (B)."""
+    transformer, text_encoder, image_encoder = editor
+    states = F.pad(text_encoder.encode(batch.tokens, batch.mask), (0, 0, 0, 1))
+    text = repeat_last(transformer.embed_text(states), batch.padding)
+    image = transformer.embed_image(image_encoder.hidden_states(batch.pixels, layer=-2))
+    latents = torch.cat((noisy, batch.condition), dim=1)
+    rope = transformer.rope(transformer.token_grid(latents))
+    return transformer.predict(latents, transformer.embed_time(1000 * sigma), text, image, rope)
+
+
+def repeat_last(context: Context, count: int) -> Context:
+    """Keys and values whose last row stands for `count` of them: padding is all alike."""
+
+    def longer(x: Tensor) -> Tensor:
+        return torch.cat((x[:, :-1], x[:, -1:].expand(-1, count, -1, -1)), dim=1)
+
+    return tuple((longer(k), longer(v)) for k, v in context)
+
+
+class Pool:
+    """A window of encoded edits of so many frames, that moves on through the training world.
+
+    Which edits are in it depends on the progress alone, so an interrupted training finds the same again.
+    `samples`: how many are seen of a training before an edit is exchanged.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        tokenizer: T5TokenizerFast,
+        total: int,
+        frames: int,
+        size: int,
+        samples: float,
+    ):
+        self.vae, self.coder, self.tokenizer, self.total = vae, FrameCoder(vae), tokenizer, total
+        self.size, self.samples = size, samples
+        self.times = torch.linspace(0, 1, 1 + (frames - 1) // vae.config.scale_factor_temporal).tolist()
+        self.first = 2**30 if len(self.times) > 2 else 0  # films are not those of the edits
+        side = scenes.SIZE // vae.config.scale_factor_spatial
+        self.frames = torch.zeros(size, vae.config.z_dim, len(self.times), side, side, dtype=torch.half)
+        self.weight = torch.zeros(size, 1, len(self.times), side, side, dtype=torch.half)
+        self.pixels = torch.zeros(size, 3, SEEN_SIDE, SEEN_SIDE, dtype=torch.half)
+        self.tokens: list[Tensor] = [torch.zeros(0, dtype=torch.long)] * size
+        self.next = 0
+        self.seen = image_processor()
+        self.no_prompt = torch.tensor(tokenizer.encode(""))
+        self.grey = self.encode([Image.new("RGB", (scenes.SIZE, scenes.SIZE))], level=0.0)
+
+    def fill(self, renewed: int) -> None:
+        """The window as it is after `renewed` edits were exchanged."""
+        self.next = renewed
+        for _ in tqdm(range(self.size // 32), desc="drawing and encoding edits", mininterval=20):
+            self.renew(32)
+
+    def renew(self, count: int) -> None:
+        """Exchange the oldest `count` edits for new ones."""
+        edits = []
+        for index in range(self.next, self.next + count):
+            now = plan(int(max(index - self.size, 0) * self.samples), self.total)
+            edits.append(scenes.make_edit(self.first + index, "train", now.kinds, now.counts))
+        slots = torch.arange(self.next, self.next + count) % self.size
+        self.next += count
+        shown = [[edit.between(t * t * (3 - 2 * t)) for t in self.times] for edit in edits]  # scenes.clip
+        pictures = [as_image(scene) for film in shown for scene in film]
+        latents = self.encode(pictures).unflatten(0, (count, -1))  # (count, T, C, 1, h, w)
+        self.frames[slots] = latents[:, :, :, 0].transpose(1, 2).half()
+        for slot, edit, film in zip(slots.tolist(), edits, shown, strict=True):
+            self.weight[slot] = cell_weights(edit, film, self.weight.shape[-1]).half()
+            self.tokens[slot] = torch.tensor(self.tokenizer.encode(edit.instruction))
+        self.pixels[slots] = self.seen(pictures[:: len(self.times)])["pixel_values"].half()
+
+    @torch.no_grad()
+    def encode(self, pictures: Sequence[Image.Image], level: float | None = None) -> Tensor:
+        """Normalised latents of pictures, (B, C, 1, h, w)."""
+        pixels = to_latent_input(pictures).to(self.vae.device)
+        if level is not None:
+            pixels = torch.full_like(pixels, level)
+        return self.coder.condition(pixels, 1)[:, self.vae.config.scale_factor_temporal :].cpu()
+
+    def draw(self, count: int) -> Batch:
+        """`count` edits, some without their prompts."""
+        slots = torch.randint(self.size, (count,))
+        silent = torch.rand(count) < NO_PROMPT
+        prompts = [
+            self.no_prompt if s else self.tokens[i]
+            for i, s in zip(slots.tolist(), silent.tolist(), strict=True)
+        ]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        frames = self.frames[slots].float()
+        return Batch(
+            frames,
+            condition_of(frames, self.grey, self.vae.config.scale_factor_temporal),
+            self.weight[slots].float(),
+            torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True),
+            (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            PADDING[int(torch.randint(len(PADDING), ()))],
+            self.pixels[slots].float(),
+        )
+
+
+def condition_of(frames: Tensor, grey: Tensor, mask_channels: int) -> Tensor:
+    """What is known of films (B, C, T, h, w), (B, mask + C, T, h, w): the first frame; grey (1, C, 1, h, w)
+    stands for the others. The same as of `FrameCoder.condition`, without encoding anything."""
+    b, _, t, h, w = frames.shape
+    mask = frames.new_zeros(b, mask_channels, t, h, w)
+    mask[:, :, 0] = 1
+    latents = torch.cat((frames[:, :, :1], grey.expand(b, -1, t - 1, -1, -1)), dim=2)
+    return torch.cat((mask, latents), dim=1)
+
+
+def cell_weights(edit: scenes.Edit, film: Sequence[scenes.Scene], side: int) -> Tensor:
+    """WEIGHT where a latent cell ever holds part of a shape or of the box; else, and in the first frame, 1.
+    (1, T, side, side)"""
+    local = edit.changed() if edit.kind in scenes.LOCAL else 0
+    for scene in film:
+        for thing in scene.things:
+            local = local + (scenes.coverage(thing) > 0)
+    cells = F.adaptive_max_pool2d(torch.as_tensor(local, dtype=torch.float32)[None], side)
+    weight = (1 + (WEIGHT - 1) * (cells > 0).float()).repeat(len(film), 1, 1)
+    weight[0] = 1
+    return weight[None]
+
+
+def kept_tokenizer(folder: Path) -> T5TokenizerFast:
+    """The tokenizer of a run, kept in `folder`: a vocabulary must not change under a training."""
+    if not (folder / "tokenizer.json").is_file():
+        umt5_tokenizer(instructions()).save_pretrained(folder)
+    return T5TokenizerFast.from_pretrained(folder)
+
+
+def image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(CLIPImageConfig(size=SEEN_SIDE, crop_size=(SEEN_SIDE, SEEN_SIDE)))
+
+
+def make_editor(
+    tokenizer: T5TokenizerFast, seed: int = 0, **options: int
+) -> tuple[Editor, dict[str, Tensor]]:
+    """The untrained networks, and the transformer's shares of the learning rate. Options: those of
+    `initialize_editor`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ChronoEditTransformer3DModel(CONFIG)
+        text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(tokenizer),
+                d_model=CONFIG.text_dim,
+                d_kv=32,
+                d_ff=256,
+                num_layers=2,
+                num_heads=4,
+            )
+        )
+        assert CONFIG.image_dim is not None
+        image_encoder = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=CONFIG.image_dim,
+                intermediate_size=64,
+                projection_dim=CONFIG.image_dim,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=SEEN_SIDE,
+                patch_size=16,
+                architectures=("CLIPVisionModel",),
+            )
+        )
+        initialize_encoders(text_encoder, image_encoder)
+    return Editor(transformer, text_encoder, image_encoder), initialize_editor(transformer, seed, **options)
+
+
+def assemble(editor: Editor, vae: AutoencoderKLWan, tokenizer: T5TokenizerFast) -> ChronoEditPipeline:
+    """The pipeline of the parts."""
+    pipe = ChronoEditPipeline(
+        tokenizer=tokenizer,
+        text_encoder=editor.text_encoder,
+        image_encoder=editor.image_encoder,
+        image_processor=image_processor(),
+        transformer=editor.transformer,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
+        ),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,264 @@
+"""Training the small DiffEdit: Stable Diffusion's UNet and CLIP text encoder, on latents of the trained VAE.
+
+Nothing here edits: the network learns to draw a scene from its caption. DiffEdit asks it twice about the same
+noisy picture, under two captions, and where the answers differ is the mask. So what counts is which word
+belongs to which shape. Cells of latents that hold a shape weigh more, the noise is mostly strong (what can be
+seen needs no caption), and scenes of one shape come before those of two (`plan`).
+
+Scenes are drawn and encoded once, kept in a moving window (`Pool`), seen a few times each, and replaced.
+
+B batch   C latent channels   h, w latent height and width   L prompt tokens
+"""
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.shapes import evaluate_diffedit, scenes
+from benchmarks.shapes.sd_vae import CPU, SIZE, to_tensor, training_scene
+from benchmarks.shapes.training import Muon, Run, cosine
+from benchmarks.shapes.vocabulary import captions, clip_tokenizer
+from joyedit.clip_images import CLIPImageConfig, CLIPImageProcessor
+from joyedit.models.clip import CLIPTextConfig, CLIPTextModel
+from joyedit.models.sd_unet import UNet2DConditionConfig, UNet2DConditionModel
+from joyedit.models.sd_vae import AutoencoderKL
+from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
+from joyedit.schedulers.ddim import DDIMScheduler
+from joyedit.tokenizers import CLIPTokenizer
+
+# Transformers where there are 8 x 8 positions; at 16 x 16 they would cost as much as all the rest.
+CONFIG = UNet2DConditionConfig(
+    sample_size=16,
+    block_out_channels=(64, 104),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=4,
+    cross_attention_dim=64,
+    norm_num_groups=8,
+)
+TOKENS = 32  # a caption of three shapes has 21
+SAMPLES = 110_000
+BATCH = 32
+FRESH = 8  # new scenes per batch
+POOL = 8192
+RATE = 2e-3  # of kernels, under Muon
+WEIGHT = 4.0  # of cells that hold a shape
+NO_CAPTION = 0.1  # share of samples without one, for guidance
+
+
+def plan(samples: int, total: int) -> tuple[int, ...]:
+    """Numbers of shapes in the scenes drawn at some time of the training, as often as listed."""
+    return (1,) if samples < 0.12 * total else (1, 2, 2)
+
+
+def train(
+    folder: Path,
+    vae_folder: Path,
+    scale: float = 1.0,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> None:
+    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint."""
+    torch.manual_seed(seed)
+    total = int(SAMPLES * scale)
+    vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device)
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    unet = UNet2DConditionModel(CONFIG)
+    encoder = CLIPTextModel(encoder_config(tokenizer))
+    initialize(unet, encoder)
+    networks = {
+        "unet": unet.to(device, memory_format=torch.channels_last),
+        "text_encoder": encoder.to(device),
+    }
+    run = Run(folder, networks, optimizers(unet, encoder), decay=0.998)
+    pool = Pool(vae, tokenizer, total, POOL)
+    pool.fill(run.step * FRESH)
+    for progress in run.until(total, BATCH):
+        if run.step % 300 == 0:
+            report(run, assemble(run.averaged("unet"), run.averaged("text_encoder"), vae, tokenizer))
+        run.set_rate(min(1, (run.step + 1) / 100) * cosine(progress, 0.02, start_at=0.4))
+        loss = denoising_loss(unet, encoder, pool.draw(BATCH).to(device))
+        loss.backward()
+        run.update({"loss": loss.item()}, clip=1.0)
+        pool.renew(FRESH)
+    report(run, assemble(run.averaged("unet"), run.averaged("text_encoder"), vae, tokenizer))
+
+
+def optimizers(unet: UNet2DConditionModel, encoder: CLIPTextModel) -> list[torch.optim.Optimizer]:
+    """Muon for the UNet's kernels; Adam at half its rate for gains and biases and for words."""
+    kernels = [p for p in unet.parameters() if p.ndim > 1]
+    others = [p for p in (*unet.parameters(), *encoder.parameters()) if not any(p is k for k in kernels)]
+    return [Muon(kernels, RATE), torch.optim.AdamW(others, RATE / 2, betas=(0.9, 0.98), weight_decay=0.01)]
+
+
+def report(run: Run, pipe: StableDiffusionDiffEditPipeline) -> None:
+    """Score held-out edits, write the checkpoint and every now and then a picture."""
+    scores, picture = evaluate_diffedit.evaluate(pipe, 24, references=False)
+    run.log(**scores["model"])
+    picture.save(run.folder / "held-out.png")
+    if run.step % 1500 == 0:
+        picture.save(run.folder / f"held-out-{run.samples:07d}.png")
+    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
+
+
+class Batch(NamedTuple):
+    latents: Tensor  # (B, C, h, w), scaled
+    weight: Tensor  # (B, 1, h, w)
+    tokens: Tensor  # (B, L)
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(part.to(device) for part in self))
+
+
+def denoising_loss(unet: UNet2DConditionModel, encoder: CLIPTextModel, batch: Batch) -> Tensor:
+    """The weighted mean squared error of v = sqrt(abar) noise - sqrt(1 - abar) x0.
+
+    Timesteps are the square roots of even ones: twice as many in the second half.
+    """
+    x0, count = batch.latents, len(batch.latents)
+    steps = len(ALPHAS)
+    timesteps = (steps * torch.rand(count).sqrt()).long().clamp_max(steps - 1)
+    noise = torch.randn(x0.shape).to(x0)  # drawn on the CPU: the same on every device
+    abar = ALPHAS[timesteps].view(-1, 1, 1, 1).to(x0)
+    noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+    velocity = abar.sqrt() * noise - (1 - abar).sqrt() * x0
+    context = unet.embed_context(encoder.encode(batch.tokens))
+    predicted = unet.predict(noisy, unet.embed_time(timesteps.to(x0.device)), context)
+    return (batch.weight * (predicted - velocity).square()).mean()
+
+
+def make_scheduler() -> DDIMScheduler:
+    """The noise of Stable Diffusion, with the v that 2.x predicts."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+ALPHAS = make_scheduler().alphas_cumprod.float()  # abar of every timestep
+
+
+class Pool:
+    """A window of encoded scenes that moves on through the training world.
+
+    Which scenes are in it depends on the progress alone, so an interrupted training finds the same again.
+    """
+
+    def __init__(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, total: int, size: int):
+        self.vae, self.tokenizer, self.total, self.size = vae, tokenizer, total, size
+        side = SIZE // vae.config.factor
+        self.latents = torch.zeros(size, vae.config.latent_channels, side, side, dtype=torch.half)
+        self.weight = torch.zeros(size, 1, side, side, dtype=torch.half)
+        self.tokens = torch.zeros(size, tokenizer.model_max_length, dtype=torch.long)
+        self.no_caption = self.encode_texts([""])
+        self.next = 0
+
+    def fill(self, renewed: int) -> None:
+        """The window as it is after `renewed` scenes were exchanged."""
+        self.next = renewed
+        for _ in tqdm(range(self.size // 32), desc="drawing and encoding scenes", mininterval=20):
+            self.renew(32)
+
+    def renew(self, count: int) -> None:
+        """Exchange the oldest `count` scenes for new ones."""
+        drawn = []
+        for index in range(self.next, self.next + count):
+            counts = plan(max(index - self.size, 0) * BATCH // FRESH, self.total)
+            drawn.append(training_scene(index, counts))
+        slots = torch.arange(self.next, self.next + count) % self.size
+        self.next += count
+        pixels = to_tensor([as_seen(scene) for scene in drawn])
+        with torch.no_grad():
+            latents = self.vae.encode(pixels.to(self.vae.device)).latent_dist.mean
+        self.latents[slots] = (self.vae.config.scaling_factor * latents).half().cpu()
+        side = self.weight.shape[-1]
+        self.weight[slots] = torch.stack([cell_weights(scene, side) for scene in drawn]).half()
+        self.tokens[slots] = self.encode_texts([scenes.caption(scene) for scene in drawn])
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Padded as the pipeline does, (B, L)."""
+        length = self.tokenizer.model_max_length
+        padded = {"padding": "max_length", "max_length": length, "truncation": True}
+        return self.tokenizer(texts, **padded, return_tensors="pt").input_ids
+
+    def draw(self, count: int) -> Batch:
+        """`count` scenes, a few of them without their captions."""
+        slots = torch.randint(self.size, (count,))
+        without = torch.rand(count, 1) < NO_CAPTION
+        tokens = torch.where(without, self.no_caption, self.tokens[slots])
+        return Batch(self.latents[slots].float(), self.weight[slots].float(), tokens)
+
+
+def cell_weights(scene: scenes.Scene, side: int) -> Tensor:
+    """WEIGHT where a latent cell holds part of a shape, else 1. (1, side, side)"""
+    covered = sum(scenes.coverage(thing, SIZE) for thing in scene.things)
+    cells = F.adaptive_max_pool2d(torch.as_tensor(covered, dtype=torch.float32)[None], side)
+    return 1 + (WEIGHT - 1) * (cells > 0).float()
+
+
+def as_seen(scene: scenes.Scene) -> np.ndarray:
+    """The picture of a scene in levels of 8 bits, as files have it, in [0, 1]."""
+    return scenes.to_levels(scenes.draw(scene, SIZE)).astype(np.float32) / 255
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a run, kept in `folder`: a vocabulary must not change under a training."""
+    if not (folder / "vocab.json").is_file():
+        clip_tokenizer(captions(), length=TOKENS).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def encoder_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """Two layers."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=CONFIG.context_dim,
+        intermediate_size=4 * CONFIG.context_dim,
+        projection_dim=CONFIG.context_dim,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+
+
+@torch.no_grad()
+def initialize(unet: UNet2DConditionModel, encoder: CLIPTextModel) -> None:
+    """Words far apart; residual branches and the output start small."""
+    nn.init.normal_(encoder.embeddings.token_embedding.weight, std=0.5)
+    nn.init.normal_(encoder.embeddings.position_embedding.weight, std=0.2)
+    for name, p in unet.named_parameters():
+        if name.endswith(("conv2.weight", "proj_out.weight")):
+            p *= 0.3
+    unet.conv_out.weight *= 0.1
+
+
+def assemble(
+    unet: UNet2DConditionModel, encoder: CLIPTextModel, vae: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> StableDiffusionDiffEditPipeline:
+    """The pipeline of the parts."""
+    pipe = StableDiffusionDiffEditPipeline(
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        feature_extractor=CLIPImageProcessor(CLIPImageConfig(size=SIZE, crop_size=(SIZE, SIZE))),
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

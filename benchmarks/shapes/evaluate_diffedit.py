@@ -1,0 +1,196 @@
+"""How well a small DiffEdit edits: held-out pairs of captions, exact regions and targets.
+
+Judged are the mask, by its intersection over union with the region in which source and target are different
+shapes; what is kept, in dB outside that region and outside the mask; and the edit itself, as in `evaluate`:
+near the target inside the region, as good as the autoencoder outside it, and of the right outline. Beside
+each score stand that of the source itself with an empty mask (`nothing`), and that of the target after a
+trip through the VAE with the region cut to cells of latents (`ceiling`).
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from benchmarks.shapes import scenes
+from benchmarks.shapes.evaluate import judge
+from benchmarks.shapes.sd_vae import SIZE, to_tensor
+from joyedit.images import to_output
+from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
+
+COUNTS = (1, 2)  # shapes in a scene
+KINDS = ("recolour", "replace")
+
+# What the small model is called with. Its pictures are small, so a shape is seen through more noise than in
+# a photograph, and takes up more of the picture.
+SETTINGS: dict[str, Any] = {
+    "num_inference_steps": 20,
+    "inpaint_strength": 0.9,
+    "guidance_scale": 3.0,
+    "num_maps_per_mask": 10,
+    "mask_encode_strength": 0.6,
+    "mask_thresholding_ratio": 6.0,
+}
+
+
+class Case(NamedTuple):
+    """A held-out edit: `edit` and `pair` are the same scenes, and `pair` has the captions."""
+
+    edit: scenes.Edit
+    pair: scenes.CaptionPair
+
+
+class Answer(NamedTuple):
+    picture: np.ndarray  # (H, W, 3) in [0, 1]
+    mask: np.ndarray  # (H, W) bool
+
+
+class Score(NamedTuple):
+    """kept: dB outside the true region, masked: dB outside the mask, both against the source; None where
+    nothing is outside."""
+
+    kind: str
+    ok: bool
+    iou: float
+    kept: float | None
+    masked: float | None
+
+
+def held_out(count: int) -> list[Case]:
+    """`count` edits that no training draws."""
+    cases = []
+    for i in range(count):
+        edit = scenes.make_edit(i, "held-out", KINDS, COUNTS)
+        cases.append(Case(edit, scenes.make_caption_pair(i, "held-out", COUNTS, SIZE)))
+    return cases
+
+
+def score(case: Case, answer: Answer) -> Score:
+    source, region = scenes.draw(case.pair.source, SIZE), case.pair.region
+    union = (region | answer.mask).sum()
+    iou = float((region & answer.mask).sum() / union) if union else 1.0
+    kept, masked = (_decibel(answer.picture, source, ~inside) for inside in (region, answer.mask))
+    ok = judge(case.edit, answer.picture).ok
+    return Score(case.edit.kind, ok, iou, kept, masked)
+
+
+def _decibel(result: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float | None:
+    if not where.any():
+        return None
+    return float(-10 * np.log10(np.square(result - truth)[where].mean() + 1e-10))
+
+
+def summarize(scores: Sequence[Score]) -> dict[str, Any]:
+    """Success, mean and median IoU, median dB; success and mean IoU of each kind."""
+    report: dict[str, Any] = {
+        "edits": len(scores),
+        "ok": round(sum(s.ok for s in scores) / len(scores), 3),
+        "iou": round(statistics.fmean(s.iou for s in scores), 3),
+        "median_iou": round(statistics.median(s.iou for s in scores), 3),
+    }
+    for name in ("kept", "masked"):
+        values = [v for s in scores if (v := getattr(s, name)) is not None]
+        report[name] = round(statistics.median(values), 2) if values else None
+    report["kinds"] = {}
+    for kind in dict.fromkeys(s.kind for s in scores):
+        group = [s for s in scores if s.kind == kind]
+        ok, iou = sum(s.ok for s in group) / len(group), statistics.fmean(s.iou for s in group)
+        report["kinds"][kind] = {"edits": len(group), "ok": round(ok, 3), "iou": round(iou, 3)}
+    return report
+
+
+def run(
+    pipe: StableDiffusionDiffEditPipeline, cases: Sequence[Case], batch: int = 8, **settings: Any
+) -> list[Answer]:
+    """What the model makes of each case; number i is drawn from seed i. `settings`: of `pipe.edit`, before
+    those of SETTINGS."""
+    answers: list[Answer] = []
+    for start in range(0, len(cases), batch):
+        part = cases[start : start + batch]
+        out = pipe.edit(
+            [as_image(case.pair.source) for case in part],
+            [case.pair.source_caption for case in part],
+            [case.pair.target_caption for case in part],
+            generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
+            output_type="np",
+            **{**SETTINGS, **settings},
+        )
+        masks = [_to_pixels(mask > 0) for mask in out.mask]
+        answers += [Answer(np.asarray(a), b) for a, b in zip(out.images, masks, strict=True)]
+    return answers
+
+
+@torch.no_grad()
+def ceiling(pipe: StableDiffusionDiffEditPipeline, cases: Sequence[Case]) -> list[Answer]:
+    """The targets through the VAE; masks are the cells that lie in the region for the larger part."""
+    answers = []
+    cell = pipe.vae.config.factor
+    for case in cases:
+        levels = scenes.to_levels(scenes.draw(case.pair.target, SIZE))
+        pixels = to_tensor([levels.astype(np.float32) / 255]).to(pipe.vae.device, pipe.vae.dtype)
+        back = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+        picture = np.asarray(to_output(back.float(), "np"))[0]
+        side = SIZE // cell
+        share = case.pair.region.reshape(side, cell, side, cell).mean(axis=(1, 3))
+        answers.append(Answer(picture, _to_pixels(share > 0.5)))
+    return answers
+
+
+def nothing(cases: Sequence[Case]) -> list[Answer]:
+    """The sources, and empty masks."""
+    empty = np.zeros((SIZE, SIZE), bool)
+    return [Answer(scenes.draw(case.pair.source, SIZE), empty) for case in cases]
+
+
+def evaluate(
+    pipe: StableDiffusionDiffEditPipeline, count: int, references: bool = True, **settings: Any
+) -> tuple[dict[str, Any], Image.Image]:
+    """`count` held-out edits: the model's scores and, with `references`, those of doing nothing and of the
+    VAE; and the picture of the first edits."""
+    cases = held_out(count)
+    answers = run(pipe, cases, **settings)
+    sides = {"model": answers}
+    if references:
+        sides |= {"nothing": nothing(cases), "ceiling": ceiling(pipe, cases)}
+    report = {
+        name: summarize([score(case, answer) for case, answer in zip(cases, side, strict=True)])
+        for name, side in sides.items()
+    }
+    return report, grid(cases[:24], answers[:24])
+
+
+def grid(cases: Sequence[Case], answers: Sequence[Answer], columns: int = 3) -> Image.Image:
+    """Source, mask, result and truth of every edit, under both captions."""
+    tiles = []
+    zoom = 2
+    for case, answer in zip(cases, answers, strict=True):
+        mask = np.repeat(answer.mask[..., None].astype(np.float32), 3, axis=-1)
+        source, target = (scenes.draw(scene, SIZE) for scene in case.pair[:2])
+        row = Image.fromarray(
+            scenes.to_levels(np.concatenate([source, mask, answer.picture, target], axis=1))
+        )
+        row = row.resize((zoom * row.width, zoom * row.height), Image.Resampling.NEAREST)
+        tile = Image.new("RGB", (row.width + 8, row.height + 30), "white")
+        tile.paste(row, (0, 26))
+        text = ImageDraw.Draw(tile)
+        text.text((0, 1), case.pair.source_caption[:84], fill="black")
+        text.text((0, 13), f"-> {case.pair.target_caption}"[:84], fill="black")
+        tiles.append(tile)
+    rows = -(-len(tiles) // columns)
+    page = Image.new("RGB", (columns * tiles[0].width, rows * tiles[0].height), "white")
+    for i, tile in enumerate(tiles):
+        page.paste(tile, (i % columns * tile.width, i // columns * tile.height))
+    return page
+
+
+def as_image(scene: scenes.Scene) -> Image.Image:
+    return Image.fromarray(scenes.to_levels(scenes.draw(scene, SIZE)))
+
+
+def _to_pixels(cells: np.ndarray) -> np.ndarray:
+    """A mask of latents (h, w) at the size of the picture."""
+    zoom = SIZE // len(cells)
+    return cells.repeat(zoom, axis=0).repeat(zoom, axis=1)
