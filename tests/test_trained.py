@@ -4,7 +4,6 @@ gives nearly the same picture."""
 import copy
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,81 +11,149 @@ import torch
 from PIL import Image
 
 import joyedit
-from benchmarks.shapes import evaluate, publish, scenes
+from benchmarks.shapes import evaluate, evaluate_chronoedit, evaluate_diffedit, publish, scenes
 from joyedit import ops
 
-COUNTS = (1, 2, 2, 3, 3, 4)
-RESULTS = Path(publish.RESULTS)
-
-
-def recorded(name):
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def opened(name):
-    pipe = joyedit.load(name, device="cpu", dtype="float32")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+SYSTEMS = tuple(publish.SYSTEMS)
 
 
 @pytest.fixture(scope="module")
-def joyimage():
-    return opened("tiny-joyimage")
+def opened():
+    """A function: a system's pipeline in fp32, loaded once."""
+    pipes = {}
+
+    def opened(system):
+        if system not in pipes:
+            pipes[system] = joyedit.load(f"tiny-{system}", device="cpu", dtype="float32")
+            pipes[system].set_progress_bar_config(disable=True)
+        return pipes[system]
+
+    return opened
 
 
-def edit(pipe, edits, seed=0, output_type="np"):
-    """All of them at once."""
-    return pipe(
-        [Image.fromarray(scenes.to_levels(scenes.draw(e.source))) for e in edits],
-        [e.instruction for e in edits],
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(edits))],
-        output_type=output_type,
-    ).images
+def stated(system, side="model"):
+    """The scores of the model card."""
+    text = (publish.RESULTS / f"{system}.json").read_text(encoding="utf-8")
+    return json.loads(text)["held_out"][side]
+
+
+def some(system, count=6):
+    """Held-out edits, of different kinds."""
+    if system == "diffedit":
+        return evaluate_diffedit.held_out(count)
+    return evaluate.held_out(1, evaluate.COUNTS, scenes.KINDS)[:count]
+
+
+def edit(pipe, system, edits, seed=0, **options):
+    """What becomes of the pictures, all at once; edit number i is drawn from `seed` + i."""
+    settings = {"output_type": "np", **pipe.made_for["call"], **options}
+    settings["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(len(edits))]
+    if system == "diffedit":
+        pictures = [evaluate_diffedit.as_image(one.pair.source) for one in edits]
+        captions = [[one.pair.source_caption for one in edits], [one.pair.target_caption for one in edits]]
+        return pipe.edit(pictures, *captions, **settings).images
+    pictures = [Image.fromarray(scenes.to_levels(scenes.draw(one.source))) for one in edits]
+    texts = [one.instruction for one in edits]
+    if system == "joyimage":
+        return pipe(pictures, texts, **settings).images
+    size = {"height": scenes.SIZE, "width": scenes.SIZE, "num_frames": 5}
+    return pipe(pictures, texts, **size, **settings).frames
 
 
 def psnr(a, b):
-    return -10 * np.log10(np.square(np.asarray(a, np.float64) - b).mean((1, 2, 3)))
+    return -10 * np.log10(np.square(np.asarray(a, np.float64) - b).mean())
 
 
-def test_joyimage_edits_held_out_worlds_as_its_card_says(joyimage):
-    stated = recorded("joyimage")["held_out"]["model"]["kinds"]
-    known = [kind for kind, row in stated.items() if row["ok"] >= 0.8]
-    assert len(known) >= 6 and "move" in known
-    edits = evaluate.held_out(8, COUNTS, known)
-    scores = [evaluate.judge(e, r) for e, r in zip(edits, evaluate.run(joyimage, edits, 2), strict=True)]
-    found = evaluate.summarize(scores)
-    expected = sum(stated[kind]["ok"] for kind in known) / len(known)
-    assert found["ok"] >= expected - 0.1  # of 48 edits and more
-    for kind, row in found["kinds"].items():
-        assert row["ok"] >= stated[kind]["ok"] - 0.3, kind  # of 8
+def check_kinds(results, edits, stated, least):
+    """Success by kind as the card says, but for a margin for the few edits that are made here; and what an
+    edit does not concern stays."""
+    found = evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True))
+    known = found["kinds"]
+    assert len(known) >= least
+    assert found["ok"] >= sum(stated["kinds"][kind]["ok"] for kind in known) / len(known) - 0.1
+    for kind, row in known.items():
+        assert row["ok"] >= stated["kinds"][kind]["ok"] - 0.34, kind
         if kind in scenes.LOCAL:
-            assert row["outside"] >= 30, f"{kind}: what is not edited stays"
+            assert row["outside"] >= 30, kind
 
 
-def test_an_instruction_decides(joyimage):
+def learned(stated):
+    return [kind for kind, row in stated["kinds"].items() if row["ok"] >= 0.8]
+
+
+def test_joyimage_edits_held_out_worlds_as_its_card_says(opened):
+    kinds = learned(stated("joyimage"))
+    assert "move" in kinds
+    edits = evaluate.held_out(8, evaluate.COUNTS, kinds)
+    check_kinds(evaluate.run(opened("joyimage"), edits, 2), edits, stated("joyimage"), least=6)
+
+
+@pytest.mark.parametrize(("side", "reasoning"), [("model", 0), ("reasoning", 2)])
+def test_chronoedit_edits_held_out_worlds_as_its_card_says(opened, side, reasoning):
+    edits = evaluate.held_out(6, evaluate.COUNTS, learned(stated("chronoedit", side)))
+    results = evaluate_chronoedit.run(opened("chronoedit"), edits, evaluate_chronoedit.STEPS, reasoning)
+    check_kinds(results, edits, stated("chronoedit", side), least=3)
+
+
+def test_chronoedit_goes_the_drawn_way(opened):
+    """Nearer at every key frame than a film in which nothing happens; the first is the photograph."""
+    edits = evaluate.held_out(2, (1, 2), learned(stated("chronoedit", "reasoning"))[:3])
+    films = evaluate_chronoedit.films(opened("chronoedit"), edits, evaluate_chronoedit.STEPS)
+    way = evaluate_chronoedit.way(edits, films, opened("chronoedit"))
+    model, nothing = (np.array(way[name]["key_frames"]) for name in ("model", "nothing"))
+    assert model[0] > 32 and (model[3:] > nothing[3:] + 3).all()
+    assert way["model"]["between"] > way["nothing"]["between"] + 3
+
+
+def test_diffedit_finds_the_place_and_keeps_the_rest(opened):
+    cases = evaluate_diffedit.held_out(16)
+    answers = evaluate_diffedit.run(opened("diffedit"), cases)
+    found = evaluate_diffedit.summarize(
+        [evaluate_diffedit.score(case, answer) for case, answer in zip(cases, answers, strict=True)]
+    )
+    said = stated("diffedit")
+    assert found["iou"] >= max(said["iou"] - 0.08, 0.5)
+    assert found["masked"] >= 28
+    assert found["ok"] >= said["ok"] - 0.25
+
+
+def test_an_instruction_decides(opened):
     """The same pictures told to become grey become grey instead."""
     edits = evaluate.held_out(4, (1,), ("recolour",))
     told = [dataclasses.replace(e, instruction="Make the image black and white.") for e in edits]
-    colour, grey = (np.ptp(np.asarray(edit(joyimage, some)), axis=-1).mean() for some in (edits, told))
+    results = (edit(opened("joyimage"), "joyimage", some) for some in (edits, told))
+    colour, grey = (np.ptp(np.asarray(result), axis=-1).mean() for result in results)
     assert grey < 0.3 * colour
 
 
-def test_same_seed_same_bytes_and_a_batch_is_its_edits_one_by_one(joyimage):
-    edits = evaluate.held_out(1, COUNTS, scenes.KINDS)
-    together = np.asarray(edit(joyimage, edits))
-    assert (np.asarray(edit(joyimage, edits)) == together).all()
-    assert (np.asarray(edit(joyimage, edits, seed=100)) != together).any((1, 2, 3)).all()
-    alone = np.concatenate([np.asarray(edit(joyimage, [e], seed=i)) for i, e in enumerate(edits)])
-    assert np.abs(alone - together).max() < 2e-5
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_same_seed_same_bytes_and_a_batch_is_its_edits_one_by_one(opened, system):
+    pipe, edits = opened(system), some(system, 3)
+    together = np.asarray(edit(pipe, system, edits))
+    assert (np.asarray(edit(pipe, system, edits)) == together).all()
+    assert (np.asarray(edit(pipe, system, edits, seed=100)) != together).any()
+    alone = [np.asarray(edit(pipe, system, [one], seed=i)) for i, one in enumerate(edits)]
+    assert np.abs(np.concatenate(alone) - together).max() < 2e-4
 
 
-def test_bf16_stays_near_fp32(joyimage, monkeypatch):
+@pytest.mark.parametrize(
+    ("system", "decibel", "distance"), [("joyimage", 45, 0.04), ("chronoedit", 40, 0.05)]
+)
+def test_bf16_stays_near_fp32(opened, monkeypatch, system, decibel, distance):
     monkeypatch.setattr(ops, "CPU_HAS_BF16", True)
-    edits = evaluate.held_out(1, COUNTS, scenes.KINDS)
-    half = copy.deepcopy(joyimage).to(torch.bfloat16)
-    exact, rounded = (edit(p, edits, output_type="latent").float() for p in (joyimage, half))
+    pipe, edits = opened(system), some(system)
+    half = copy.deepcopy(pipe).to(torch.bfloat16)
+    exact, rounded = (edit(p, system, edits, output_type="latent").float() for p in (pipe, half))
     error = ((rounded - exact).norm() / exact.norm()).item()
-    assert 1e-4 < error < 0.04
-    assert psnr(edit(half, edits), edit(joyimage, edits)).min() > 45
+    assert 1e-4 < error < distance
+    assert psnr(edit(half, system, edits), edit(pipe, system, edits)) > decibel
+
+
+def test_bf16_finds_the_same_place(opened, monkeypatch):
+    monkeypatch.setattr(ops, "CPU_HAS_BF16", True)
+    cases = some("diffedit", 4)
+    pipe = opened("diffedit")
+    half = copy.deepcopy(pipe).to(torch.bfloat16)
+    exact, rounded = (evaluate_diffedit.run(p, cases) for p in (pipe, half))
+    assert all((a.mask != b.mask).mean() < 0.02 for a, b in zip(exact, rounded, strict=True))
+    assert psnr([a.picture for a in exact], np.stack([b.picture for b in rounded])) > 30

@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "guidance_scale": 3.0,
     "num_maps_per_mask": 10,
     "mask_encode_strength": 0.6,
-    "mask_thresholding_ratio": 6.0,
+    "mask_thresholding_ratio": 7.0,
 }
 
 
