@@ -83,11 +83,16 @@ def test_python_blocks_of_the_readme(desk, checkpoint, stable_diffusion, chronoe
     assert Path("flight.mp4").stat().st_size > 0
 
 
-def test_command_lines_of_the_readme(desk, checkpoint, capsys):
+def test_command_lines_of_the_readme(desk, checkpoint, stable_diffusion, chronoedit, capsys):
+    published = {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": [stable_diffusion],
+        "nvidia/ChronoEdit-14B-Diffusers": [chronoedit, "--basesize", "256"],
+    }
     for line in blocks(README, "bash")[1].strip().splitlines():
         name, *arguments = shlex.split(line)
         assert name == "joyedit"
         arguments = [re.sub(r"^jdopensource/[\w.-]+$", str(checkpoint), word) for word in arguments]
+        arguments = [str(word) for name in arguments for word in published.get(name, [name])]
         if arguments[0] == "edit":
             arguments += ["--steps", "1"]
         assert main(arguments) == 0, line

@@ -134,7 +134,7 @@ def test_the_vocabulary_is_in_the_order_of_clip(tokenizer):
 
 def test_training_sees_pictures_and_captions_as_the_pipeline_does(pool, networks, vae):
     pipe = diffedit.assemble(*networks, vae, pool.tokenizer)
-    scene = sd_vae.training_scene(3, diffedit.plan(0, 1000))
+    scene = sd_vae.training_scene(3, (1,))
     image = evaluate_diffedit.as_image(scene)
     levels = pipe.invert(scenes.caption(scene), image, inpaint_strength=0.0).latents
     assert torch.allclose(levels[0, 0], pool.latents[3].float(), atol=2e-3)
@@ -169,8 +169,19 @@ def test_cells_of_shapes_count_more_and_some_captions_are_left_out(pool):
 
 
 def test_one_shape_comes_before_several():
-    assert diffedit.plan(0, 1000) == (1,)
-    assert set(diffedit.plan(999, 1000)) == {1, 2}
+    assert diffedit.plan(0, 1000).counts == (1,)
+    assert set(diffedit.plan(999, 1000).counts) == {1, 2}
+
+
+def test_noise_is_strong_and_later_of_middle_strength():
+    torch.manual_seed(0)
+    strong, middle = (diffedit.draw_timesteps(4000, diffedit.plan(n, 1000).strong) for n in (0, 999))
+    for timesteps in (strong, middle):
+        assert timesteps.dtype == torch.long and timesteps.min() >= 0 and timesteps.max() < 1000
+    assert strong.float().mean() == pytest.approx(667, abs=15)
+    assert (strong >= 750).float().mean() == pytest.approx(1 - 0.75**2, abs=0.03)
+    assert middle.float().quantile(0.5) == pytest.approx(646, abs=15)
+    assert ((middle > 400) & (middle < 800)).float().mean() > 0.6
 
 
 class Oracle:
@@ -203,7 +214,6 @@ def test_the_loss_is_the_weighted_error_of_v(networks, pool):
         oracle = Oracle(velocity)
         assert diffedit.denoising_loss(oracle, encoder, batch) < 1e-6
         assert torch.equal(oracle.states, encoder.encode(batch.tokens))
-        assert 600 < oracle.timesteps.float().mean() < 730 and oracle.timesteps.max() < 1000
 
         wrong = torch.randn_like(batch.latents)
         oracle = Oracle(lambda noisy, signal: velocity(noisy, signal) + wrong)

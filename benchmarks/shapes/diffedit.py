@@ -2,8 +2,9 @@
 
 Nothing here edits: the network learns to draw a scene from its caption. DiffEdit asks it twice about the same
 noisy picture, under two captions, and where the answers differ is the mask. So what counts is which word
-belongs to which shape. Cells of latents that hold a shape weigh more, the noise is mostly strong (what can be
-seen needs no caption), and scenes of one shape come before those of two (`plan`).
+belongs to which shape. Cells of latents that hold a shape weigh more, and scenes of one shape come before
+those of two (`plan`). Noise is strong at first, so that colours, which captions tell, cannot be seen; later it
+is of middle strength, where a place can be seen but not the shape that is there.
 
 Scenes are drawn and encoded once, kept in a moving window (`Pool`), seen a few times each, and replaced.
 
@@ -44,7 +45,7 @@ CONFIG = UNet2DConditionConfig(
     norm_num_groups=8,
 )
 TOKENS = 32  # a caption of three shapes has 21
-SAMPLES = 110_000
+SAMPLES = 150_000
 BATCH = 32
 FRESH = 8  # new scenes per batch
 POOL = 8192
@@ -53,9 +54,19 @@ WEIGHT = 4.0  # of cells that hold a shape
 NO_CAPTION = 0.1  # share of samples without one, for guidance
 
 
-def plan(samples: int, total: int) -> tuple[int, ...]:
-    """Numbers of shapes in the scenes drawn at some time of the training, as often as listed."""
-    return (1,) if samples < 0.12 * total else (1, 2, 2)
+class Plan(NamedTuple):
+    """What is drawn at some time of the training."""
+
+    counts: tuple[int, ...]  # shapes in a scene, as often as listed
+    strong: bool  # noise: see `draw_timesteps`
+
+
+def plan(samples: int, total: int) -> Plan:
+    """One shape, then mostly two; then as many scenes of one as of two, under noise of middle strength."""
+    done = samples / total
+    if done < 0.26:
+        return Plan((1,) if done < 0.09 else (1, 2, 2), strong=True)
+    return Plan((1, 2), strong=False)
 
 
 def train(
@@ -84,7 +95,8 @@ def train(
         if run.step % 300 == 0:
             report(run, assemble(run.averaged("unet"), run.averaged("text_encoder"), vae, tokenizer))
         run.set_rate(min(1, (run.step + 1) / 100) * cosine(progress, 0.02, start_at=0.4))
-        loss = denoising_loss(unet, encoder, pool.draw(BATCH).to(device))
+        batch = pool.draw(BATCH).to(device)
+        loss = denoising_loss(unet, encoder, batch, plan(run.samples, total).strong)
         loss.backward()
         run.update({"loss": loss.item()}, clip=1.0)
         pool.renew(FRESH)
@@ -117,14 +129,12 @@ class Batch(NamedTuple):
         return Batch(*(part.to(device) for part in self))
 
 
-def denoising_loss(unet: UNet2DConditionModel, encoder: CLIPTextModel, batch: Batch) -> Tensor:
-    """The weighted mean squared error of v = sqrt(abar) noise - sqrt(1 - abar) x0.
-
-    Timesteps are the square roots of even ones: twice as many in the second half.
-    """
-    x0, count = batch.latents, len(batch.latents)
-    steps = len(ALPHAS)
-    timesteps = (steps * torch.rand(count).sqrt()).long().clamp_max(steps - 1)
+def denoising_loss(
+    unet: UNet2DConditionModel, encoder: CLIPTextModel, batch: Batch, strong: bool = True
+) -> Tensor:
+    """The weighted mean squared error of v = sqrt(abar) noise - sqrt(1 - abar) x0."""
+    x0 = batch.latents
+    timesteps = draw_timesteps(len(x0), strong)
     noise = torch.randn(x0.shape).to(x0)  # drawn on the CPU: the same on every device
     abar = ALPHAS[timesteps].view(-1, 1, 1, 1).to(x0)
     noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
@@ -132,6 +142,14 @@ def denoising_loss(unet: UNet2DConditionModel, encoder: CLIPTextModel, batch: Ba
     context = unet.embed_context(encoder.encode(batch.tokens))
     predicted = unet.predict(noisy, unet.embed_time(timesteps.to(x0.device)), context)
     return (batch.weight * (predicted - velocity).square()).mean()
+
+
+def draw_timesteps(count: int, strong: bool) -> Tensor:
+    """(B) in [0, N): as square roots of even ones, twice as often the later; or normal before a sigmoid, two
+    thirds of them between 0.4 N and 0.8 N."""
+    steps = len(ALPHAS)
+    share = torch.rand(count).sqrt() if strong else (0.6 + 0.9 * torch.randn(count)).sigmoid()
+    return (steps * share).long().clamp_max(steps - 1)
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -175,8 +193,8 @@ class Pool:
         """Exchange the oldest `count` scenes for new ones."""
         drawn = []
         for index in range(self.next, self.next + count):
-            counts = plan(max(index - self.size, 0) * BATCH // FRESH, self.total)
-            drawn.append(training_scene(index, counts))
+            now = plan(max(index - self.size, 0) * BATCH // FRESH, self.total)
+            drawn.append(training_scene(index, now.counts))
         slots = torch.arange(self.next, self.next + count) % self.size
         self.next += count
         pixels = to_tensor([as_seen(scene) for scene in drawn])
