@@ -28,6 +28,7 @@ def vae():
     torch.manual_seed(0)
     network = AutoencoderKL(sd_vae.CONFIG)
     initialize_sd_vae(network, torch.cat([sd_vae.pictures(-i, 8) for i in range(1, 7)]))
+    network.config = network.config.replace(scaling_factor=0.8)
     return network
 
 
@@ -256,7 +257,7 @@ def small(monkeypatch):
     full = evaluate_diffedit.evaluate
     short = {"num_inference_steps": 2, "num_maps_per_mask": 1}
     monkeypatch.setattr(
-        evaluate_diffedit, "evaluate", lambda pipe, count, **kwargs: full(pipe, 2, **kwargs, **short)
+        evaluate_diffedit, "evaluate", lambda pipe, count, **kwargs: full(pipe, 1, **kwargs, **short)
     )
 
 
@@ -299,30 +300,35 @@ def test_the_checkpoint_is_small(networks, vae, tokenizer, tmp_path):
 
 
 def test_a_perfect_edit_and_a_missing_one():
-    cases = evaluate_diffedit.held_out(6)
+    cases = evaluate_diffedit.held_out(3)
     perfect = [
         evaluate_diffedit.Answer(scenes.draw(case.pair.target, sd_vae.SIZE), case.pair.region)
         for case in cases
     ]
     scores = [evaluate_diffedit.score(*both) for both in zip(cases, perfect, strict=True)]
-    assert all(s.ok and s.iou == 1 and s.kept > 30 and s.masked > 30 for s in scores)
+    assert all(s.edit.ok and s.iou == 1 and s.kept > 30 and s.masked > 30 for s in scores)
     report = evaluate_diffedit.summarize(scores)
-    assert report["ok"] == report["iou"] == report["median_iou"] == 1 and report["edits"] == 6
-    assert sum(row["edits"] for row in report["kinds"].values()) == 6
+    assert report["ok"] == report["iou"] == report["mean_iou"] == 1
+    for row in report["kinds"].values():
+        assert row["edits"] == 3 and row["ok"] == row["iou"] == row["overlap"] == 1
 
     missing = zip(cases, evaluate_diffedit.nothing(cases), strict=True)
     scores = [evaluate_diffedit.score(*both) for both in missing]
-    assert all(not s.ok and s.iou == 0 and min(s.kept, s.masked) > 99 for s in scores)
+    assert all(not s.edit.ok and s.iou == 0 and min(s.kept, s.masked) > 99 for s in scores)
 
 
 def test_cases_are_the_same_scenes_twice():
-    for case in evaluate_diffedit.held_out(8):
+    cases = evaluate_diffedit.held_out(4)
+    assert [case.edit.kind for case in cases] == ["recolour"] * 4 + ["replace"] * 4
+    for case in cases:
         assert (case.edit.source, case.edit.target) == (case.pair.source, case.pair.target)
-        assert case.edit.kind in evaluate_diffedit.KINDS and len(case.edit.pairs) <= 2
+        assert len(case.edit.pairs) in evaluate_diffedit.COUNTS
+    (replaced,) = evaluate_diffedit.held_out(1, (2,), ("replace",))
+    assert replaced.edit.kind == "replace" and len(replaced.edit.pairs) == 2
 
 
 def test_scores_are_of_the_places_that_they_name():
-    (case,) = evaluate_diffedit.held_out(1)
+    case = evaluate_diffedit.held_out(1)[0]
     source, region = scenes.draw(case.pair.source, sd_vae.SIZE), case.pair.region
     mask = np.roll(region, 3, axis=1)
     picture = source.copy()
@@ -336,7 +342,9 @@ def test_scores_are_of_the_places_that_they_name():
 
 def test_evaluation_reports_all_sides_and_draws(networks, vae, tokenizer):
     pipe = diffedit.assemble(*networks, vae, tokenizer)
-    report, picture = evaluate_diffedit.evaluate(pipe, 2, num_inference_steps=2, num_maps_per_mask=1)
+    report, picture = evaluate_diffedit.evaluate(
+        pipe, 1, (1, 2), ("recolour", "replace"), num_inference_steps=2, num_maps_per_mask=1
+    )
     assert list(report) == ["model", "nothing", "ceiling"]
     assert report["nothing"]["ok"] == 0 and report["ceiling"]["iou"] > 0.5
     assert picture.width > 3 * 4 * sd_vae.SIZE

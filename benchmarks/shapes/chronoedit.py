@@ -8,8 +8,7 @@ film is ever encoded, only pictures.
 The loss is that of flow matching: x_t = (1 - sigma) x0 + sigma noise, and the network predicts the velocity
 noise - x0. Half of the samples are pure noise, sigma = 1: that is where an edit is decided, the rest is
 polishing. Latent cells that hold a shape or change count four times, but in the first frame, which is known.
-A step takes mostly edits of two latent frames and a film or so of eight. What is drawn when is as for
-JoyImage.
+A step takes mostly edits of two latent frames and a film or so of eight.
 
 Padding of prompts is attended to. Some batches get as much of it as the pipeline makes, most get little: it
 is all one row of keys and values.
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks.shapes import evaluate, evaluate_chronoedit, scenes
 from benchmarks.shapes.init_chronoedit import initialize_editor, initialize_encoders
-from benchmarks.shapes.joyimage import as_image, plan
+from benchmarks.shapes.joyimage import OF_PICTURES, OF_SHAPES, Plan, as_image
 from benchmarks.shapes.training import RatedAdamW, Run, cosine
 from benchmarks.shapes.vocabulary import instructions, umt5_tokenizer
 from joyedit.clip_images import CLIPImageConfig, CLIPImageProcessor
@@ -59,11 +58,13 @@ SAMPLES = 150_000
 EDITS, FILMS = 23, 1  # of a batch
 FRESH_EDITS, FILM_STEPS = 4, 4  # new edits per batch; batches per new film
 EDIT_POOL, FILM_POOL = 4096, 512
-RATE = 7e-4
+RATE = 1.2e-3
+SLOW_START = 0.36, 7 / 12  # until this share of the samples, this share of the rate
 SHIFT = 3.0
 WEIGHT = 4.0  # of cells that hold a shape or change
 FILM_WEIGHT = 0.2  # of the films in the loss
 NO_PROMPT = 0.05  # share of samples without an instruction, for guidance
+LEARNED = ("recolour",) * 3 + ("remove",) * 3 + ("add",) * 3 + ("move",) * 3 + ("grey", "negative")
 PADDING = (1, 1, 1, 8, 64, 500)  # rows, each equally often
 
 
@@ -73,6 +74,15 @@ class Editor(NamedTuple):
     transformer: ChronoEditTransformer3DModel
     text_encoder: UMT5EncoderModel
     image_encoder: CLIPVisionModel
+
+
+def plan(samples: int, total: int) -> Plan:
+    """One shape, then up to two; then only the kinds that so few samples suffice for; at last also from where
+    the first step of an edit leads."""
+    done = samples / total
+    if done < 0.4:
+        return Plan(OF_SHAPES + OF_PICTURES, (1,) if done < 0.2 else (1, 2, 2))
+    return Plan(LEARNED, (1, 2, 2), own=0.7 * (done >= 0.8))
 
 
 def train(
@@ -102,7 +112,8 @@ def train(
     for progress in run.until(total, batch):
         if run.step % 500 == 0:
             report(run, vae, tokenizer, total)
-        run.set_rate(min(1, (run.step + 1) / 100) * cosine(progress, 0.03, start_at=0.5))
+        early = SLOW_START[1] if progress < SLOW_START[0] else 1
+        run.set_rate(min(1, (run.step + 1) / 100) * early * cosine(progress, 0.03, start_at=0.5))
         own = plan(run.samples, total).own
         edit_loss = editing_loss(editor, edits.draw(EDITS).to(device), own)
         ((1 - FILM_WEIGHT) * edit_loss).backward()

@@ -3,8 +3,8 @@
 Nothing here edits: the network learns to draw a scene from its caption. DiffEdit asks it twice about the same
 noisy picture, under two captions, and where the answers differ is the mask. So what counts is which word
 belongs to which shape. Cells of latents that hold a shape weigh more, and scenes of one shape come before
-those of two (`plan`). Noise is strong at first, so that colours, which captions tell, cannot be seen; later it
-is of middle strength, where a place can be seen but not the shape that is there.
+those of two (`plan`). Noise is strong at first, so that colours, which captions tell, are not seen;
+later it is of middle strength, where a place can be seen but not the shape that is there.
 
 Scenes are drawn and encoded once, kept in a moving window (`Pool`), seen a few times each, and replaced.
 
@@ -45,7 +45,7 @@ CONFIG = UNet2DConditionConfig(
     norm_num_groups=8,
 )
 TOKENS = 32  # a caption of three shapes has 21
-SAMPLES = 150_000
+SAMPLES = 130_000
 BATCH = 32
 FRESH = 8  # new scenes per batch
 POOL = 8192
@@ -64,8 +64,8 @@ class Plan(NamedTuple):
 def plan(samples: int, total: int) -> Plan:
     """One shape, then mostly two; then as many scenes of one as of two, under noise of middle strength."""
     done = samples / total
-    if done < 0.26:
-        return Plan((1,) if done < 0.09 else (1, 2, 2), strong=True)
+    if done < 0.3:
+        return Plan((1,) if done < 0.1 else (1, 2, 2), strong=True)
     return Plan((1, 2), strong=False)
 
 
@@ -94,7 +94,7 @@ def train(
     for progress in run.until(total, BATCH):
         if run.step % 300 == 0:
             report(run, assemble(run.averaged("unet"), run.averaged("text_encoder"), vae, tokenizer))
-        run.set_rate(min(1, (run.step + 1) / 100) * cosine(progress, 0.02, start_at=0.4))
+        run.set_rate(min(1, (run.step + 1) / 100) * cosine(progress, 0.02, start_at=0.5))
         batch = pool.draw(BATCH).to(device)
         loss = denoising_loss(unet, encoder, batch, plan(run.samples, total).strong)
         loss.backward()
@@ -112,7 +112,7 @@ def optimizers(unet: UNet2DConditionModel, encoder: CLIPTextModel) -> list[torch
 
 def report(run: Run, pipe: StableDiffusionDiffEditPipeline) -> None:
     """Score held-out edits, write the checkpoint and every now and then a picture."""
-    scores, picture = evaluate_diffedit.evaluate(pipe, 24, references=False)
+    scores, picture = evaluate_diffedit.evaluate(pipe, 12, references=False)
     run.log(**scores["model"])
     picture.save(run.folder / "held-out.png")
     if run.step % 1500 == 0:

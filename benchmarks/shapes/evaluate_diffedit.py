@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from benchmarks.shapes import evaluate as evaluate_edits
 from benchmarks.shapes import scenes
-from benchmarks.shapes.evaluate import judge
 from benchmarks.shapes.sd_vae import SIZE, to_tensor
 from joyedit.images import to_output
 from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
@@ -28,8 +28,8 @@ KINDS = ("recolour", "replace")
 # a photograph, and takes up more of the picture.
 SETTINGS: dict[str, Any] = {
     "num_inference_steps": 20,
-    "inpaint_strength": 0.9,
-    "guidance_scale": 3.0,
+    "inpaint_strength": 0.8,
+    "guidance_scale": 2.0,
     "num_maps_per_mask": 10,
     "mask_encode_strength": 0.6,
     "mask_thresholding_ratio": 7.0,
@@ -49,23 +49,25 @@ class Answer(NamedTuple):
 
 
 class Score(NamedTuple):
-    """kept: dB outside the true region, masked: dB outside the mask, both against the source; None where
-    nothing is outside."""
+    """edit: as any editor is judged. iou: of the mask. kept: dB outside the true region, masked: dB outside
+    the mask, both against the source; None where nothing is outside."""
 
-    kind: str
-    ok: bool
+    edit: evaluate_edits.Score
     iou: float
     kept: float | None
     masked: float | None
 
 
-def held_out(count: int) -> list[Case]:
-    """`count` edits that no training draws."""
-    cases = []
-    for i in range(count):
-        edit = scenes.make_edit(i, "held-out", KINDS, COUNTS)
-        cases.append(Case(edit, scenes.make_caption_pair(i, "held-out", COUNTS, SIZE)))
-    return cases
+def held_out(count: int, counts: Sequence[int] = COUNTS, kinds: Sequence[str] = KINDS) -> list[Case]:
+    """`count` edits of each kind that no training draws, in scenes of `counts` shapes."""
+    cases: dict[str, list[Case]] = {kind: [] for kind in kinds}
+    index = 0
+    while any(len(group) < count for group in cases.values()):
+        edit = scenes.make_edit(index, "held-out", KINDS, counts)
+        if len(cases.get(edit.kind, range(count))) < count:
+            cases[edit.kind].append(Case(edit, scenes.make_caption_pair(index, "held-out", counts, SIZE)))
+        index += 1
+    return [case for group in cases.values() for case in group]
 
 
 def score(case: Case, answer: Answer) -> Score:
@@ -73,8 +75,7 @@ def score(case: Case, answer: Answer) -> Score:
     union = (region | answer.mask).sum()
     iou = float((region & answer.mask).sum() / union) if union else 1.0
     kept, masked = (_decibel(answer.picture, source, ~inside) for inside in (region, answer.mask))
-    ok = judge(case.edit, answer.picture).ok
-    return Score(case.edit.kind, ok, iou, kept, masked)
+    return Score(evaluate_edits.judge(case.edit, answer.picture), iou, kept, masked)
 
 
 def _decibel(result: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float | None:
@@ -84,22 +85,22 @@ def _decibel(result: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float 
 
 
 def summarize(scores: Sequence[Score]) -> dict[str, Any]:
-    """Success, mean and median IoU, median dB; success and mean IoU of each kind."""
-    report: dict[str, Any] = {
-        "edits": len(scores),
-        "ok": round(sum(s.ok for s in scores) / len(scores), 3),
-        "iou": round(statistics.fmean(s.iou for s in scores), 3),
-        "median_iou": round(statistics.median(s.iou for s in scores), 3),
+    """Success rate, medians and the mean IoU, over all and by kind."""
+    report = {**evaluate_edits.summarize(s.edit for s in scores), **_masks(scores)}
+    for kind, row in report["kinds"].items():
+        row |= _masks([s for s in scores if s.edit.kind == kind])
+    return report
+
+
+def _masks(scores: Sequence[Score]) -> dict[str, float | None]:
+    row: dict[str, float | None] = {
+        "iou": round(statistics.median(s.iou for s in scores), 3),
+        "mean_iou": round(statistics.fmean(s.iou for s in scores), 3),
     }
     for name in ("kept", "masked"):
         values = [v for s in scores if (v := getattr(s, name)) is not None]
-        report[name] = round(statistics.median(values), 2) if values else None
-    report["kinds"] = {}
-    for kind in dict.fromkeys(s.kind for s in scores):
-        group = [s for s in scores if s.kind == kind]
-        ok, iou = sum(s.ok for s in group) / len(group), statistics.fmean(s.iou for s in group)
-        report["kinds"][kind] = {"edits": len(group), "ok": round(ok, 3), "iou": round(iou, 3)}
-    return report
+        row[name] = round(statistics.median(values), 2) if values else None
+    return row
 
 
 def run(
@@ -146,11 +147,16 @@ def nothing(cases: Sequence[Case]) -> list[Answer]:
 
 
 def evaluate(
-    pipe: StableDiffusionDiffEditPipeline, count: int, references: bool = True, **settings: Any
+    pipe: StableDiffusionDiffEditPipeline,
+    count: int,
+    counts: Sequence[int] = COUNTS,
+    kinds: Sequence[str] = KINDS,
+    references: bool = True,
+    **settings: Any,
 ) -> tuple[dict[str, Any], Image.Image]:
-    """`count` held-out edits: the model's scores and, with `references`, those of doing nothing and of the
-    VAE; and the picture of the first edits."""
-    cases = held_out(count)
+    """`count` held-out edits of each kind in scenes of `counts` shapes: the model's scores and, with
+    `references`, those of doing nothing and of the VAE; and the picture of the first edits of each kind."""
+    cases = held_out(count, counts, kinds)
     answers = run(pipe, cases, **settings)
     sides = {"model": answers}
     if references:
@@ -159,7 +165,8 @@ def evaluate(
         name: summarize([score(case, answer) for case, answer in zip(cases, side, strict=True)])
         for name, side in sides.items()
     }
-    return report, grid(cases[:24], answers[:24])
+    shown = [i for i in range(len(cases)) if i % count < 12]
+    return report, grid([cases[i] for i in shown], [answers[i] for i in shown])
 
 
 def grid(cases: Sequence[Case], answers: Sequence[Answer], columns: int = 3) -> Image.Image:

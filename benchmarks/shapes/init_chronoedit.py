@@ -197,7 +197,12 @@ def _fit_time(model: ChronoEditTransformer3DModel, both: int, generator: torch.G
 
 
 def _rates(model: ChronoEditTransformer3DModel, patch: int) -> dict[str, Tensor]:
-    rates = {f"patch_embedding.{part}": torch.tensor(SLOWER) for part in ("weight", "bias")}
+    rows = torch.ones(model.config.width)
+    rows[: 2 * patch] = SLOWER
+    rates = {
+        "patch_embedding.weight": rows.view(-1, 1, 1, 1, 1),
+        "patch_embedding.bias": torch.tensor(SLOWER),
+    }
     rates["scale_shift_table"] = torch.tensor(SLOW)
     for name in ("time_embedder.linear_1", "time_embedder.linear_2", "time_proj"):
         for part in ("weight", "bias"):
