@@ -157,3 +157,13 @@ def test_bf16_finds_the_same_place(opened, monkeypatch):
     exact, rounded = (evaluate_diffedit.run(p, cases) for p in (pipe, half))
     assert all((a.mask != b.mask).mean() < 0.02 for a, b in zip(exact, rounded, strict=True))
     assert psnr([a.picture for a in exact], np.stack([b.picture for b in rounded])) > 30
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_cards_say_what_was_recorded(system):
+    results = json.loads((publish.RESULTS / f"{system}.json").read_text(encoding="utf-8"))
+    folder = publish.ASSETS / f"tiny-{system}"
+    assert (folder / "README.md").read_text(encoding="utf-8") == publish.card(system, results)
+    assert results["bytes"] == sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    curve = results["curve"]
+    assert curve[0]["samples"] < 3000 and curve[-1]["loss"] < 0.5 * curve[0]["loss"]

@@ -19,7 +19,7 @@ import torch
 from benchmarks.shapes import evaluate, made_for, train
 from joyedit.models.sd_vae import AutoencoderKL
 from joyedit.models.wan_vae import AutoencoderKLWan
-from joyedit.weights import read_json, write_json
+from joyedit.weights import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "shapes"
@@ -153,13 +153,9 @@ def summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """What a training took, and the last held-out figures of an autoencoder."""
     scored = [line for line in metrics if "psnr" in line]
     scores = {key: scored[-1][key] for key in ("psnr", "worst")} if scored else {}
-    last = metrics[-1]
-    return {
-        "samples": last["samples"],
-        "cpu_minutes": max(line["cpu_minutes"] for line in metrics),
-        "ended": last["time"],
-        **scores,
-    }
+    # What came after the last sample was only found finished when the command was given again.
+    last = next(line for line in metrics if line["samples"] == metrics[-1]["samples"])
+    return {**{key: last[key] for key in ("samples", "cpu_minutes")}, "ended": last["time"], **scores}
 
 
 def thinned(lines: list[Any], count: int) -> list[Any]:
@@ -245,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         install(given.run / "checkpoint", given.vae_run / "vae", target)
         results = record(given.name, given.run, given.vae_run, given.seed)
-        write_json(file, results)
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (target / "README.md").write_text(card(given.name, results), encoding="utf-8")
 
 

@@ -41,8 +41,9 @@ CONFIG = AutoencoderKLConfig(
     scaling_factor=1.0,
 )
 BATCH = 8
-SAMPLES = {"pictures": 16_000, "decoder": 24_000}
+SAMPLES = {"pictures": 16_000, "decoder": 20_000}
 RATES = {"pictures": 4e-3, "decoder": 3e-3}
+NOISE = 0.2  # most of what the decoder is taught to put up with, as a share of the deviation of latents
 
 
 def train(
@@ -82,7 +83,7 @@ def reconstruction_loss(vae: AutoencoderKL, pixels: Tensor, stage: str) -> tuple
         with torch.no_grad():
             mean = vae.encode_tile(pixels).chunk(2, dim=1)[0]
             std = mean.std(dim=(0, 2, 3), keepdim=True)
-            noise = 0.1 * torch.rand(len(mean), 1, 1, 1, device=mean.device) * std
+            noise = NOISE * torch.rand(len(mean), 1, 1, 1, device=mean.device) * std
             z, kl = mean + noise * torch.randn_like(mean), torch.zeros(())
     else:
         posterior = DiagonalGaussian(vae.encode_tile(pixels))
