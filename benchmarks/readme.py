@@ -83,7 +83,7 @@ def small_table(results: Path = RESULTS) -> str:
         )
         model = held_out["model"]
         if "iou" in model:
-            success += f"; mask IoU {model['iou']:.2f} on average"
+            success += f"; mask IoU {model['iou']:.2f} (median)"
             kept = f"{model['masked']:.1f} dB outside the mask"
         else:
             kept = [row["outside"] for row in model["kinds"].values() if row["outside"] is not None]

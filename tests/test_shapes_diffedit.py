@@ -174,6 +174,12 @@ def test_one_shape_comes_before_several():
     assert set(diffedit.plan(999, 1000).counts) == {1, 2}
 
 
+def test_the_rate_falls_in_every_round():
+    shares = [diffedit.rate(samples, (100, 40)) for samples in (0, 49, 75, 99, 100, 119, 139, 140)]
+    assert shares[0] == shares[1] == shares[4] == shares[5] == 1
+    assert shares[2] == pytest.approx(0.51) and max(shares[3], shares[6], shares[7]) < 0.04
+
+
 def test_noise_is_strong_and_later_of_middle_strength():
     torch.manual_seed(0)
     strong, middle = (diffedit.draw_timesteps(4000, diffedit.plan(n, 1000).strong) for n in (0, 999))
@@ -252,7 +258,7 @@ def small(monkeypatch):
     """A training of five steps, whose reports are short."""
     monkeypatch.setattr(diffedit, "CONFIG", SMALL)
     monkeypatch.setattr(diffedit, "captions", lambda: captions(300))
-    for name, value in (("SAMPLES", 20), ("BATCH", 4), ("FRESH", 2), ("POOL", 32)):
+    for name, value in (("ROUNDS", (12, 8)), ("BATCH", 4), ("FRESH", 2), ("POOL", 32)):
         monkeypatch.setattr(diffedit, name, value)
     full = evaluate_diffedit.evaluate
     short = {"num_inference_steps": 2, "num_maps_per_mask": 1}

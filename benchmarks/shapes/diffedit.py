@@ -12,6 +12,7 @@ B batch   C latent channels   h, w latent height and width   L prompt tokens
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ CONFIG = UNet2DConditionConfig(
     norm_num_groups=8,
 )
 TOKENS = 32  # a caption of three shapes has 21
-SAMPLES = 130_000
+ROUNDS = (130_000, 70_000)  # samples; the rate falls in each
 BATCH = 32
 FRESH = 8  # new scenes per batch
 POOL = 8192
@@ -61,9 +62,11 @@ class Plan(NamedTuple):
     strong: bool  # noise: see `draw_timesteps`
 
 
-def plan(samples: int, total: int) -> Plan:
-    """One shape, then mostly two; then as many scenes of one as of two, under noise of middle strength."""
-    done = samples / total
+def plan(samples: int, first: int) -> Plan:
+    """One shape, then mostly two; then as many scenes of one as of two, under noise of middle strength.
+
+    `first`: the samples of the first round, in which this happens."""
+    done = samples / first
     if done < 0.3:
         return Plan((1,) if done < 0.1 else (1, 2, 2), strong=True)
     return Plan((1, 2), strong=False)
@@ -78,7 +81,7 @@ def train(
 ) -> None:
     """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint."""
     torch.manual_seed(seed)
-    total = int(SAMPLES * scale)
+    rounds = [int(samples * scale) for samples in ROUNDS]
     vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device)
     tokenizer = make_tokenizer(folder / "tokenizer")
     unet = UNet2DConditionModel(CONFIG)
@@ -89,18 +92,27 @@ def train(
         "text_encoder": encoder.to(device),
     }
     run = Run(folder, networks, optimizers(unet, encoder), decay=0.998)
-    pool = Pool(vae, tokenizer, total, POOL)
+    pool = Pool(vae, tokenizer, rounds[0], POOL)
     pool.fill(run.step * FRESH)
-    for progress in run.until(total, BATCH):
+    for _ in run.until(sum(rounds), BATCH):
         if run.step % 300 == 0:
             report(run, assemble(run.averaged("unet"), run.averaged("text_encoder"), vae, tokenizer))
-        run.set_rate(min(1, (run.step + 1) / 100) * cosine(progress, 0.02, start_at=0.5))
+        run.set_rate(min(1, (run.step + 1) / 100) * rate(run.samples, rounds))
         batch = pool.draw(BATCH).to(device)
-        loss = denoising_loss(unet, encoder, batch, plan(run.samples, total).strong)
+        loss = denoising_loss(unet, encoder, batch, plan(run.samples, rounds[0]).strong)
         loss.backward()
         run.update({"loss": loss.item()}, clip=1.0)
         pool.renew(FRESH)
     report(run, assemble(run.averaged("unet"), run.averaged("text_encoder"), vae, tokenizer))
+
+
+def rate(samples: int, rounds: Sequence[int]) -> float:
+    """The share of the learning rate: all of it for half of a round, then half a cosine down."""
+    for length in rounds:
+        if samples < length:
+            return cosine(samples / length, 0.02, start_at=0.5)
+        samples -= length
+    return 0.02
 
 
 def optimizers(unet: UNet2DConditionModel, encoder: CLIPTextModel) -> list[torch.optim.Optimizer]:
@@ -174,8 +186,8 @@ class Pool:
     Which scenes are in it depends on the progress alone, so an interrupted training finds the same again.
     """
 
-    def __init__(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, total: int, size: int):
-        self.vae, self.tokenizer, self.total, self.size = vae, tokenizer, total, size
+    def __init__(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, first: int, size: int):
+        self.vae, self.tokenizer, self.first, self.size = vae, tokenizer, first, size
         side = SIZE // vae.config.factor
         self.latents = torch.zeros(size, vae.config.latent_channels, side, side, dtype=torch.half)
         self.weight = torch.zeros(size, 1, side, side, dtype=torch.half)
@@ -193,7 +205,7 @@ class Pool:
         """Exchange the oldest `count` scenes for new ones."""
         drawn = []
         for index in range(self.next, self.next + count):
-            now = plan(max(index - self.size, 0) * BATCH // FRESH, self.total)
+            now = plan(max(index - self.size, 0) * BATCH // FRESH, self.first)
             drawn.append(training_scene(index, now.counts))
         slots = torch.arange(self.next, self.next + count) % self.size
         self.next += count

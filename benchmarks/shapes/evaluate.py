@@ -34,7 +34,10 @@ STEPS = 2
 # The module that evaluates a pipeline, and the kinds of edits it knows.
 EVALUATIONS = {
     "JoyImageEditPipeline": ("benchmarks.shapes.evaluate", scenes.KINDS),
-    "ChronoEditPipeline": ("benchmarks.shapes.evaluate_chronoedit", scenes.KINDS),
+    "ChronoEditPipeline": (
+        "benchmarks.shapes.evaluate_chronoedit",
+        ("recolour", "remove", "add", "move", "grey", "negative"),
+    ),
     "StableDiffusionDiffEditPipeline": ("benchmarks.shapes.evaluate_diffedit", ("recolour", "replace")),
 }
 
