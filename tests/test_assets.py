@@ -10,6 +10,7 @@ from PIL import Image
 
 import joyedit
 from benchmarks.shapes import scenes, sd_vae
+from benchmarks.shapes.made_for import MADE_FOR
 from joyedit import info, loading
 from joyedit.cli import trained_side
 from joyedit.images import resize_center_crop
@@ -114,7 +115,8 @@ def held_out(name, count):
             pair = scenes.make_caption_pair(i, "held-out", size=sd_vae.SIZE)
             scene, texts, side = pair.source, (pair.source_caption, pair.target_caption), sd_vae.SIZE
         else:
-            edit = scenes.make_edit(i, "held-out")
+            kinds = MADE_FOR[name.removeprefix("tiny-")]["kinds"]
+            edit = scenes.make_edit(i, "held-out", kinds)
             scene, texts, side = edit.source, (edit.instruction,), scenes.SIZE
         yield Image.fromarray(scenes.to_levels(scenes.draw(scene, side))), texts
 

@@ -20,13 +20,9 @@ SEED = 0
 # Kind and number of a held-out edit.
 JOYIMAGE = {"recolour": 505, "remove": 507, "add": 502, "move": 504, "replace": 506, "grey": 504}
 DIFFEDIT = (513, 507)
-CHRONOEDIT = {"recolour": 501, "move": 507}
-REASONING = "move"
-COUNTS = (2, 3)
-
-
-def held_out(kind: str, number: int) -> scenes.Edit:
-    return scenes.make_edit(number, "held-out", (kind,), COUNTS)
+CHRONOEDIT = {"recolour": 502, "add": 503}
+REASONING = "add"
+JOYIMAGE_COUNTS, CHRONOEDIT_COUNTS = (2, 3), (2,)  # shapes in a scene
 
 
 def save(scene: scenes.Scene, name: str, size: int) -> None:
@@ -37,7 +33,7 @@ def save(scene: scenes.Scene, name: str, size: int) -> None:
 def main() -> None:
     plan: dict[str, list[dict[str, Any]]] = {"joyimage": [], "diffedit": [], "chronoedit": []}
     for kind, number in JOYIMAGE.items():
-        edit = held_out(kind, number)
+        edit = scenes.make_edit(number, "held-out", (kind,), JOYIMAGE_COUNTS)
         save(edit.source, f"joyimage-{kind}", scenes.SIZE)
         plan["joyimage"].append({"name": kind, "instruction": edit.instruction, "seed": SEED})
     for i, number in enumerate(DIFFEDIT):
@@ -46,7 +42,7 @@ def main() -> None:
         captions = {"source": pair.source_caption, "target": pair.target_caption}
         plan["diffedit"].append({"name": str(i + 1), **captions, "seed": SEED})
     for kind, number in CHRONOEDIT.items():
-        edit = held_out(kind, number)
+        edit = scenes.make_edit(number, "held-out", (kind,), CHRONOEDIT_COUNTS)
         save(edit.source, f"chronoedit-{kind}", scenes.SIZE)
         reasoning = {"reasoning": True} if kind == REASONING else {}
         plan["chronoedit"].append({"name": kind, "instruction": edit.instruction, "seed": SEED, **reasoning})

@@ -46,7 +46,7 @@ CONFIG = UNet2DConditionConfig(
     norm_num_groups=8,
 )
 TOKENS = 32  # a caption of three shapes has 21
-ROUNDS = (130_000, 70_000)  # samples; the rate falls in each
+ROUNDS = (130_000, 40_000)  # samples; the rate falls in each
 BATCH = 32
 FRESH = 8  # new scenes per batch
 POOL = 8192

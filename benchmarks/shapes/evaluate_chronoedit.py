@@ -23,8 +23,8 @@ from joyedit.images import to_output
 from joyedit.pipelines.chronoedit import EDIT_FRAMES, REASONING_FRAMES, ChronoEditPipeline
 from joyedit.pipelines.chronoedit_frames import FrameCoder
 
-STEPS = 4
-REASONING_STEPS = 2  # of these with the way, which is then dropped
+STEPS = 2
+REASONING_STEPS = 1  # of these with the way, which is then dropped
 GUIDANCE = 1.0
 BATCH = 8
 FILMS = 3  # of each kind, for the way

@@ -30,9 +30,10 @@ SETTINGS: dict[str, Any] = {
     "num_inference_steps": 20,
     "inpaint_strength": 0.8,
     "guidance_scale": 2.0,
+    "negative_prompt": "",
     "num_maps_per_mask": 10,
     "mask_encode_strength": 0.6,
-    "mask_thresholding_ratio": 7.0,
+    "mask_thresholding_ratio": 8.0,
 }
 
 

@@ -23,6 +23,7 @@ MADE_FOR: dict[str, dict[str, Any]] = {
     "joyimage": {
         "call": {"num_inference_steps": 2, "guidance_scale": 1.0},
         "about": "'Make the red circle blue.'",
+        "kinds": scenes.KINDS,
     },
     "chronoedit": {
         "call": {
@@ -31,6 +32,7 @@ MADE_FOR: dict[str, dict[str, Any]] = {
         },
         "basesize": scenes.SIZE,
         "about": "'Make the red circle blue.'",
+        "kinds": ("recolour", "remove", "add", "grey", "negative"),
     },
     "diffedit": {
         "call": evaluate_diffedit.SETTINGS,
@@ -42,7 +44,7 @@ MADE_FOR: dict[str, dict[str, Any]] = {
 def made_for(name: str) -> dict[str, Any]:
     """The entry of the model_index.json of "joyimage", "chronoedit" or "diffedit"."""
     said = MADE_FOR[name]
-    texts = captions() if name == "diffedit" else instructions()
+    texts = captions() if name == "diffedit" else instructions(kinds=said["kinds"])
     world = {"about": ABOUT.format(said["about"]), "words": vocabulary(texts), "psnr": PSNR}
     found = {key: said[key] for key in ("call", "basesize") if said.get(key)}
     return {**found, "world": world}

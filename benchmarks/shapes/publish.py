@@ -68,7 +68,8 @@ SYSTEMS = {
         "UNet, CLIP text encoder and autoencoder",
         64,
         (1, 2),
-        f"{OF_EDITS} Scenes of one and two shapes, told by their captions.",
+        f"{OF_EDITS} Scenes of one and two shapes. A caption does not say how large a new shape is, so of "
+        "replaced ones the outline asks for more than the words do.",
     ),
 }
 COLUMNS = {
@@ -208,6 +209,8 @@ def scores(held_out: Mapping[str, Any]) -> list[str]:
         ),
     )
     lines += ["", f"Shares of edits that succeed; the last columns are medians of `{model}`."]
+    if known := [kind for kind, row in rows.items() if row["ok"] >= 0.8]:
+        lines += ["", f"What it knows, by 80 % and more: {', '.join(known)}."]
     if "way" in held_out:
         lines += ["", *_way(held_out["way"])]
     return lines

@@ -1,7 +1,7 @@
 """Small byte-level BPE vocabularies of the world's own words, with the special tokens of the real ones."""
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import pre_tokenizers, trainers
@@ -72,9 +72,9 @@ def umt5_tokenizer(texts: Iterable[str]) -> T5TokenizerFast:
     return unigram_tokenizer(sorted({word.strip(".,") for text in texts for word in text.split()}))
 
 
-def instructions(count: int = 4000) -> list[str]:
-    """What is said in the training world."""
-    return [scenes.make_edit(i).instruction for i in range(count)]
+def instructions(count: int = 4000, kinds: Sequence[str] = scenes.KINDS) -> list[str]:
+    """What is said in the training world, of edits of some kinds."""
+    return [scenes.make_edit(i, kinds=kinds).instruction for i in range(count)]
 
 
 def captions(count: int = 4000) -> list[str]:
