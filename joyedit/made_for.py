@@ -30,6 +30,7 @@ CALL: dict[str, type | tuple[type, ...]] = {
     "mask_encode_strength": (int, float),
     "mask_thresholding_ratio": (int, float),
     "num_maps_per_mask": int,
+    "negative_prompt": str,
     "invert_guidance_scale": (int, float),
     "composite": bool,
 }

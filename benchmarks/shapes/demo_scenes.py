@@ -19,7 +19,7 @@ SEED = 0
 
 # Kind and number of a held-out edit.
 JOYIMAGE = {"recolour": 505, "remove": 507, "add": 502, "move": 504, "replace": 506, "grey": 504}
-DIFFEDIT = (513, 507)
+DIFFEDIT = (505, 515)
 CHRONOEDIT = {"recolour": 502, "add": 503}
 REASONING = "add"
 JOYIMAGE_COUNTS, CHRONOEDIT_COUNTS = (2, 3), (2,)  # shapes in a scene
