@@ -5,10 +5,9 @@ reasoning it has 29 frames, in latents eight, and the way is a drawn one, too. A
 is the code of the last of its four frames, as long as the encoder's temporal parts are at their start: so no
 film is ever encoded, only pictures.
 
-The loss is that of flow matching: x_t = (1 - sigma) x0 + sigma noise, and the network predicts the velocity
-noise - x0. Half of the samples are pure noise, sigma = 1: that is where an edit is decided, the rest is
-polishing. Latent cells that hold a shape or change count four times, but in the first frame, which is known.
-A step takes mostly edits of two latent frames and a film or so of eight.
+The loss is that of flow matching (`flow_matching`). Latent cells that hold a shape or change count four
+times, but in the first frame, which is known. A step takes mostly edits of two latent frames and a film or so
+of eight.
 
 Padding of prompts is attended to. Some batches get as much of it as the pipeline makes, most get little: it
 is all one row of keys and values.
@@ -27,7 +26,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.shapes import evaluate, evaluate_chronoedit, scenes
+from benchmarks.shapes import evaluate, evaluate_chronoedit, made_for, scenes
+from benchmarks.shapes.flow_matching import SHIFT, flow_loss
 from benchmarks.shapes.init_chronoedit import initialize_editor, initialize_encoders
 from benchmarks.shapes.joyimage import OF_PICTURES, OF_SHAPES, Plan, as_image
 from benchmarks.shapes.training import RatedAdamW, Run, cosine
@@ -60,7 +60,6 @@ FRESH_EDITS, FILM_STEPS = 4, 4  # new edits per batch; batches per new film
 EDIT_POOL, FILM_POOL = 4096, 512
 RATE = 1.2e-3
 SLOW_START = 0.36, 7 / 12  # until this share of the samples, this share of the rate
-SHIFT = 3.0
 WEIGHT = 4.0  # of cells that hold a shape or change
 FILM_WEIGHT = 0.2  # of the films in the loss
 NO_PROMPT = 0.05  # share of samples without an instruction, for guidance
@@ -140,6 +139,7 @@ def report(run: Run, vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, total: i
     if run.step % 2500 == 0:
         picture.save(run.folder / f"held-out-{run.samples:07d}.png")
     copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
+    made_for.stamp(run.folder / "checkpoint", "chronoedit")
 
 
 class Batch(NamedTuple):
@@ -156,26 +156,12 @@ class Batch(NamedTuple):
 
 
 def editing_loss(editor: Editor, batch: Batch, own: float = 0.0) -> Tensor:
-    """The weighted mean squared error of the velocity (x_t - x0) / sigma.
+    """`flow_loss` of a batch."""
 
-    `own`: the share of the samples below sigma = 1 whose x_t comes not from the truth but from the network's
-    own answer to pure noise, as it does when an edit is made. Their error counts 1.5 sigma**2: that of x0.
-    """
-    target, count = batch.frames, len(batch.frames)
-    u = torch.rand(count)  # drawn on the CPU: the same on every device
-    low = (SHIFT * u / (1 + (SHIFT - 1) * u)).clamp_min(1e-3)
-    sigma = torch.where(torch.rand(count) < 0.5, 1.0, low).view(-1, 1, 1, 1, 1).to(target.device)
-    noise = torch.randn(target.shape).to(target.device)
-    clean, weight = target, batch.weight
-    if own > 0:
-        is_own = (torch.rand(sigma.shape).to(sigma.device) < own) & (sigma < 1)
-        with torch.no_grad():
-            answer = noise - predict(editor, batch, noise, torch.ones_like(sigma).flatten())
-        clean = torch.where(is_own, answer, target)
-        weight = torch.where(is_own, 1.5 * sigma.square(), 1.0) * weight
-    noisy = torch.lerp(clean, noise, sigma)
-    velocity = predict(editor, batch, noisy, sigma.flatten())
-    return (weight * (velocity - (noisy - target) / sigma).square()).mean()
+    def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
+        return predict(editor, batch, noisy, sigma)
+
+    return flow_loss(velocity, batch.frames, batch.weight, own)
 
 
 def predict(editor: Editor, batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.shapes import evaluate_diffedit, scenes
+from benchmarks.shapes import evaluate_diffedit, made_for, scenes
 from benchmarks.shapes.sd_vae import CPU, SIZE, to_tensor, training_scene
 from benchmarks.shapes.training import Muon, Run, cosine
 from benchmarks.shapes.vocabulary import captions, clip_tokenizer
@@ -130,6 +130,7 @@ def report(run: Run, pipe: StableDiffusionDiffEditPipeline) -> None:
     if run.step % 1500 == 0:
         picture.save(run.folder / f"held-out-{run.samples:07d}.png")
     copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
+    made_for.stamp(run.folder / "checkpoint", "diffedit")
 
 
 class Batch(NamedTuple):

@@ -5,7 +5,7 @@ near the source as the VAE can make it, and what is new has the right outline (`
 colour fails. Beside each score stand that of the input itself (`nothing`) and that of the target after a trip
 through the VAE (`ceiling`).
 
-    python -m benchmarks.shapes.evaluate runs/joyimage/checkpoint --out benchmarks/results/tiny-joyimage.json
+    python -m benchmarks.shapes.evaluate runs/joyimage/checkpoint --out joyimage.json
 """
 
 import argparse

@@ -1,10 +1,9 @@
 """Training the small JoyAI-Image-Edit: MMDiT and Qwen3-VL together, on latents of the trained VAE.
 
-The loss is that of flow matching: x_t = (1 - sigma) x0 + sigma noise, and the network predicts the velocity
-noise - x0. Half of the samples are pure noise, sigma = 1: that is where an edit is decided, the rest is
-polishing. Latent cells that hold a shape or change count four times; to weigh only the changed ones turns the
-bystanders to smears. Scenes of one shape come first, then several (`plan`): among several shapes the choice
-of one is hardly learned before there is anything that could be done to it.
+The loss is that of flow matching (`flow_matching`). Latent cells that hold a shape or change count four
+times; to weigh only the changed ones turns the bystanders to smears. Scenes of one shape come first, then
+several (`plan`): among several shapes the choice of one is hardly learned before there is anything that could
+be done to it.
 
 Edits are drawn and encoded once, kept in a moving window (`Pool`), seen about five times each, and replaced.
 A batch is three groups of prompts of equal length: the network knows no padding.
@@ -22,7 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.shapes import evaluate, scenes
+from benchmarks.shapes import evaluate, made_for, scenes
+from benchmarks.shapes.flow_matching import SHIFT, flow_loss
 from benchmarks.shapes.init_mmdit import initialize_editor
 from benchmarks.shapes.training import RatedAdamW, Run, cosine
 from benchmarks.shapes.vocabulary import instructions, qwen_tokenizer
@@ -52,7 +52,6 @@ BATCH, GROUPS = 24, 3
 FRESH = 5  # new edits per batch
 POOL = 4096
 RATE = 7e-4
-SHIFT = 3.0
 WEIGHT = 4.0  # of cells that hold a shape or change
 NO_PROMPT = 0.05  # share of groups without an instruction, for guidance
 
@@ -62,7 +61,7 @@ class Plan(NamedTuple):
 
     kinds: tuple[str, ...]
     counts: tuple[int, ...]
-    own: float = 0.0  # share of samples that start from the network's own answer, see `editing_loss`
+    own: float = 0.0  # share of samples that start from the network's own answer, see `flow_loss`
 
 
 OF_SHAPES = ("recolour",) * 3 + ("remove",) * 2 + ("add",) * 3 + ("move",) * 3 + ("replace",) * 3
@@ -132,6 +131,7 @@ def report(run: Run, pipe: JoyImageEditPipeline, total: int) -> None:
     if run.step % 2500 == 0:
         picture.save(run.folder / f"held-out-{run.samples:07d}.png")
     copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
+    made_for.stamp(run.folder / "checkpoint", "joyimage")
 
 
 class Batch(NamedTuple):
@@ -154,28 +154,12 @@ def editing_loss(
     batch: Batch,
     own: float = 0.0,
 ) -> Tensor:
-    """The weighted mean squared error of the velocity (x_t - x0) / sigma.
+    """`flow_loss` of a batch."""
 
-    `own`: the share of the samples below sigma = 1 whose x_t comes not from the truth but from the network's
-    own answer to pure noise, as it does when an edit is made. Their error counts 1.5 sigma**2: that of x0.
-    """
-    target, count = batch.target, len(batch.target)
-    u = torch.rand(count)  # drawn on the CPU: the same on every device
-    low = (SHIFT * u / (1 + (SHIFT - 1) * u)).clamp_min(1e-3)
-    sigma = torch.where(torch.rand(count) < 0.5, 1.0, low).view(-1, 1, 1, 1, 1).to(target.device)
-    noise = torch.randn(target.shape).to(target.device)
-    clean, weight = target, batch.weight
-    if own > 0:
-        is_own = (torch.rand(sigma.shape).to(sigma.device) < own) & (sigma < 1)
-        with torch.no_grad():
-            answer = noise - predict(
-                transformer, encoder, batch, noise, torch.ones_like(sigma[:, 0, 0, 0, 0])
-            )
-        clean = torch.where(is_own, answer, target)
-        weight = torch.where(is_own, 1.5 * sigma.square(), 1.0) * weight
-    noisy = torch.lerp(clean, noise, sigma)
-    velocity = predict(transformer, encoder, batch, noisy, sigma.flatten())
-    return (weight * (velocity - (noisy - target) / sigma).square()).mean()
+    def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
+        return predict(transformer, encoder, batch, noisy, sigma)
+
+    return flow_loss(velocity, batch.target, batch.weight, own)
 
 
 def predict(

@@ -2,11 +2,11 @@
 
     python -m benchmarks.shapes.made_for joyimage runs/joyimage/checkpoint
 
-writes it into the model_index.json of a folder; `pipe.made_for = made_for("joyimage")` does so before a
-pipeline is saved.
+writes it into the model_index.json of a folder, as the trainings do.
 """
 
 import argparse
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ MADE_FOR: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
 def made_for(name: str) -> dict[str, Any]:
     """The entry of the model_index.json of "joyimage", "chronoedit" or "diffedit"."""
     said = MADE_FOR[name]
