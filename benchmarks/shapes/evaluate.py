@@ -161,11 +161,16 @@ def grid(edits: Sequence[scenes.Edit], results: Sequence[np.ndarray], columns: i
         tile.paste(Image.fromarray(scenes.to_levels(row)), (0, 14))
         ImageDraw.Draw(tile).text((0, 1), edit.instruction[:48], fill="black")
         tiles.append(tile)
+    return page(tiles, columns)
+
+
+def page(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size, row by row."""
     rows = -(-len(tiles) // columns)
-    page = Image.new("RGB", (columns * tiles[0].width, rows * tiles[0].height), "white")
+    whole = Image.new("RGB", (columns * tiles[0].width, rows * tiles[0].height), "white")
     for i, tile in enumerate(tiles):
-        page.paste(tile, (i % columns * tile.width, i // columns * tile.height))
-    return page
+        whole.paste(tile, (i % columns * tile.width, i // columns * tile.height))
+    return whole
 
 
 def held_out(count: int, counts: Sequence[int], kinds: Sequence[str]) -> list[scenes.Edit]:

@@ -187,11 +187,7 @@ def grid(cases: Sequence[Case], answers: Sequence[Answer], columns: int = 3) -> 
         text.text((0, 1), case.pair.source_caption[:84], fill="black")
         text.text((0, 13), f"-> {case.pair.target_caption}"[:84], fill="black")
         tiles.append(tile)
-    rows = -(-len(tiles) // columns)
-    page = Image.new("RGB", (columns * tiles[0].width, rows * tiles[0].height), "white")
-    for i, tile in enumerate(tiles):
-        page.paste(tile, (i % columns * tile.width, i // columns * tile.height))
-    return page
+    return evaluate_edits.page(tiles, columns)
 
 
 def as_image(scene: scenes.Scene) -> Image.Image:
