@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 
 import joyedit
-from benchmarks.shapes import evaluate, evaluate_chronoedit, evaluate_diffedit, publish, scenes
+from benchmarks.shapes import (
+    diffedit,
+    evaluate,
+    evaluate_chronoedit,
+    evaluate_diffedit,
+    publish,
+    scenes,
+    training,
+)
 from joyedit import ops
 
 SYSTEMS = tuple(publish.SYSTEMS)
@@ -169,3 +177,26 @@ def test_cards_say_what_was_recorded(system):
     assert results["bytes"] == sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     curve = results["curve"]
     assert curve[0]["samples"] < 3000 and curve[-1]["loss"] < 0.5 * curve[0]["loss"]
+
+
+class Enough(Exception):
+    """The first line of losses was written."""
+
+
+@pytest.mark.slow
+def test_a_training_begins_as_the_recorded_one_did(monkeypatch, tmp_path):
+    """The mean loss of the first fifty steps; the weights of the autoencoder were rounded since."""
+    seen = []
+
+    def log(run, **values):
+        seen.append({"samples": run.samples, **values})
+        raise Enough
+
+    monkeypatch.setattr(training.Run, "log", log)
+    monkeypatch.setattr(diffedit, "report", lambda run, pipe: None)
+    with pytest.raises(Enough):
+        diffedit.train(tmp_path / "run", publish.ASSETS / "tiny-diffedit" / "vae")
+    text = (publish.RESULTS / "diffedit.json").read_text(encoding="utf-8")
+    recorded = json.loads(text)["curve"][0]
+    assert seen[0]["samples"] == recorded["samples"]
+    assert seen[0]["loss"] == pytest.approx(recorded["loss"], rel=0.02)
