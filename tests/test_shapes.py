@@ -350,9 +350,7 @@ def test_the_checkpoint_is_an_ordinary_one(parts, vae, tmp_path):
     assert np.abs(result - copied).mean() < 0.03  # untrained, it copies
 
     out = tmp_path / "scores.json"
-    evaluate.main(
-        [str(tmp_path), "--out", str(out), "--edits", "1", "--steps", "1", "--kinds", "add", "grey"]
-    )
+    evaluate.main([str(tmp_path), "--out", str(out), "--edits", "1", "--kinds", "add", "grey"])
     report = json.loads(out.read_text())
     assert list(report) == ["model", "nothing", "ceiling"] and out.with_suffix(".png").is_file()
     assert report["nothing"]["kinds"]["add"]["outside"] > 90 and report["nothing"]["kinds"]["add"]["ok"] == 0
