@@ -93,7 +93,7 @@ def test_joyimage_edits_held_out_worlds_as_its_card_says(opened):
     kinds = learned(stated("joyimage"))
     assert "move" in kinds
     edits = evaluate.held_out(8, evaluate.COUNTS, kinds)
-    check_kinds(evaluate.run(opened("joyimage"), edits, 2), edits, stated("joyimage"), least=6)
+    check_kinds(evaluate.run(opened("joyimage"), edits, evaluate.STEPS), edits, stated("joyimage"), least=6)
 
 
 @pytest.mark.parametrize("side", ["model", "reasoning"])
@@ -177,6 +177,22 @@ def test_cards_say_what_was_recorded(system):
     assert results["bytes"] == sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     curve = results["curve"]
     assert curve[0]["samples"] < 3000 and curve[-1]["loss"] < 0.5 * curve[0]["loss"]
+
+
+def test_publishing_keeps_what_is_there_until_all_is_made(tmp_path):
+    shipped, target = publish.ASSETS / "tiny-diffedit", tmp_path / "tiny-diffedit"
+    publish.install(shipped, shipped / "vae", target)
+    files = {path.relative_to(target): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    assert files == {
+        path.relative_to(shipped): path.read_bytes() for path in shipped.rglob("*") if path.is_file()
+    }
+    for checkpoint, vae in ((tmp_path / "gone", shipped / "vae"), (shipped, tmp_path / "gone")):
+        with pytest.raises(OSError):
+            publish.install(checkpoint, vae, target)
+        assert [path.name for path in tmp_path.iterdir()] == [target.name]
+        assert all((target / name).read_bytes() == content for name, content in files.items())
+    with pytest.raises(SystemExit):
+        publish.main(["diffedit", "--run", str(tmp_path)])
 
 
 class Enough(Exception):

@@ -130,7 +130,7 @@ def report(run: Run, vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, total: i
     pipe = assemble(Editor(*map(run.averaged, Editor._fields)), vae, tokenizer)
     now = plan(run.samples, total)
     edits = evaluate.held_out(8, now.counts, tuple(dict.fromkeys(now.kinds)))
-    results = evaluate_chronoedit.run(pipe, edits, steps=2)
+    results = evaluate_chronoedit.run(pipe, edits, evaluate_chronoedit.STEPS)
     run.log(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
     picture = evaluate.grid(edits, results, columns=8)
     picture.save(run.folder / "held-out.png")

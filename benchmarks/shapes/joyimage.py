@@ -95,7 +95,7 @@ def train(
     encoder = Qwen3VLForConditionalGeneration(encoder_config(processor.tokenizer))
     initialize_encoder(encoder)
     networks = {"transformer": transformer.to(device), "text_encoder": encoder.to(device)}
-    shares = {p: rates[name] for name, p in transformer.named_parameters() if name in rates}
+    shares = {p: rates[n].to(device) for n, p in transformer.named_parameters() if n in rates}
     parameters = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
     optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(folder, networks, [optimizer], decay=0.998)
@@ -124,7 +124,7 @@ def report(run: Run, pipe: JoyImageEditPipeline, total: int) -> None:
     now = plan(run.samples, total)
     kinds = tuple(dict.fromkeys(now.kinds))
     edits = evaluate.held_out(8, now.counts, kinds)
-    results = evaluate.run(pipe, edits, steps=2)
+    results = evaluate.run(pipe, edits, evaluate.STEPS)
     run.log(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
     picture = evaluate.grid(edits, results, columns=8)
     picture.save(run.folder / "held-out.png")

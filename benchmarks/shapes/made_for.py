@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import evaluate_chronoedit, evaluate_diffedit, scenes
+from benchmarks.shapes import evaluate, evaluate_chronoedit, evaluate_diffedit, scenes
 from benchmarks.shapes.vocabulary import captions, instructions
 from joyedit.made_for import words_of
 from joyedit.weights import read_json, write_json
@@ -21,7 +21,7 @@ PSNR = 30.0
 ABOUT = "drawn scenes of coloured shapes, such as {}"
 MADE_FOR: dict[str, dict[str, Any]] = {
     "joyimage": {
-        "call": {"num_inference_steps": 2, "guidance_scale": 1.0},
+        "call": {"num_inference_steps": evaluate.STEPS, "guidance_scale": 1.0},
         "about": "'Make the red circle blue.'",
         "kinds": scenes.KINDS,
     },

@@ -10,6 +10,7 @@ the card from that. Without `--run`, only the card is written again.
 import argparse
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,6 @@ import torch
 from benchmarks.shapes import evaluate, made_for, train
 from joyedit.models.sd_vae import AutoencoderKL
 from joyedit.models.wan_vae import AutoencoderKLWan
-from joyedit.weights import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "shapes"
@@ -79,6 +79,7 @@ SYSTEMS = {
         "percent.",
     ),
 }
+AUTOENCODERS = {"wan-vae": AutoencoderKLWan, "sd-vae": AutoencoderKL}
 COLUMNS = {
     "inside": "error inside",
     "outside": "PSNR outside (dB)",
@@ -246,16 +247,17 @@ def _table(head: list[str], body: Iterable[list[Any]]) -> list[str]:
 
 def install(checkpoint: Path, vae: Path, target: Path) -> None:
     """Copy a checkpoint to where the package looks for it, and say there what it was made for; its
-    autoencoder, which may have learned since, is stored as the networks are, in bf16."""
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns("vae"))
-    kind = (
-        AutoencoderKL
-        if read_json(vae / "config.json")["_class_name"] == "AutoencoderKL"
-        else AutoencoderKLWan
-    )
-    kind.from_pretrained(vae).to(torch.bfloat16).save_pretrained(target / "vae")
-    made_for.stamp(target, target.name.removeprefix("tiny-"))
+    autoencoder, which may have learned since, is stored as the networks are, in bf16. What was there is
+    replaced only when all of it is made."""
+    name = target.name.removeprefix("tiny-")
+    kind = AUTOENCODERS[SYSTEMS[name].vae]
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        made = Path(temporary) / target.name
+        shutil.copytree(checkpoint, made, ignore=shutil.ignore_patterns("vae"))
+        kind.from_pretrained(vae).to(torch.bfloat16).save_pretrained(made / "vae")
+        made_for.stamp(made, name)
+        shutil.rmtree(target, ignore_errors=True)
+        made.replace(target)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -265,6 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vae-run", type=Path, help="folder of its autoencoder's")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
+    if (given.run is None) != (given.vae_run is None):
+        parser.error("--run and --vae-run go together")
     file, target = RESULTS / f"{given.name}.json", ASSETS / f"tiny-{given.name}"
     if given.run is None:
         results = json.loads(file.read_text(encoding="utf-8"))
