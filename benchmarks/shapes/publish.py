@@ -52,7 +52,7 @@ SYSTEMS = {
         96,
         evaluate.COUNTS,
         f"{OF_EDITS} Scenes of one to four shapes, 2 steps, no guidance.",
-        "The code was changed a little at 23,000 samples: until there the loss of a new run is up to 5 "
+        "The code was changed a little at 23,000 samples: until there the loss of a new run is up to 3 "
         "percent lower.",
     ),
     "chronoedit": System(
