@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.joyimage import save_random
+from benchmarks.random_checkpoint import write_random_chronoedit_checkpoint
 from benchmarks.side_by_side import (
     ROOT,
     Result,
@@ -42,15 +43,15 @@ from benchmarks.side_by_side import (
     run_child,
     summary,
 )
-from joyedit import images as im
+from joyedit.checkpoints.json_files import write_json
+from joyedit.checkpoints.network import Network
+from joyedit.media import images as im
 from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
 from joyedit.models.clip import CLIPVisionConfig, CLIPVisionModel
 from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel
 from joyedit.models.wan_vae import AutoencoderKLWan, AutoencoderKLWanConfig
 from joyedit.pipelines.chronoedit import ChronoEditPipeline
-from joyedit.random_checkpoint import write_random_chronoedit_checkpoint
-from joyedit.tokenizers import T5TokenizerFast
-from joyedit.weights import Network, write_json
+from joyedit.text.t5_tokenizer import T5TokenizerFast
 
 PROMPT, NEGATIVE = "Make the coffee red.", ""
 LENGTH, WORDS = 512, 24  # tokens that a prompt is padded to, and those of a short one

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.random_checkpoint import write_random_diffedit_checkpoint
 from benchmarks.side_by_side import (
     ROOT,
     Result,
@@ -36,11 +37,11 @@ from benchmarks.side_by_side import (
     run_child,
     summary,
 )
+from joyedit.checkpoints.json_files import write_json
+from joyedit.checkpoints.network import Network
 from joyedit.models.sd_unet import UNet2DConditionConfig, UNet2DConditionModel
 from joyedit.models.sd_vae import AutoencoderKL, AutoencoderKLConfig
 from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
-from joyedit.random_checkpoint import write_random_diffedit_checkpoint
-from joyedit.weights import Network, write_json
 
 SOURCE, TARGET = "a bowl of fruits", "a bowl of pears"
 SIDE = 192

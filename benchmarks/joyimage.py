@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.side_by_side import (
     Result,
     Row,
@@ -41,13 +42,13 @@ from benchmarks.side_by_side import (
     run_child,
     summary,
 )
-from joyedit import images as im
+from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.network import Network
+from joyedit.media import images as im
 from joyedit.models.joyimage_mmdit import JoyImageEditConfig, JoyImageEditTransformer3DModel
 from joyedit.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan, AutoencoderKLWanConfig
 from joyedit.pipelines.joyimage import JoyImageEditPipeline
-from joyedit.random_checkpoint import write_random_checkpoint
-from joyedit.weights import Network, read_json, write_json
 
 # A byte is a token here: as long beside the picture as a real prompt is. The negative one is the default.
 PROMPT, NEGATIVE = "Make the coffee red.", ""
@@ -391,7 +392,7 @@ def reference_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     import diffusers
     import transformers
 
-    from joyedit.tokenizers import Qwen3VLProcessor
+    from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor
 
     transformers.logging.disable_progress_bar()
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from joyedit.cli import main
+from joyedit.command.cli import main
 
 sys.exit(main())

@@ -23,8 +23,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from joyedit.lora_files import WEIGHT_NAME, Changes, Delta, open_lora, read_lora
-from joyedit.weights import Network, replacing
+from joyedit.checkpoints.lora_files import WEIGHT_NAME, Changes, Delta, open_lora, read_lora
+from joyedit.checkpoints.network import Network
+from joyedit.checkpoints.replacing import replacing
 
 log = logging.getLogger("joyedit")
 

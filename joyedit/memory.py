@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from joyedit.weights import Network
+from joyedit.checkpoints.network import Network
 
 
 class BlockStreaming:

@@ -137,7 +137,7 @@ def sd_released(shared_data):
 @pytest.fixture
 def run(capsys):
     """A joyedit command's status, standard output and standard error."""
-    from joyedit import cli
+    from joyedit.command import cli
 
     def run(*words):
         status = cli.main([str(word) for word in words])
@@ -149,20 +149,21 @@ def run(capsys):
 @pytest.fixture
 def no_work(monkeypatch):
     """Loading a model is a failure."""
-    from joyedit import loading
+    from joyedit.loading import layouts
 
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(layouts, "load", load)
 
 
 @pytest.fixture(scope="module")
 def random_built_in(tmp_path_factory):
     """The built-in names stand for checkpoints of random weights, in a file that asks for it: there every
     seed gives another image, and ChronoEdit has a preset, and films of as many pixels as 256 x 256."""
-    from joyedit import loading, random_checkpoint
-    from joyedit.weights import read_json, write_json
+    from benchmarks import random_checkpoint
+    from joyedit.checkpoints.json_files import read_json, write_json
+    from joyedit.loading import layouts
 
     folder = tmp_path_factory.mktemp("assets")
     random_checkpoint.write_random_checkpoint(folder / "tiny-joyimage")
@@ -171,5 +172,5 @@ def random_built_in(tmp_path_factory):
     index = folder / "tiny-chronoedit" / "model_index.json"
     write_json(index, {**read_json(index), "made_for": {"basesize": 256}})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "ASSETS", folder)
+        patch.setattr(layouts, "ASSETS", folder)
         yield folder

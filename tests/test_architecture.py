@@ -13,74 +13,39 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 700
 
-# What each module may import of ours. A folder stands for its modules; a module's own row comes before it.
-BELOW_PIPELINES = (
-    "models schedulers tokenizers images clip_images masks video lora lora_files textual_inversion "
-    "memory weights hub noise latents layers rope ops convert".split()
-)
-MAY_IMPORT = {
-    "joyedit": ["loading", "pipelines", *BELOW_PIPELINES],
-    "joyedit.__main__": ["cli"],
-    "joyedit.cli": [
-        "arguments",
-        "results",
-        "info",
-        "demo",
-        "loading",
-        "made_for",
-        "pipelines",
-        *BELOW_PIPELINES,
-    ],
-    "joyedit.demo": ["loading", "made_for", "results", *BELOW_PIPELINES],
-    "joyedit.made_for": ["images"],
-    "joyedit.arguments": [],
-    "joyedit.results": ["images", "video", "weights"],
-    "joyedit.info": ["loading", "made_for", "single_file", "pipelines", *BELOW_PIPELINES],
-    "joyedit.convert.__main__": ["cli"],
-    "joyedit.loading": ["made_for", "single_file", "pipelines", *BELOW_PIPELINES],
-    "joyedit.single_file": ["models", "schedulers", "weights"],
-    "joyedit.random_checkpoint": ["pipelines", *BELOW_PIPELINES],
-    "joyedit.pipelines.pipeline": BELOW_PIPELINES,
-    "joyedit.pipelines.diffedit": ["pipelines", *BELOW_PIPELINES],
-    "joyedit.pipelines.joyimage": ["pipelines", *BELOW_PIPELINES],
-    "joyedit.pipelines.chronoedit": ["pipelines", *BELOW_PIPELINES],
-    "joyedit.pipelines.chronoedit_presets": ["schedulers"],
-    "joyedit.pipelines.chronoedit_frames": ["models.wan_vae"],
-    "joyedit.pipelines.contrast": ["pipelines.sd_prompts"],
-    "joyedit.pipelines": ["pipelines.pipeline", *BELOW_PIPELINES],
-    "joyedit.models": ["weights", "latents", "noise", "layers", "rope", "ops"],
-    "joyedit.latents": ["noise"],
-    "joyedit.layers": ["ops"],
-    "joyedit.rope": ["ops"],
-    "joyedit.ops": ["kernels"],
-    "joyedit.lora": ["lora_files", "weights"],
-    "joyedit.lora_files": ["weights", "hub"],
-    "joyedit.textual_inversion": ["tokenizers", "weights", "hub"],
-    "joyedit.memory": ["weights"],
-    "joyedit.schedulers": ["schedulers.scheduler", "noise", "weights", "hub"],
-    "joyedit.tokenizers": ["weights", "hub", "images"],
-    "joyedit.images": ["weights", "hub"],
-    "joyedit.clip_images": ["images", "weights", "hub"],
-    "joyedit.masks": ["images"],
-    "joyedit.video": ["images", "weights"],
-    "joyedit.noise": [],
-    "joyedit.weights": ["convert", "hub"],
-    "joyedit.hub": ["weights", "convert"],
-    "joyedit.convert": ["convert"],
-    "joyedit.kernels": [],
-}
-ONLY_INSIDE_FUNCTIONS = {"joyedit.ops": ["kernels"], "joyedit.hub": ["weights", "convert"]}
+# The table of docs/architecture.md is what this file holds the code to.
+TABLE = ROOT / "docs" / "architecture.md"
+
+
+def rooms() -> dict[str, list[str]]:
+    """Room or module -> what it may import of ours, out of the table that begins with "| room"."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| room"))
+    found = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        room, _, allowed, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        found[full(room.strip("`"))] = re.findall(r"`([\w./]+)`", allowed)
+    return found
+
+
+def full(room: str) -> str:
+    """The import name of a room or module as the table spells it."""
+    return "joyedit" if room == "__init__" else "joyedit." + room.removesuffix("/").replace("/", ".")
+
+
+MAY_IMPORT = rooms()
+ONLY_INSIDE_FUNCTIONS = {"joyedit.ops": ["kernels"]}
 
 # Packages beside the standard library and ours; the rest of the modules may use what pyproject.toml lists.
 THIRD_PARTY = {
     "joyedit": ["huggingface_hub"],
-    "joyedit.hub": ["huggingface_hub"],
+    "joyedit.checkpoints.hub": ["huggingface_hub"],
     "joyedit.convert": ["torch", "safetensors"],
     "joyedit.kernels": ["torch", "triton"],
     "joyedit.schedulers": ["torch", "numpy"],
     "joyedit.models": ["torch", "einops"],
-    "joyedit.layers": ["torch", "einops"],
-    "joyedit.rope": ["torch", "einops"],
     "joyedit.ops": ["torch", "einops"],
 }
 IMPORT_NAMES = {"pillow": "PIL"}
@@ -129,20 +94,18 @@ def imports(name: str) -> list[tuple[str, bool]]:
 
 def row(table: dict[str, list[str]], name: str) -> list[str] | None:
     """The entry of a module, or of the folder that it is in."""
-    if name in table:
-        return table[name]
     folder = name.rpartition(".")[0]
-    return table.get(folder) if folder != "joyedit" else None
+    return table.get(name, table.get(folder) if folder != "joyedit" else None)
 
 
 def covers(allowed: list[str], target: str) -> bool:
-    return any(target == f"joyedit.{name}" or target.startswith(f"joyedit.{name}.") for name in allowed)
+    return any(target == full(name) or target.startswith(f"{full(name)}.") for name in allowed)
 
 
 @every_module
 def test_imports_of_ours_follow_the_table(name):
     allowed = row(MAY_IMPORT, name)
-    assert allowed is not None, f"{name} has no row in MAY_IMPORT: which modules may it import?"
+    assert allowed is not None, f"{name} has no row in {TABLE.name}: what may it import?"
     deferred = ONLY_INSIDE_FUNCTIONS.get(name, [])
     for target, inside in imports(name):
         if (target == "joyedit" or target.startswith("joyedit.")) and target != "joyedit.__version__":
@@ -184,7 +147,7 @@ def test_library_does_not_print_and_opens_pickles_as_weights_only(name):
             continue
         called = ast.unparse(node.func)
         where = f"{SOURCES[name]}:{node.lineno}"
-        assert called != "print" or name == "joyedit.cli", f"{where} prints"
+        assert called != "print" or name == "joyedit.command.cli", f"{where} prints"
         assert called not in ("pickle.load", "pickle.loads", "eval", "exec"), f"{where} calls {called}"
         if called == "torch.load":
             safe = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.get("weights_only")

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 import joyedit
-from benchmarks.shapes import evaluate, joyimage, train, wan_vae
-from joyedit.cli import main
-from joyedit.random_checkpoint import (
+from benchmarks.random_checkpoint import (
     write_random_checkpoint,
     write_random_chronoedit_checkpoint,
     write_random_diffedit_checkpoint,
 )
+from benchmarks.shapes import evaluate, joyimage, train, wan_vae
+from joyedit.command.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from joyedit.checkpoints.network import load_network
+from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.lora import Adapters
 from joyedit.memory import BlockStreaming
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
 from joyedit.models.sd_unet import UNet2DConditionModel
-from joyedit.weights import TensorFiles, load_network
 
 UNET = dict(
     block_out_channels=[16, 32],

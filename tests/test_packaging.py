@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 import joyedit
-from joyedit.loading import BUILT_IN
+from joyedit.loading.layouts import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,7 +142,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, archive):
 def test_wheel_metadata(wheel):
     info = f"joyedit-{joyedit.__version__}.dist-info"
     with zipfile.ZipFile(wheel) as opened:
-        assert "joyedit = joyedit.cli:main" in opened.read(f"{info}/entry_points.txt").decode()
+        assert "joyedit = joyedit.command.cli:main" in opened.read(f"{info}/entry_points.txt").decode()
         assert "Apache License" in opened.read(f"{info}/licenses/LICENSE").decode()
         metadata = opened.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
@@ -151,7 +151,7 @@ def test_wheel_metadata(wheel):
 
 def test_wheel_imports_from_anywhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
-    code = "import joyedit, joyedit.weights, joyedit.convert.table as t; print(joyedit.__file__, t.__file__)"
+    code = "import joyedit, joyedit.checkpoints.network, joyedit.convert.table as t; print(joyedit.__file__, t.__file__)"
     files = python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "unpacked")).split()
     assert all(Path(file).is_relative_to(tmp_path / "unpacked") for file in files)
 

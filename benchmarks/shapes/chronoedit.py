@@ -32,8 +32,8 @@ from benchmarks.shapes.init_chronoedit import initialize_editor, initialize_enco
 from benchmarks.shapes.joyimage import OF_PICTURES, OF_SHAPES, Plan, as_image
 from benchmarks.shapes.training import RatedAdamW, Run, cosine
 from benchmarks.shapes.vocabulary import instructions, umt5_tokenizer
-from joyedit.clip_images import CLIPImageConfig, CLIPImageProcessor
-from joyedit.images import to_latent_input
+from joyedit.media.clip_images import CLIPImageConfig, CLIPImageProcessor
+from joyedit.media.images import to_latent_input
 from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel, Context
 from joyedit.models.clip import CLIPVisionConfig, CLIPVisionModel
 from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel
@@ -41,7 +41,7 @@ from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.pipelines.chronoedit import EDIT_FRAMES, REASONING_FRAMES, ChronoEditPipeline
 from joyedit.pipelines.chronoedit_frames import FrameCoder
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
-from joyedit.tokenizers import T5TokenizerFast
+from joyedit.text.t5_tokenizer import T5TokenizerFast
 
 CONFIG = ChronoEditConfig(
     num_attention_heads=6,

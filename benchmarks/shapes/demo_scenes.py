@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.shapes import scenes, sd_vae
-from joyedit.weights import write_json
+from joyedit.checkpoints.json_files import write_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "joyedit" / "assets" / "demo"
 SEED = 0

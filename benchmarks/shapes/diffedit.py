@@ -26,13 +26,13 @@ from benchmarks.shapes import evaluate_diffedit, made_for, scenes
 from benchmarks.shapes.sd_vae import CPU, SIZE, to_tensor, training_scene
 from benchmarks.shapes.training import Muon, Run, cosine
 from benchmarks.shapes.vocabulary import captions, clip_tokenizer
-from joyedit.clip_images import CLIPImageConfig, CLIPImageProcessor
+from joyedit.media.clip_images import CLIPImageConfig, CLIPImageProcessor
 from joyedit.models.clip import CLIPTextConfig, CLIPTextModel
 from joyedit.models.sd_unet import UNet2DConditionConfig, UNet2DConditionModel
 from joyedit.models.sd_vae import AutoencoderKL
 from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
 from joyedit.schedulers.ddim import DDIMScheduler
-from joyedit.tokenizers import CLIPTokenizer
+from joyedit.text.clip_tokenizer import CLIPTokenizer
 
 # Transformers where there are 8 x 8 positions; at 16 x 16 they would cost as much as all the rest.
 CONFIG = UNet2DConditionConfig(

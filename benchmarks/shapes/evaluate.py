@@ -21,8 +21,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.shapes import scenes
-from joyedit.images import to_latent_input, to_output
-from joyedit.loading import load, pipeline_name
+from joyedit.loading.layouts import load, pipeline_name
+from joyedit.media.images import to_latent_input, to_output
 from joyedit.pipelines.joyimage import JoyImageEditPipeline
 
 INSIDE = 0.08  # largest mean absolute error in the changed region, of the full range

@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.shapes import scenes
 from benchmarks.shapes.evaluate import grid, held_out, judge, summarize
 from benchmarks.shapes.wan_vae import to_tensor
-from joyedit.images import to_output
+from joyedit.media.images import to_output
 from joyedit.pipelines.chronoedit import EDIT_FRAMES, REASONING_FRAMES, ChronoEditPipeline
 from joyedit.pipelines.chronoedit_frames import FrameCoder
 

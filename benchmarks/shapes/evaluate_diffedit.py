@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from benchmarks.shapes import evaluate as evaluate_edits
 from benchmarks.shapes import scenes
 from benchmarks.shapes.sd_vae import SIZE, to_tensor
-from joyedit.images import to_output
+from joyedit.media.images import to_output
 from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
 
 COUNTS = (1, 2)  # shapes in a scene

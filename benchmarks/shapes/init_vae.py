@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from joyedit.layers import Conv2d
+from joyedit.models.layers import Conv2d
 from joyedit.models.wan_vae import (
     AutoencoderKLWan,
     CausalConv3d,

@@ -21,20 +21,21 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.random_checkpoint import SPECIAL_TOKENS
 from benchmarks.shapes import evaluate, made_for, scenes
 from benchmarks.shapes.flow_matching import SHIFT, flow_loss
 from benchmarks.shapes.init_mmdit import initialize_editor
 from benchmarks.shapes.training import RatedAdamW, Run, cosine
 from benchmarks.shapes.vocabulary import instructions, qwen_tokenizer
-from joyedit.images import Qwen2VLImageConfig, Qwen2VLImageProcessor, patchify, to_latent_input
+from joyedit.media.images import Qwen2VLImageConfig, Qwen2VLImageProcessor, patchify, to_latent_input
 from joyedit.models.joyimage_mmdit import JoyImageEditConfig, JoyImageEditTransformer3DModel
 from joyedit.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.pipelines.joyimage import JoyImageEditPipeline
 from joyedit.pipelines.joyimage_prompts import SYSTEM, USER, VISION
-from joyedit.random_checkpoint import SPECIAL_TOKENS
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
-from joyedit.tokenizers import Qwen2Tokenizer, Qwen3VLProcessor
+from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer
+from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor
 
 CONFIG = JoyImageEditConfig(
     hidden_size=192,

@@ -1,4 +1,4 @@
-"""What the small checkpoints say of their use (`joyedit.made_for`): steps, sizes, the world that they know.
+"""What the small checkpoints say of their use (`pipelines/made_for.py`): steps, sizes, the world they know.
 
     python -m benchmarks.shapes.made_for joyimage runs/joyimage/checkpoint
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.shapes import evaluate, evaluate_chronoedit, evaluate_diffedit, scenes
 from benchmarks.shapes.vocabulary import captions, instructions
-from joyedit.made_for import words_of
-from joyedit.weights import read_json, write_json
+from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.pipelines.made_for import words_of
 
 # Scenes come through the autoencoders at 31 dB and more, of photographs only the smoothest at 30.
 PSNR = 30.0

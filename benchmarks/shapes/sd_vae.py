@@ -22,7 +22,7 @@ from benchmarks.shapes import scenes
 from benchmarks.shapes.init_sd_vae import initialize_sd_vae
 from benchmarks.shapes.training import Run, cosine
 from benchmarks.shapes.wan_vae import optimizers
-from joyedit.latents import DiagonalGaussian
+from joyedit.models.latents import DiagonalGaussian
 from joyedit.models.sd_vae import AutoencoderKL, AutoencoderKLConfig
 
 SIZE = 64  # pixels; the shapes are as large a part of the picture as everywhere

@@ -6,17 +6,13 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers, trainers
 
+from benchmarks.random_checkpoint import unigram_tokenizer, write_special_tokens
 from benchmarks.shapes import scenes
+from joyedit.checkpoints.json_files import write_json
 from joyedit.pipelines.joyimage_prompts import SYSTEM, USER
-from joyedit.random_checkpoint import unigram_tokenizer, write_special_tokens
-from joyedit.tokenizers import (
-    CLIPTokenizer,
-    Qwen2Tokenizer,
-    T5TokenizerFast,
-    build_clip_backend,
-    build_qwen_backend,
-)
-from joyedit.weights import write_json
+from joyedit.text.clip_tokenizer import CLIPTokenizer, build_clip_backend
+from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer, build_qwen_backend
+from joyedit.text.t5_tokenizer import T5TokenizerFast
 
 
 def qwen_tokenizer(texts: Iterable[str], limit: int = 600) -> Qwen2Tokenizer:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.shapes import scenes
 from benchmarks.shapes.init_vae import initialize_vae
 from benchmarks.shapes.training import Muon, Run, cosine
-from joyedit.latents import DiagonalGaussian
+from joyedit.models.latents import DiagonalGaussian
 from joyedit.models.wan_vae import (
     AutoencoderKLWan,
     AutoencoderKLWanConfig,

@@ -27,9 +27,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from joyedit import ops
-from joyedit.layers import FeedForward, LayerNorm, Linear, RMSNorm, TimestepEmbedder, sinusoidal_embedding
-from joyedit.rope import axis_angles
-from joyedit.weights import Config, Network
+from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.network import Network
+from joyedit.models.layers import (
+    FeedForward,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    TimestepEmbedder,
+    sinusoidal_embedding,
+)
+from joyedit.models.rope import axis_angles
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (N, E / 2)
 Grid = tuple[int, int, int]  # frames, rows and columns of the token grid

@@ -25,8 +25,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from joyedit import ops
-from joyedit.layers import Conv2d, LayerNorm, Linear
-from joyedit.weights import Config, Network
+from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.network import Network
+from joyedit.models.layers import Conv2d, LayerNorm, Linear
 
 log = logging.getLogger("joyedit")
 

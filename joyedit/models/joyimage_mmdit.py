@@ -26,9 +26,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from joyedit import ops
-from joyedit.layers import FeedForward, Linear, RMSNorm, TimestepEmbedder, sinusoidal_embedding
-from joyedit.rope import grid_rope
-from joyedit.weights import Config, Network
+from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.network import Network
+from joyedit.models.layers import FeedForward, Linear, RMSNorm, TimestepEmbedder, sinusoidal_embedding
+from joyedit.models.rope import grid_rope
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (N, E / 2)
 Grid = tuple[int, int, int]  # frames (all items together), rows and columns of the token grid

@@ -25,9 +25,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from joyedit import ops
-from joyedit.layers import LayerNorm, Linear, RMSNorm
-from joyedit.rope import axis_angles
-from joyedit.weights import Config, Network
+from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.network import Network
+from joyedit.models.layers import LayerNorm, Linear, RMSNorm
+from joyedit.models.rope import axis_angles
 
 
 @dataclass(frozen=True)

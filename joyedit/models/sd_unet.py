@@ -25,7 +25,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from joyedit import ops
-from joyedit.layers import (
+from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.network import Network
+from joyedit.models.layers import (
     Conv2d,
     GroupNorm,
     GroupNormSiLU,
@@ -34,7 +36,6 @@ from joyedit.layers import (
     TimestepEmbedder,
     sinusoidal_embedding,
 )
-from joyedit.weights import Config, Network
 
 Context = dict[nn.Module, tuple[Tensor, Tensor]]  # cross-attention -> K and V, each (P, L, H, E)
 

@@ -20,10 +20,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from joyedit import ops
-from joyedit.latents import AutoencoderKLOutput, DecoderOutput, DiagonalGaussian, join_tiles
-from joyedit.layers import Conv2d, GroupNorm, GroupNormSiLU, Linear
+from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.network import Network
+from joyedit.models.latents import AutoencoderKLOutput, DecoderOutput, DiagonalGaussian, join_tiles
+from joyedit.models.layers import Conv2d, GroupNorm, GroupNormSiLU, Linear
 from joyedit.noise import Generators
-from joyedit.weights import Config, Network
 
 EPS = 1e-6  # of every norm
 

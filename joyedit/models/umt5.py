@@ -28,8 +28,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from joyedit import ops
-from joyedit.layers import Linear, RMSNorm
-from joyedit.weights import Config, Network
+from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.network import Network
+from joyedit.models.layers import Linear, RMSNorm
 
 
 @dataclass(frozen=True)

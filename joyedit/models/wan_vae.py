@@ -24,10 +24,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from joyedit import ops
-from joyedit.latents import AutoencoderKLOutput, DecoderOutput, DiagonalGaussian, join_tiles
-from joyedit.layers import Conv2d
+from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.network import Network
+from joyedit.models.latents import AutoencoderKLOutput, DecoderOutput, DiagonalGaussian, join_tiles
+from joyedit.models.layers import Conv2d
 from joyedit.noise import Generators
-from joyedit.weights import Config, Network
 
 # Temporal convolution -> the last frames of its input. No tensor is ever written to: a copied dict is a fork.
 Past = dict[nn.Module, Tensor]

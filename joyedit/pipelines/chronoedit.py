@@ -31,10 +31,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from joyedit import images as im
 from joyedit import ops
-from joyedit.clip_images import CLIPImageProcessor
 from joyedit.lora import LoraReport
+from joyedit.media import images as im
+from joyedit.media.clip_images import CLIPImageProcessor
 from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel, Context
 from joyedit.models.clip import CLIPVisionModel, CLIPVisionModelWithProjection
 from joyedit.models.umt5 import UMT5EncoderModel
@@ -52,7 +52,7 @@ from joyedit.pipelines.pipeline import (
 )
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
-from joyedit.tokenizers import T5TokenizerFast, clean_prompt
+from joyedit.text.t5_tokenizer import T5TokenizerFast, clean_prompt
 
 log = logging.getLogger("joyedit")
 

@@ -26,11 +26,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from joyedit import images as im
 from joyedit import ops
-from joyedit.clip_images import CLIPImageProcessor
-from joyedit.hub import Origin
-from joyedit.masks import LATENT_CHANNELS, paste_back, to_latent_mask, to_mask_images
+from joyedit.checkpoints.hub import Origin
+from joyedit.checkpoints.json_files import read_json
+from joyedit.checkpoints.options import LoadOptions
+from joyedit.media import images as im
+from joyedit.media.clip_images import CLIPImageProcessor
+from joyedit.media.masks import LATENT_CHANNELS, paste_back, to_latent_mask, to_mask_images
 from joyedit.models.clip import CLIPTextModel, StableDiffusionSafetyChecker
 from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.models.sd_vae import AutoencoderKL
@@ -41,9 +43,8 @@ from joyedit.pipelines.regularization import regularize
 from joyedit.pipelines.sd_latents import LatentCoder, check_levels, draw
 from joyedit.pipelines.sd_prompts import Embeds, PromptReader
 from joyedit.schedulers.ddim import DDIMInverseScheduler, DDIMScheduler, ddim_pair
-from joyedit.textual_inversion import TextualInversion
-from joyedit.tokenizers import CLIPTokenizer
-from joyedit.weights import LoadOptions, read_json
+from joyedit.text.clip_tokenizer import CLIPTokenizer
+from joyedit.text.textual_inversion import TextualInversion
 
 log = logging.getLogger("joyedit")
 
@@ -610,7 +611,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         return TextualInversion(self.tokenizer, self.text_encoder)
 
     def load_textual_inversion(self, source: Any, token: Any = None, **options: Any) -> list[str]:
-        """Add words to the vocabulary; see `joyedit.textual_inversion.TextualInversion`."""
+        """Add words to the vocabulary; see `joyedit.text.textual_inversion.TextualInversion`."""
         return self.textual_inversion.load_textual_inversion(source, token, **options)
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:

@@ -26,8 +26,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from joyedit import images as im
 from joyedit import ops
+from joyedit.media import images as im
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
 from joyedit.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
@@ -42,7 +42,8 @@ from joyedit.pipelines.pipeline import (
     check_text,
 )
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
-from joyedit.tokenizers import Qwen2Tokenizer, Qwen3VLProcessor
+from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer
+from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor
 
 log = logging.getLogger("joyedit")
 

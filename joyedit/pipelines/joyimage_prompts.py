@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from joyedit.models.qwen3_vl import ImageFeatures, Prefix, Qwen3VLForConditionalGeneration
-from joyedit.tokenizers import Qwen2Tokenizer, Qwen3VLProcessor
+from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer
+from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor
 
 log = logging.getLogger("joyedit")
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from joyedit.hub import Origin
+from joyedit.checkpoints.hub import Origin
+from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.network import Network, plan_folder
+from joyedit.checkpoints.options import LoadOptions
 from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming
 from joyedit.noise import Generators
-from joyedit.weights import LoadOptions, Network, plan_folder, read_json, write_json
 
 log = logging.getLogger("joyedit")
 
@@ -29,7 +31,7 @@ class Pipeline:
     """Parts by name, and what users do with all of them at once.
 
     `reference_quirks`: True reproduces every listed defect of the reference, a collection of names only
-    those. `made_for`: what a small checkpoint says of its use, see `joyedit.made_for`; empty for others.
+    those. `made_for`: what a small checkpoint says of its use, see `made_for.py`; empty for others.
     """
 
     parts: ClassVar[Mapping[str, tuple[type, ...]]]  # part -> the classes it may have, the default first

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from joyedit.masks import LATENT_CHANNELS, to_model_pixels
+from joyedit.media.masks import LATENT_CHANNELS, to_model_pixels
 from joyedit.models.sd_vae import AutoencoderKL
 from joyedit.noise import Generators, draw_noise
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from joyedit.models.clip import CLIPTextModel
 from joyedit.pipelines.pipeline import Text, as_list
-from joyedit.textual_inversion import TextualInversion
-from joyedit.tokenizers import CLIPTokenizer
+from joyedit.text.clip_tokenizer import CLIPTokenizer
+from joyedit.text.textual_inversion import TextualInversion
 
 log = logging.getLogger("joyedit")
 

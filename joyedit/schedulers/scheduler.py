@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from joyedit.hub import Origin
-from joyedit.weights import Config, LoadOptions, read_json, write_json
+from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.hub import Origin
+from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.options import LoadOptions
 
 FILE = "scheduler_config.json"
 

@@ -10,11 +10,12 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import save_file
 
 from joyedit import ops
+from joyedit.checkpoints.lora_files import find_layer, layer_spellings
+from joyedit.checkpoints.network import build_on_meta, load_network
+from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.chronoedit_dit import layouts
 from joyedit.convert.table import plan_conversion
-from joyedit.lora_files import find_layer, layer_spellings
 from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
-from joyedit.weights import TensorFiles, build_on_meta, load_network
 
 TINY = dict(
     num_attention_heads=3,

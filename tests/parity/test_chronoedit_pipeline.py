@@ -22,6 +22,7 @@ from transformers import CLIPVisionModel as ReferenceVision
 from transformers import UMT5EncoderModel as ReferenceText
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from benchmarks.random_checkpoint import write_random_chronoedit_checkpoint
 from joyedit import (
     AutoencoderKLWan,
     ChronoEditPipeline,
@@ -34,7 +35,6 @@ from joyedit import (
     UniPCMultistepScheduler,
 )
 from joyedit.pipelines.chronoedit import TENSOR_IMAGES
-from joyedit.random_checkpoint import write_random_chronoedit_checkpoint
 
 TOLERANCE = 1e-5  # of latents after each step, relative to the largest
 FRAMES = 5e-5  # of frames, absolute, in [0, 1]

@@ -19,6 +19,8 @@ from transformers import CLIPVisionModel as TheirVision
 from transformers import CLIPVisionModelWithProjection as TheirProjection
 
 from joyedit import ops
+from joyedit.checkpoints.network import load_network
+from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.clip import layouts
 from joyedit.convert.table import plan_conversion
 from joyedit.models.clip import (
@@ -30,7 +32,6 @@ from joyedit.models.clip import (
     StableDiffusionSafetyChecker,
     StableDiffusionSafetyCheckerConfig,
 )
-from joyedit.weights import TensorFiles, load_network
 
 EOS = 97  # of "sd2"; words are below it
 TEXT = {

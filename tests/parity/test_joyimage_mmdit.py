@@ -11,16 +11,17 @@ from diffusers.models.transformers.transformer_joyimage import JoyImageTransform
 from safetensors.torch import load_file, save_file
 
 from joyedit import ops
+from joyedit.checkpoints.network import load_network
+from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.joyimage_mmdit import layouts
 from joyedit.convert.table import plan_conversion
-from joyedit.layers import sinusoidal_embedding
 from joyedit.models.joyimage_mmdit import (
     DoubleStreamBlock,
     JoyImageEditConfig,
     JoyImageEditTransformer3DModel,
 )
-from joyedit.rope import grid_rope
-from joyedit.weights import TensorFiles, load_network
+from joyedit.models.layers import sinusoidal_embedding
+from joyedit.models.rope import grid_rope
 
 GOLDENS = Path(__file__).resolve().parents[2] / "../shared/data/goldens"
 needs_shared = pytest.mark.skipif(not GOLDENS.is_dir(), reason="needs ../shared")

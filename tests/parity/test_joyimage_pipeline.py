@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer as ReferenceTokenizer
 from transformers import Qwen3VLForConditionalGeneration as ReferenceEncoder
 
+from benchmarks.random_checkpoint import write_random_checkpoint
 from joyedit.pipelines.joyimage import (
     GLOBAL_POSTERIOR,
     MISPAIRED_REFERENCES,
     PADDED_PROMPTS,
     JoyImageEditPipeline,
 )
-from joyedit.random_checkpoint import write_random_checkpoint
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 BUCKETS = [(64, 96), (96, 64), (64, 64)]

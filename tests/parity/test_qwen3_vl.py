@@ -16,9 +16,11 @@ from transformers import Qwen3VLConfig as TheirConfig
 from transformers import Qwen3VLForConditionalGeneration as Theirs
 
 from joyedit import ops
+from joyedit.checkpoints.json_files import read_json
+from joyedit.checkpoints.network import load_network, open_weights
+from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.qwen3_vl import FLAT
 from joyedit.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLTextConfig
-from joyedit.weights import TensorFiles, load_network, open_weights, read_json
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")

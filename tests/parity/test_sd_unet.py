@@ -9,11 +9,12 @@ from diffusers import UNet2DConditionModel as Reference
 from safetensors.torch import save_file
 
 from joyedit import ops
+from joyedit.checkpoints.network import load_network
+from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.sd_unet import SINGLE_FILE_PREFIX, layouts
 from joyedit.convert.table import plan_conversion
-from joyedit.layers import sinusoidal_embedding
+from joyedit.models.layers import sinusoidal_embedding
 from joyedit.models.sd_unet import CrossAttention, ResnetBlock, UNet2DConditionConfig, UNet2DConditionModel
-from joyedit.weights import TensorFiles, load_network
 
 THREE = dict(
     block_out_channels=[16, 32, 48],

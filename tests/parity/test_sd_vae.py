@@ -11,12 +11,13 @@ from diffusers import AutoencoderKL as Reference
 from safetensors.torch import save_file
 
 from joyedit import ops
+from joyedit.checkpoints.network import load_network
+from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.sd_vae import layouts
 from joyedit.convert.table import plan_conversion
-from joyedit.latents import DiagonalGaussian
 from joyedit.models import sd_vae
+from joyedit.models.latents import DiagonalGaussian
 from joyedit.models.sd_vae import AutoencoderKL, AutoencoderKLConfig
-from joyedit.weights import TensorFiles, load_network
 
 
 def stages(*widths: int) -> dict:

@@ -13,9 +13,10 @@ from transformers import UMT5Model as TheirWhole
 
 import joyedit
 from joyedit import ops
+from joyedit.checkpoints.network import load_network
+from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.umt5 import layouts
 from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel, distance_buckets, without_fp16
-from joyedit.weights import TensorFiles, load_network
 
 CONFIGS = {
     "plain": dict(vocab_size=61, d_model=32, d_kv=8, d_ff=50, num_layers=3, num_heads=4),

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from joyedit import ops
+from joyedit.checkpoints.network import load_network
+from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.table import plan_conversion
 from joyedit.convert.wan_vae import layouts
 from joyedit.models import wan_vae
 from joyedit.models.wan_vae import AutoencoderKLWan, AutoencoderKLWanConfig, DiagonalGaussian
-from joyedit.weights import TensorFiles, load_network
 
 CONFIGS = {
     "narrow": dict(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1, z_dim=16),

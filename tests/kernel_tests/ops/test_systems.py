@@ -27,12 +27,12 @@ import torch
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
-from joyedit import ChronoEditPipeline, JoyImageEditPipeline, StableDiffusionDiffEditPipeline, ops
-from joyedit.random_checkpoint import (
+from benchmarks.random_checkpoint import (
     write_random_checkpoint,
     write_random_chronoedit_checkpoint,
     write_random_diffedit_checkpoint,
 )
+from joyedit import ChronoEditPipeline, JoyImageEditPipeline, StableDiffusionDiffEditPipeline, ops
 
 PROMPT, OTHER = "a cat", "a dog on it"
 GUIDANCE = 3.0

@@ -1,0 +1,1 @@
+"""Configs and weights: where files come from, how they are read and written, what a network is."""

@@ -1,0 +1,250 @@
+"""The base class of the networks, and how one is filled from files.
+
+A network is built on the meta device, its files are opened (headers only), the key table of its layout is
+planned against the names and shapes it wants, and only then are tensors read, one by one: a file that does
+not fit is refused before memory is taken, and the peak is the result plus one tensor.
+
+Source: the Diffusers and transformers folder formats.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.hub import Origin, choose_weight_files, shards_of
+from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
+from joyedit.convert.table import Layout, Plan, plan_conversion
+
+HALF = (torch.float16, torch.bfloat16)
+
+# fp32 files of a network larger than this load as bf16 when no dtype is asked for.
+AUTO_BF16_BYTES = 4 * 10**9
+
+
+class Network(nn.Module):
+    """A network with a config, whose parameter names are those of the Diffusers checkpoint."""
+
+    Config: ClassVar[type[Config]]
+    table: ClassVar[str]  # module of joyedit.convert that knows the layouts of this network
+    weights_stem: ClassVar[str] = "diffusion_pytorch_model"  # transformers networks use "model"
+    library: ClassVar[str] = "diffusers"  # under which model_index.json lists it
+    # Path components whose parameters stay fp32 in half precision, and of those that `to` leaves in memory.
+    fp32_modules: ClassVar[frozenset[str]] = frozenset()
+    mapped_modules: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | str | Path | None = None, **changes: Any) -> Self:
+        """Build with fresh weights from a config mapping, a config.json, or the folder that holds one."""
+        if isinstance(config, (str, Path)):
+            path = Path(config)
+            config = read_json(path / "config.json" if path.is_dir() else path)
+        made = config if isinstance(config, cls.Config) else cls.Config.from_dict(config or {})
+        return cls(made.replace(**changes) if changes else made)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, subfolder: str | None = None, **options: Any
+    ) -> Self:
+        """Load from a Diffusers folder or Hub repository.
+
+        Options: dtype (or torch_dtype), variant, use_safetensors, revision, token, cache_dir,
+        local_files_only, force_download. Raises FileNotFoundError when files are missing, ValueError when
+        they do not fit.
+        """
+        parsed = LoadOptions.parse(options)
+        origin = Origin(str(name_or_path), **parsed.origin)
+        return plan_folder(cls, origin, subfolder or "", parsed).read()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write config.json and safetensors (in shards when larger than `max_shard_size`) that open equal
+        here and in diffusers or transformers."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        inverse = self.layouts()[0].invert(self.state_dict())
+        save_tensors(folder, self.weights_stem, inverse, max_shard_size, variant, metadata)
+        write_json(folder / "config.json", self.config_to_save())
+
+    def config_to_save(self) -> dict[str, Any]:
+        return {"_class_name": type(self).__name__, **self.config.to_dict()}
+
+    def layouts(self) -> Sequence[Layout]:
+        return importlib.import_module(f"joyedit.convert.{self.table}").layouts(self.config)
+
+    @classmethod
+    def stays_fp32(cls, name: str) -> bool:
+        """Whether the parameter `name` keeps fp32 when the network is held in half precision."""
+        return not cls.fp32_modules.isdisjoint(name.split("."))
+
+    @classmethod
+    def stays_behind(cls, name: str) -> bool:
+        """Whether the parameter `name` is left in main memory, or mapped from its file, by `to`."""
+        return not cls.mapped_modules.isdisjoint(name.split("."))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, those that always stay fp32 left aside."""
+        return next((p.dtype for n, p in self.named_parameters() if not self.stays_fp32(n)), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+        ranks = {torch.channels_last: 4, torch.channels_last_3d: 5}  # what a memory format is a word about
+        names = {}
+        for name, parameter in self.named_parameters():
+            names[id(parameter)] = names[id(parameter.grad)] = name
+
+        def move(t: Tensor) -> Tensor:
+            name = names.get(id(t), "")
+            kind = torch.float32 if dtype in HALF and self.stays_fp32(name) else dtype
+            return t.to(
+                t.device if self.stays_behind(name) else device,
+                kind if t.is_floating_point() else None,
+                non_blocking,
+                memory_format=layout if ranks.get(layout) == t.ndim else torch.preserve_format,
+            )
+
+        return self._apply(move)
+
+    def half(self) -> Self:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Self:
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Self:
+        return self.to(torch.float32)
+
+
+def open_weights(
+    folder: Path, stem: str, variant: str | None = None, use_safetensors: bool | None = None
+) -> TensorFiles:
+    """Open the weight files of one network in a Diffusers or transformers folder."""
+    name = choose_weight_files(
+        (p.name for p in folder.iterdir()), stem, variant, use_safetensors, str(folder)
+    )[0]
+    if not name.endswith(".json"):
+        return TensorFiles([folder / name])
+    return TensorFiles([folder / shard for shard in shards_of(folder / name)])
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedNetwork:
+    """A network that its files are known to fit, before its tensors are read: `network` is on meta."""
+
+    network: Network
+    files: TensorFiles
+    plan: Plan
+    dtypes: Mapping[str, torch.dtype]
+
+    def read(self) -> Any:
+        """The network, filled. To be called once."""
+        state = dict(read_planned(self.plan, self.files, self.dtypes))
+        self.network.load_state_dict(state, strict=True, assign=True)
+        left = [name for name, tensor in self.network.state_dict().items() if tensor.is_meta]
+        if left:
+            raise ValueError(f"{self.files}: nothing was loaded for {left}")
+        return self.network.requires_grad_(False).eval()
+
+
+def plan_folder(cls: type[Network], origin: Origin, subfolder: str, options: LoadOptions) -> PlannedNetwork:
+    """Open one network of a folder of a local or Hub checkpoint. Errors as in `from_pretrained`."""
+    folder = origin.fetch_network(subfolder, cls.weights_stem, options.variant, options.use_safetensors)
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{config_path} is missing: {folder} is not the folder of a {cls.__name__}")
+    try:
+        config = cls.Config.from_dict(read_json(config_path))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_path}: {error}") from None
+    files = open_weights(folder, cls.weights_stem, options.variant, options.use_safetensors)
+    return plan_network(cls, config, files, options.dtype)
+
+
+def plan_network(
+    cls: type[Network], config: Config, files: TensorFiles, dtype: torch.dtype | None = None
+) -> PlannedNetwork:
+    """Build `cls` on the meta device and find out how `files`, in whatever layout, fill it.
+
+    dtype None keeps what is stored, except that fp32 files above 4 GB become bf16; parameters that a network
+    declares as fp32 stay so. Raises ValueError with the two-sided key difference when the files do not fit.
+    """
+    network = build_on_meta(cls, config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    try:
+        plan = plan_conversion(network.layouts(), files.shapes, wanted)
+    except ValueError as error:
+        raise ValueError(f"{files}: not the weights of this {cls.__name__}: {error}") from None
+    return PlannedNetwork(network, files, plan, target_dtypes(cls, plan, files, dtype))
+
+
+def load_network(
+    cls: type[Network], config: Config, files: TensorFiles, dtype: torch.dtype | None = None
+) -> Any:
+    """`plan_network`, read."""
+    return plan_network(cls, config, files, dtype).read()
+
+
+def build_on_meta(cls: type[Network], config: Config) -> Any:
+    """A network of the right names and shapes that takes no memory. Nothing is initialised."""
+    with torch.device("meta"), _WithoutInit():
+        return cls(config)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skips `torch.nn.init`. On the meta device it does nothing, but `normal_` imports torch._dynamo: a
+    second and 120 MB."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def target_dtypes(
+    cls: type[Network], plan: Plan, files: TensorFiles, dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The dtype that each parameter gets."""
+    if dtype is None and files.nbytes() > AUTO_BF16_BYTES:
+        floats = {d for d in files.dtypes.values() if d.is_floating_point}
+        dtype = torch.bfloat16 if floats == {torch.float32} else None
+    dtypes = {}
+    for name, step in plan.steps.items():
+        stored = files.dtypes[step.sources[0]]
+        wanted = dtype or stored
+        dtypes[name] = torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
+    return dtypes
+
+
+def read_planned(
+    plan: Plan, files: TensorFiles, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) one by one. A tensor that needs no change stays a view of the mapped file; of a
+    safetensors file nothing else stays in memory."""
+    for name, step in plan.steps.items():
+        as_stored = all(files.dtypes[source] == dtypes[name] for source in step.sources)
+        read = files.__getitem__ if as_stored else files.read_once
+        yield name, step.read({source: read(source) for source in step.sources}).to(dtypes[name])

@@ -1,0 +1,1 @@
+"""The `joyedit` command: what it takes, and what it does with it."""

@@ -1,0 +1,496 @@
+"""`joyedit.load`: which pipeline a folder, file or Hub repository holds, and in which layout.
+
+Layouts of whole checkpoints:
+  diffusers   model_index.json and one folder per part
+  original    transformer/transformer.pth, vae/<one file>, JoyAI-Image-Und/, infer_config.py
+  comfyui     diffusion_models/, text_encoders/, vae/ and of ChronoEdit clip_vision/ with one file each, or a
+              file of the first alone
+  ldm         one file with all of Stable Diffusion, see `single_file.py`
+
+A Diffusers folder goes by its subfolders: that of ChronoEdit was published under the names of WAN's classes.
+Files without a config beside them have the released one. Nothing of a repository is executed.
+"""
+
+import ast
+import importlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
+from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.lora_files import family_of, is_lora
+from joyedit.checkpoints.network import Network, load_network
+from joyedit.checkpoints.options import LoadOptions, parse_dtype
+from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
+from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
+from joyedit.pipelines.chronoedit_presets import preset_called
+from joyedit.pipelines.made_for import MadeFor
+from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
+
+log = logging.getLogger("joyedit")
+
+PIPELINES = {  # class -> module
+    "JoyImageEditPipeline": "joyedit.pipelines.joyimage",
+    "StableDiffusionDiffEditPipeline": "joyedit.pipelines.diffedit",
+    "ChronoEditPipeline": "joyedit.pipelines.chronoedit",
+}
+BUILT_IN = ("tiny-joyimage", "tiny-diffedit", "tiny-chronoedit")  # small ones, trained on drawn scenes
+ASSETS = Path(__file__).parents[1] / "assets"
+RELEASED = {
+    "JoyImageEditPipeline": "jdopensource/JoyAI-Image-Edit-Diffusers",
+    "StableDiffusionDiffEditPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "ChronoEditPipeline": "nvidia/ChronoEdit-14B-Diffusers",
+}
+
+# Why some folders hold none of them, by the beginning of their pipeline's name.
+REFUSED = {
+    "StableDiffusionInpaintPipeline": "an inpainting UNet takes 9 channels: a text-to-image one is needed",
+    "StableDiffusionXL": "Stable Diffusion XL has other networks than 1.x and 2.x, which are known here",
+    "Wan": "of WAN's models only image-to-video of release 2.1 has the form of ChronoEdit",
+}
+
+ORIGINAL_TEXT_ENCODER = "JoyAI-Image-Und"
+ORIGINAL_SHIFT = 4.0  # of jd-opensource/JoyAI-Image where infer_config.py does not say
+COMFYUI_FOLDERS = {  # part -> folder
+    "transformer": "diffusion_models",
+    "text_encoder": "text_encoders",
+    "vae": "vae",
+    "image_encoder": "clip_vision",
+}
+COMFYUI_SCHEDULERS = {  # JoyAI: as the published ComfyUI nodes use it; ChronoEdit: as its Diffusers folder
+    "JoyImageEditPipeline": {"shift": 1.5},
+    "ChronoEditPipeline": {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 5.0,
+    },
+}
+# Tensors that tell ChronoEdit's transformer: its cross-attention reads an image.
+READS_IMAGES = ("blocks.0.cross_attn.k_img.weight", "blocks.0.attn2.add_k_proj.weight")
+
+
+def load(
+    name_or_path: str | Path = "tiny-joyimage",
+    *,
+    pipeline: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    variant: str | None = None,
+    offload: str = "none",
+    reference_quirks: bool = False,
+    prediction_type: str | None = None,
+    ema: bool = False,
+    preset: str | None = None,
+    **components: Any,
+) -> Any:
+    """Load a pipeline from a folder, a weight file, a Hub repository, or one of the built-in names.
+
+    pipeline: class name, where a checkpoint serves several. device: "auto" takes the accelerator if there is
+    one.
+    dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16, and the VAE and
+    vision tower of ChronoEdit, which become fp32.
+    variant: where only some folders hold it, the usual files of the others are used.
+    offload: "none", "model" or "sequential". components: parts to use instead (`transformer=`, `vae=`,
+    `scheduler=`, ...): an object, or the path or Hub name of one. The path may be that of a weight file in
+    any layout that joyedit knows: ComfyUI's, and WAN's own `.pth` of transformer, VAE and UMT5.
+    Of a single file of Stable Diffusion, which does not say it: prediction_type is "epsilon" or
+    "v_prediction"; ema=True takes the averaged UNet.
+    preset: "distill" for ChronoEdit in 8 steps, with the LoRA that is in lora/ of the folder or repository.
+
+    Returns the pipeline. Raises FileNotFoundError, ValueError or TypeError before any tensor is read.
+    """
+    check_offload(offload)
+    target = _device(device)
+    name = place_of(name_or_path)
+    if pipeline is not None and pipeline not in PIPELINES:
+        raise ValueError(f"pipeline={pipeline!r}: must be one of {', '.join(PIPELINES)}")
+    origin_options = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    origin = Origin(name, **origin_options)
+    options = LoadOptions(dtype=parse_dtype(dtype), variant=variant, origin=origin_options)
+    listing = [] if Path(name).is_file() else origin.listing()
+    layout = layout_of(name, listing)
+    class_name = pipeline or _pipeline_class(origin, layout)
+    if layout != "diffusers" and class_name != (held := _pipeline_class(origin, layout)):
+        raise ValueError(f"pipeline={pipeline!r}: {name} is of a {held}")
+    cls = _open_class(class_name)
+    lora = None if preset is None else _preset_lora(cls, preset, origin, layout, listing)
+    if layout != "ldm" and (prediction_type is not None or ema):
+        raise ValueError(f"prediction_type and ema are for single files of Stable Diffusion, not {name}")
+    if unknown := set(components) - set(cls.parts):
+        raise TypeError(
+            f"unknown argument {sorted(unknown)}; {class_name} has the parts {', '.join(cls.parts)}"
+        )
+    given = {part: _open_part(cls, part, value, options) for part, value in components.items()}
+    pipe: Any
+    if layout == "diffusers":
+        pipe = cls.from_origin(origin, options, given, reference_quirks)
+    elif layout == "ldm":
+        parts = open_single_file(Path(name), options, given, prediction_type, ema)
+        pipe = cls(**{**parts, **given}, reference_quirks=reference_quirks)
+    else:
+        opened = _open_original if layout == "original" else _open_comfyui
+        parts = opened(cls, origin, listing, options, given)
+        pipe = cls(**{**parts, **given}, reference_quirks=reference_quirks)
+    log.info(
+        "%s from %s (%s layout); licence of the weights: %s",
+        class_name,
+        name_or_path,
+        layout,
+        licence_of(origin, listing),
+    )
+    if offload == "none":
+        pipe.to(target)
+    if preset is not None:
+        pipe.use_preset(preset, lora=lora)
+    if offload != "none":
+        pipe.set_offload(offload, None if target.type == "cpu" else target)
+    return pipe
+
+
+def pipeline_name(name_or_path: str | Path, **options: Any) -> str:
+    """Which pipeline `load` would return, from names and small files alone. Options: where a Hub repository's
+    files come from, as in `load`. Raises FileNotFoundError or ValueError as `load` does."""
+    name = place_of(name_or_path)
+    origin = Origin(name, **options)
+    return _pipeline_class(origin, layout_of(name, [] if Path(name).is_file() else origin.listing()))
+
+
+def made_for(name_or_path: str | Path, **options: Any) -> MadeFor:
+    """What a checkpoint says of its use; nothing, where it is not a Diffusers folder or does not say it.
+    Options and errors as of `pipeline_name`."""
+    name = place_of(name_or_path)
+    origin = Origin(name, **options)
+    if Path(name).is_file() or "model_index.json" not in origin.listing():
+        return MadeFor()
+    index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
+    try:
+        return MadeFor.from_dict(index.get("made_for", {}))
+    except ValueError as error:
+        raise ValueError(f"{name_or_path}/model_index.json: {error}") from None
+
+
+def place_of(name_or_path: str | Path) -> str:
+    """The folder of a built-in checkpoint, unless something here has that name; other names as they are."""
+    name = str(name_or_path)
+    return str(ASSETS / name) if name in BUILT_IN and not Path(name).exists() else name
+
+
+def layout_of(name: str, listing: list[str]) -> str:
+    """ "diffusers", "original", "comfyui" or "ldm". Raises ValueError saying what was found."""
+    if not listing and not Path(name).is_dir():
+        if name.endswith(WEIGHT_SUFFIXES):
+            return "ldm" if Path(name).is_file() and is_single_file(Path(name)) else "comfyui"
+        raise ValueError(f"{name} is a file, but not of weights ({', '.join(WEIGHT_SUFFIXES)})")
+    if "model_index.json" in listing:
+        return "diffusers"
+    folders = {PurePosixPath(file).parts[0] for file in listing if "/" in file}
+    if ORIGINAL_TEXT_ENCODER in folders and "transformer" in folders:
+        return "original"
+    if COMFYUI_FOLDERS["transformer"] in folders:
+        return "comfyui"
+    found = ", ".join(sorted(folders | {file for file in listing if "/" not in file})[:12])
+    raise ValueError(
+        f"{name} is no checkpoint that joyedit knows: no model_index.json (Diffusers), no transformer/ with "
+        f"{ORIGINAL_TEXT_ENCODER}/ (original JoyAI), no diffusion_models/ (ComfyUI). "
+        f"It holds: {found or 'nothing'}"
+    )
+
+
+def _preset_lora(cls: type[Pipeline], preset: str, origin: Origin, layout: str, listing: list[str]) -> Path:
+    """The adapter of a preset, from beside the checkpoint's parts. Raises ValueError for an unknown preset,
+    FileNotFoundError where the checkpoint has no such file."""
+    if not hasattr(cls, "use_preset"):
+        raise ValueError(f"preset={preset!r}: a {cls.__name__} has no presets")
+    name = preset_called(preset).lora
+    if layout != "diffusers" or name not in listing:
+        raise FileNotFoundError(
+            f"preset={preset!r}: {origin.name} has no {name}; load without a preset, then call "
+            f"pipe.use_preset({preset!r}, lora=...) with the file or Hub name of that adapter"
+        )
+    return origin.fetch([name]) / name
+
+
+def _pipeline_class(origin: Origin, layout: str) -> str:
+    if layout == "comfyui":
+        return "ChronoEditPipeline" if _is_chronoedit(origin) else "JoyImageEditPipeline"
+    if layout != "diffusers":
+        return "StableDiffusionDiffEditPipeline" if layout == "ldm" else "JoyImageEditPipeline"
+    name = read_json(origin.fetch(["model_index.json"]) / "model_index.json").get("_class_name")
+    found = pipeline_for(str(name))
+    if found is None:
+        reasons = [f": {REFUSED[start]}" for start in REFUSED if str(name).startswith(start)]
+        ours = ", ".join(PIPELINES)
+        raise ValueError(f"{origin.name} holds a {name}{''.join(reasons)}; joyedit has {ours}")
+    return found
+
+
+def _is_chronoedit(origin: Origin) -> bool:
+    """Whether ComfyUI's files are ChronoEdit's: a folder has a vision tower, a file attention to images.
+    Raises ValueError for an adapter."""
+    path = Path(origin.name)
+    if path.is_file():
+        files = TensorFiles([path])
+        if is_lora(files):
+            raise ValueError(
+                f"{path} is an adapter of {family_of(files) or 'an unknown network'}: load a checkpoint, "
+                "then call load_lora_weights with this file"
+            )
+        return any(name.endswith(READS_IMAGES) for name in files)
+    folder = COMFYUI_FOLDERS["image_encoder"]
+    return any(name.startswith(f"{folder}/") for name in origin.listing())
+
+
+def pipeline_for(class_name: str) -> str | None:
+    """Our pipeline for the folders of a Diffusers pipeline of that name; None if there is none."""
+    if class_name in PIPELINES:
+        return class_name
+    return next((name for name in PIPELINES if class_name in _open_class(name).relatives), None)
+
+
+def _open_class(name: str) -> type[Pipeline]:
+    return getattr(importlib.import_module(PIPELINES[name]), name)
+
+
+def licence_of(origin: Origin, listing: list[str]) -> str:
+    """The licence that a checkpoint's own README.md states, "not stated" otherwise."""
+    if "README.md" in listing:
+        lines = (origin.fetch(["README.md"]) / "README.md").read_text(encoding="utf-8").splitlines()
+        if lines and lines[0].strip() == "---":
+            for line in lines[1:]:
+                if line.startswith("license:"):
+                    return line.removeprefix("license:").strip()
+                if line.strip() == "---":
+                    break
+    return "not stated"
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return accelerator_device() or torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r}: write 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: this PyTorch finds no CUDA or ROCm device")
+    return found
+
+
+def _open_part(cls: type[Pipeline], part: str, value: Any, options: LoadOptions) -> Any:
+    """A part given as an object, a weight file, or the folder or Hub name of a part or of a whole
+    checkpoint."""
+    if not isinstance(value, (str, Path)):
+        return value
+    kind, dtype = cls.parts[part][0], options.dtype or cls.auto_dtypes.get(part)
+    path = Path(value)
+    if path.is_file() and issubclass(kind, Network):
+        if is_single_file(path):
+            whole = read_single_file(path)
+            if part in whole.networks and whole.networks[part][0] is kind:
+                return whole.load(part, options)
+        return open_file(kind, path, dtype)
+    inside = path.joinpath(part).is_dir() or not path.exists()
+    extra = {"dtype": dtype, "variant": options.variant} if issubclass(kind, Network) else {}
+    return kind.from_pretrained(str(value), subfolder=part if inside else None, **options.origin, **extra)  # type: ignore[attr-defined]
+
+
+def open_file(kind: type[Network], path: Path, dtype: torch.dtype | None) -> Any:
+    """A network from one weight file, with the config.json beside it, or the released config."""
+    beside = path.with_name("config.json")
+    config = kind.Config.from_dict(read_json(beside) if beside.is_file() else {})
+    return load_network(kind, config, TensorFiles([path]), dtype)
+
+
+def _only_file(origin: Origin, listing: list[str], folder: str) -> str:
+    files = [f for f in listing if f.startswith(f"{folder}/") and f.endswith(WEIGHT_SUFFIXES)]
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{origin.name}/{folder}: wanted exactly one weight file, found {files or 'none'}"
+        )
+    return files[0]
+
+
+def _open_original(
+    cls: type, origin: Origin, listing: list[str], options: LoadOptions, given: Mapping
+) -> dict[str, Any]:
+    """The parts of a checkpoint in the layout of jd-opensource/JoyAI-Image."""
+    kinds = {name: classes[0] for name, classes in cls.parts.items() if name not in given}
+    single = {name: _only_file(origin, listing, name) for name in ("transformer", "vae") if name in kinds}
+    files = [*single.values(), *(f"{name}/config.json" for name in single), "infer_config.py"]
+    files = [name for name in files if name in listing] + origin.small_files(ORIGINAL_TEXT_ENCODER)
+    if "text_encoder" in kinds:
+        files += origin.network_files(ORIGINAL_TEXT_ENCODER, kinds["text_encoder"].weights_stem, None, None)
+    root = origin.fetch(sorted(set(files)))
+    settings = read_infer_config(root / "infer_config.py") if "infer_config.py" in listing else {}
+
+    parts: dict[str, Any] = {}
+    for name in ("tokenizer", "processor"):
+        if name in kinds:
+            parts[name] = kinds[name].from_pretrained(root, subfolder=ORIGINAL_TEXT_ENCODER)
+    if "scheduler" in kinds:
+        parts["scheduler"] = kinds["scheduler"](
+            shift=settings.get("shift", ORIGINAL_SHIFT),
+            num_train_timesteps=settings.get("num_train_timesteps", 1000),
+            joyai_original=True,
+        )
+    if "transformer" in kinds:
+        config = kinds["transformer"].Config.from_dict(settings.get("params", {}))
+        file = TensorFiles([root / single["transformer"]])
+        parts["transformer"] = load_network(kinds["transformer"], config, file, options.dtype)
+    if "vae" in kinds:
+        parts["vae"] = open_file(kinds["vae"], root / single["vae"], options.dtype)
+    if "text_encoder" in kinds:
+        parts["text_encoder"] = kinds["text_encoder"].from_pretrained(
+            root, subfolder=ORIGINAL_TEXT_ENCODER, dtype=options.dtype
+        )
+    return parts
+
+
+def read_infer_config(path: Path) -> dict[str, Any]:
+    """The literal settings of an original `infer_config.py`, read as text and never run.
+
+    Returns "params" (the transformer's) and, where stated, "shift" and "num_train_timesteps".
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable Python: {error}") from None
+    found: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        pairs: list[tuple[str, ast.expr]] = []
+        if isinstance(node, ast.Dict):
+            pairs = [
+                (str(k.value), v)
+                for k, v in zip(node.keys, node.values, strict=True)
+                if isinstance(k, ast.Constant)
+            ]
+        elif isinstance(node, ast.Call):
+            pairs = [(k.arg, k.value) for k in node.keywords if k.arg]
+        values = {}
+        for key, value in pairs:
+            try:
+                values[key] = ast.literal_eval(value)
+            except ValueError:
+                continue
+        if "hidden_size" in values:
+            found["params"] = values
+        for key in ("shift", "num_train_timesteps"):
+            if key in values:
+                found[key] = values[key]
+    return found
+
+
+def _open_comfyui(
+    cls: type[Pipeline], origin: Origin, listing: list[str], options: LoadOptions, given: Mapping
+) -> dict[str, Any]:
+    """The parts of ComfyUI's single files; they hold no tokenizer, which must then be given."""
+    missing = {name: kinds[0] for name, kinds in cls.parts.items() if name not in given}
+    parts: dict[str, Any] = {}
+    if "tokenizer" in missing and "processor" in given:
+        parts["tokenizer"] = given["processor"].tokenizer
+    if "scheduler" in missing:
+        parts["scheduler"] = missing["scheduler"](**COMFYUI_SCHEDULERS[cls.__name__])
+    if "image_processor" in missing:
+        parts["image_processor"] = missing["image_processor"]()
+    folders = {name: folder for name, folder in COMFYUI_FOLDERS.items() if name in missing}
+    held = folders if listing else ("transformer",)
+    wanted = [name for name in missing if name not in parts and name not in held]
+    if "processor" in wanted:  # it brings the tokenizer
+        wanted = [name for name in wanted if name != "tokenizer"]
+    if wanted:
+        example = f"a Diffusers folder or Hub name such as {RELEASED[cls.__name__]!r}"
+        raise ValueError(
+            f"{origin.name} holds no {' and no '.join(wanted)}: pass {wanted[0]}= ({example}), ..."
+        )
+    paths = {name: Path(origin.name) for name in folders}
+    if listing:
+        single = {name: _only_file(origin, listing, folder) for name, folder in folders.items()}
+        configs = [f"{folder}/config.json" for folder in folders.values()]
+        root = origin.fetch([*single.values(), *(name for name in configs if name in listing)])
+        paths = {name: root / file for name, file in single.items()}
+    for name, path in paths.items():
+        parts[name] = open_file(missing[name], path, options.dtype or cls.auto_dtypes.get(name))
+    return parts
+
+
+def save_checkpoint(
+    pipe: Any, folder: Path, to: str = "diffusers", metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a pipeline as "diffusers", "original" (JoyAI) or "comfyui" files. Raises FileExistsError for a
+    folder that holds something, ValueError for what is not JoyAI-Image in another layout than "diffusers".
+
+    `metadata` goes into the header of every safetensors file. In the foreign layouts, too, a network of
+    another size than the released one gets a config.json beside its file.
+    """
+    if to not in ("diffusers", "original", "comfyui"):
+        raise ValueError(f"to={to!r}: must be 'diffusers', 'original' or 'comfyui'")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty")
+    if to == "diffusers":
+        pipe.save_pretrained(folder, metadata=metadata)
+        return
+    if "processor" not in pipe.components:
+        kind = "Stable Diffusion" if "unet" in pipe.components else "ChronoEdit"
+        raise ValueError(f"to={to!r} is for JoyAI-Image: {kind} is written as 'diffusers' only")
+    lost = list(pipe.settings_to_save()) + ["made_for"] * bool(pipe.made_for)
+    if lost:
+        log.warning("the %s layout has no place for %s: the released ones will be used", to, ", ".join(lost))
+    if to == "comfyui":
+        for part, network in pipe.networks.items():
+            place = COMFYUI_FOLDERS[part]
+            layout = _layout(network, "comfyui")
+            state = layout.invert(network.state_dict())
+            save_tensors(folder / place, f"{part}_joyimage", state, 10**15, metadata=metadata)
+            _save_unreleased_config(network, folder / place)
+    else:
+        _save_original(pipe, folder, metadata)
+
+
+def _save_unreleased_config(network: Network, folder: Path) -> None:
+    if network.config != type(network).Config():
+        write_json(folder / "config.json", network.config_to_save())
+
+
+def _save_original(pipe: Any, folder: Path, metadata: Mapping[str, str] | None) -> None:
+    for part, name in (("transformer", "transformer.pth"), ("vae", "Wan2.1_VAE.pth")):
+        network = pipe.components[part]
+        with replacing(folder / part / name) as temporary:
+            torch.save(_layout(network, "original").invert(network.state_dict()), temporary)
+    _save_unreleased_config(pipe.vae, folder / "vae")
+    pipe.text_encoder.save_pretrained(folder / ORIGINAL_TEXT_ENCODER, metadata=metadata)
+    pipe.processor.save_pretrained(folder / ORIGINAL_TEXT_ENCODER)
+    config = pipe.transformer.config
+    names = {
+        "num_attention_heads": "heads_num",
+        "num_layers": "mm_double_blocks_depth",
+        "text_dim": "text_states_dim",
+    }
+    params = {names.get(key, key): value for key, value in config.to_dict().items()}
+    with replacing(folder / "infer_config.py") as temporary:
+        temporary.write_text(
+            "class JoyAIImageInferConfig:\n"
+            f"    dit_arch_config = {{'params': {params!r}}}\n"
+            f"    scheduler_arch_config = {{'params': {{'num_train_timesteps': "
+            f"{pipe.scheduler.config.num_train_timesteps}, 'shift': {pipe.scheduler.config.shift}}}}}\n",
+            encoding="utf-8",
+        )
+
+
+def _layout(network: Network, name: str) -> Any:
+    """The network's layout of that name; networks that have none keep their own names there."""
+    layouts = network.layouts()
+    return next((layout for layout in layouts if layout.name == name), layouts[0])

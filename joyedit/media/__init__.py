@@ -1,0 +1,1 @@
+"""Pictures, masks and films: what comes in, and what goes out."""

@@ -1,0 +1,101 @@
+"""What a small checkpoint was made for, and whether a picture and words are such as it knows.
+
+Published checkpoints edit anything, in many steps, at the size of photographs. A small one says otherwise in
+`made_for` of its model_index.json; every key may be missing:
+
+  call      arguments of the pipeline's call that on the command line take the place of its defaults:
+            {"num_inference_steps": 2, "guidance_scale": 1.0}
+  basesize  96 to work on as many pixels as 96 x 96 have (a model with buckets or a sample_size has its sizes
+            there, and needs no such word)
+  world     {"about": what it knows, in words; "words": all words of its instructions or captions, in small
+            letters; "psnr": what its autoencoder makes of pictures that it knows, in dB, at least}
+
+A picture is judged by the model's own autoencoder: what that cannot hold, no edit can keep.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What `call` may hold, and how.
+CALL: dict[str, type | tuple[type, ...]] = {
+    "num_inference_steps": int,
+    "guidance_scale": (int, float),
+    "inpaint_strength": (int, float),
+    "mask_encode_strength": (int, float),
+    "mask_thresholding_ratio": (int, float),
+    "num_maps_per_mask": int,
+    "negative_prompt": str,
+    "invert_guidance_scale": (int, float),
+    "composite": bool,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    about: str
+    words: frozenset[str]
+    psnr: float
+
+    def unknown(self, texts: Iterable[str]) -> list[str]:
+        """The words of texts that it does not have, in their order."""
+        found = dict.fromkeys(word for text in texts for word in words_of(text))
+        return [word for word in found if word not in self.words]
+
+
+@dataclasses.dataclass(frozen=True)
+class MadeFor:
+    """As in model_index.json; of released checkpoints empty."""
+
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    basesize: int | None = None
+    world: World | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Any) -> Self:
+        """Raises ValueError for what is not of the form above."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("call", {}), Mapping):
+            raise ValueError(f"made_for is damaged: {raw!r}")
+        call, basesize, world = raw.get("call", {}), raw.get("basesize"), raw.get("world")
+        for name, value in call.items():
+            if not _is(value, CALL.get(name, ())):
+                raise ValueError(f"made_for: call has {name}={value!r}")
+        if basesize is not None and (not _is(basesize, int) or basesize < 1):
+            raise ValueError(f"made_for: basesize={basesize!r} is no number of pixels")
+        if world is None:
+            return cls(dict(call), basesize)
+        try:
+            read = World(str(world["about"]), frozenset(map(str, world["words"])), float(world["psnr"]))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"made_for: world is damaged: {world!r}") from None
+        return cls(dict(call), basesize, read)
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def round_trip(pipe: Any, picture: "Image") -> float:
+    """What the autoencoder of a pipeline makes of a picture: PSNR in dB of encoding and decoding, with the
+    sides cut to multiples of 8."""
+    import torch
+
+    from joyedit.media.images import to_latent_input
+
+    width, height = (side // 8 * 8 for side in picture.size)
+    pixels = to_latent_input([picture.crop((0, 0, width, height))], device=pipe.device)  # (1, 3, 1, H, W)
+    flat = "unet" in pipe.components  # Stable Diffusion's knows no time
+    pixels = pixels[:, :, 0] if flat else pixels
+    with torch.no_grad(), pipe.on_device(pipe.vae) as vae:
+        seen = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float()
+    error = (seen.clamp(-1, 1) - pixels).square().mean().item() / 4  # of a range of 1
+    return -10 * math.log10(max(error, 1e-10))

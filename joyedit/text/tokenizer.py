@@ -1,0 +1,348 @@
+"""Text to token ids, on the `tokenizers` library: what the vocabularies share, and their files.
+
+A tokenizer is a backend (`tokenizers.Tokenizer`: normaliser, split, BPE) and the settings of its folder
+(padding token, longest input, chat template). Encoding leaves the backend as it is: truncation and padding
+happen on the lists of ids, so that one tokenizer can serve several threads.
+
+B texts   L tokens
+
+Padding is always on the right, whatever the folder says: the pipelines drop a prefix of fixed length.
+
+Source: transformers `tokenization_utils_fast.py`, `tokenization_utils_base.py`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models
+from torch import Tensor
+
+from joyedit.checkpoints.hub import Origin
+from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.replacing import replacing
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+class Batch(dict):
+    """What tokenizers and processors return: a dict whose keys are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {sorted(self)}") from None
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the tensors to `device`; those of floating point also to `dtype`. In place, returns itself."""
+        for name, value in self.items():
+            if isinstance(value, Tensor):
+                self[name] = value.to(device, dtype if value.is_floating_point() else None)
+        return self
+
+
+class TextTokenizer:
+    """What the tokenizers have in common. Each says what it reads a vocabulary as, and what it puts around a
+    text."""
+
+    library = "transformers"  # under which model_index.json lists it
+    defaults: ClassVar[Mapping[str, Any]]  # of a folder that does not say
+    only: ClassVar[Mapping[str, Any]]  # settings that change the ids -> the one value that is supported
+
+    def __init__(
+        self, backend: Tokenizer, settings: Mapping[str, Any] | None = None, chat_template: str | None = None
+    ):
+        """`settings`: the keys of tokenizer_config.json. Raises ValueError when the padding token is not in
+        the vocabulary, or a setting asks for what this class does not do."""
+        self.backend = backend
+        given = {key: value for key, value in (settings or {}).items() if value is not None}
+        self.settings = {**self.defaults, **plain_tokens(given)}
+        self.chat_template = chat_template
+        for name, value in self.only.items():
+            if self.settings.get(name, value) != value:
+                raise ValueError(f"{name}={self.settings[name]!r} is not supported, only {value!r}")
+        self.pad_token: str = self.settings["pad_token"]
+        self.eos_token: str = self.settings["eos_token"]
+        self.eos_token_id = backend.token_to_id(self.eos_token)
+        self.pad_token_id = self._known("pad_token")
+        if self.settings["model_max_length"] > 10**9:  # transformers writes 10^30 where it knows of no limit
+            self.settings["model_max_length"] = self.defaults["model_max_length"]
+        self.model_max_length = int(self.settings["model_max_length"])
+
+    def _known(self, name: str) -> int:
+        """The id of a token that the settings name."""
+        token_id = self.backend.token_to_id(self.settings[name])
+        if token_id is None:
+            raise ValueError(f"{name} {self.settings[name]!r} is not in the vocabulary of {len(self)} tokens")
+        return token_id
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, subfolder: str | None = None, **options: Any
+    ) -> Self:
+        """Open a folder or Hub repository with tokenizer.json, or with vocab.json and merges.txt.
+
+        Options: revision, token, cache_dir, local_files_only, force_download. Raises FileNotFoundError when
+        files are missing, ValueError when they are damaged or do not fit each other.
+        """
+        origin = Origin(str(name_or_path), **LoadOptions.parse(options).origin)
+        return cls.from_folder(origin.fetch_files(subfolder or "", TOKENIZER_FILES))
+
+    @staticmethod
+    def build_backend(vocab: Path, merges: Path) -> Tokenizer:
+        """The pipeline of a folder without tokenizer.json. Raises ValueError when the files are damaged."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        settings = read_settings(folder)
+        if (folder / "tokenizer.json").is_file():
+            backend = open_backend(folder / "tokenizer.json")
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            backend = cls.build_backend(folder / "vocab.json", folder / "merges.txt")
+        else:
+            raise FileNotFoundError(
+                f"{folder} holds no tokenizer.json, and not both vocab.json and merges.txt"
+            )
+        add_tokens(backend, declared_tokens(folder, settings), folder)
+        path = folder / "chat_template.jinja"
+        template = path.read_text(encoding="utf-8") if path.is_file() else None
+        try:
+            return cls(backend, settings, template)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> Batch:
+        """Ids and mask (1 on tokens, 0 on padding) of one text or several.
+
+        padding: False, True or "longest", or "max_length". truncation=True keeps the first `max_length`
+        tokens (default: model_max_length). Gives lists, L or (B, L); with return_tensors="pt" int64 (B, L).
+        """
+        texts = check_texts([text] if isinstance(text, str) else text)
+        limit = check_length(max_length, padding, truncation, self.model_max_length)
+        rows = [self.encode(one) for one in texts]
+        if truncation:
+            rows = [self.truncate(row, limit) for row in rows]
+        batch = pad_rows(rows, self.pad_token_id, padding, limit)
+        if isinstance(text, str) and return_tensors is None:
+            return Batch({name: values[0] for name, values in batch.items()})
+        return to_tensors(batch, return_tensors)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, not cut or padded."""
+        return self.backend.encode(check_texts([text])[0]).ids
+
+    def truncate(self, row: list[int], limit: int) -> list[int]:
+        """The first `limit` of the ids that `encode` gave."""
+        return row[:limit]
+
+    def decode(self, ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
+        """The text of one row of ids; bytes that are not valid UTF-8 become U+FFFD."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        return self.backend.decode([ids] if isinstance(ids, int) else list(ids), skip_special_tokens)
+
+    def batch_decode(self, rows: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """The id of a token, or the list of several; None for what is not in the vocabulary."""
+        if isinstance(tokens, str):
+            return self.backend.token_to_id(tokens)
+        return [self.backend.token_to_id(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
+        """The token of an id, or the list of several; None for what is not in the vocabulary."""
+        if isinstance(ids, int):
+            return self.backend.id_to_token(ids)
+        return [self.backend.id_to_token(token_id) for token_id in ids]
+
+    def __len__(self) -> int:
+        """All tokens, the added ones included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokens without the added ones."""
+        return self.backend.get_vocab_size(with_added_tokens=False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json and its companions, which open equal here and in transformers."""
+        save_tokenizer(Path(folder), self.backend, {**self.settings, "tokenizer_class": type(self).__name__})
+        if self.chat_template is not None:
+            with replacing(Path(folder) / "chat_template.jinja") as temporary:
+                temporary.write_text(self.chat_template, encoding="utf-8")
+
+
+def read_bpe(vocab: Path, merges: Path, **options: Any) -> models.BPE:
+    try:
+        return models.BPE.from_file(str(vocab), str(merges), **options)
+    except Exception as error:  # the library raises plain Exception for every kind of damage
+        raise ValueError(f"{vocab} and {merges.name} are not a BPE vocabulary: {error}") from None
+
+
+def check_texts(texts: Any) -> list[str]:
+    """A list of str. Raises TypeError for anything else, ValueError for text that has no UTF-8 form."""
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        kinds = (
+            sorted({type(text).__name__ for text in texts})
+            if isinstance(texts, (list, tuple))
+            else type(texts)
+        )
+        raise TypeError(f"text must be a str or a list of str, not {kinds}")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text {text[:40]!r} is not valid Unicode: {error.reason}") from None
+    return list(texts)
+
+
+def check_length(max_length: int | None, padding: bool | str, truncation: bool, longest: int) -> int:
+    """The length to cut and pad to. Raises ValueError for an unknown `padding` or a useless `max_length`."""
+    if padding not in (False, True, "longest", "max_length"):
+        raise ValueError(f"padding={padding!r}: must be False, True, 'longest' or 'max_length'")
+    if max_length is None:
+        return longest
+    if max_length < 1:
+        raise ValueError(f"max_length={max_length}: must be positive")
+    if not truncation and padding != "max_length":
+        raise ValueError(f"max_length={max_length} needs truncation=True or padding='max_length'")
+    return max_length
+
+
+def pad_rows(rows: Sequence[list[int]], pad_id: int, padding: bool | str, limit: int) -> Batch:
+    """Rows of ids, made equally long on the right as `padding` says, and their masks."""
+    length = 0
+    if padding:
+        length = limit if padding == "max_length" else max(map(len, rows), default=0)
+    return Batch(
+        input_ids=[row + [pad_id] * (length - len(row)) for row in rows],
+        attention_mask=[[1] * len(row) + [0] * (length - len(row)) for row in rows],
+    )
+
+
+def to_tensors(batch: Batch, return_tensors: str | None) -> Batch:
+    if return_tensors is None:
+        return batch
+    if return_tensors != "pt":
+        raise ValueError(f"return_tensors={return_tensors!r}: must be 'pt' or None")
+    lengths = {len(row) for row in batch.input_ids}
+    if len(lengths) > 1:
+        raise ValueError(f"texts of {sorted(lengths)} tokens make no tensor: pass padding=True")
+    return Batch({name: torch.tensor(rows, dtype=torch.int64) for name, rows in batch.items()})
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json. special_tokens_map.json overrides it in folders so old that the former does not
+    describe the added tokens."""
+    config, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    settings = read_json(config) if config.is_file() else {}
+    if "added_tokens_decoder" not in settings and special.is_file():
+        settings.update(read_json(special))
+    return settings
+
+
+def declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """The added tokens that the folder names beside its tokenizer.json, by id."""
+    if "added_tokens_decoder" in settings:
+        flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+        return {
+            int(token_id): AddedToken(token["content"], **{flag: token.get(flag, False) for flag in flags})
+            for token_id, token in settings["added_tokens_decoder"].items()
+        }
+    path = folder / "added_tokens.json"
+    if not path.is_file():
+        return {}
+    listed = (settings.get(key) or () for key in ("additional_special_tokens", "extra_special_tokens"))
+    special = {token_text(v) for k, v in settings.items() if k.endswith("_token") and v}
+    special |= {token_text(token) for tokens in listed for token in tokens}
+    return {
+        token_id: AddedToken(text, special=text in special, normalized=text not in special)
+        for text, token_id in read_json(path).items()
+    }
+
+
+def plain_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with special tokens as text, without their flags."""
+    return {
+        k: token_text(v) if k.endswith("_token") and isinstance(v, Mapping) else v
+        for k, v in settings.items()
+    }
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, AddedToken]:
+    """The tokens that the settings name, by text. Of one that has several roles the last says whether it is
+    looked for in the text as typed or in the lower-case one (`normalized`), as in transformers."""
+    flags = ("lstrip", "rstrip", "normalized", "single_word")
+    found = {}
+    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = settings[role]
+        given = token if isinstance(token, Mapping) else {}
+        text = token_text(token)
+        found[text] = AddedToken(text, special=True, **{flag: given.get(flag, False) for flag in flags})
+    return found
+
+
+def token_text(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def open_backend(path: Path) -> Tokenizer:
+    """A tokenizer.json, without the truncation and padding that it may hold."""
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for every kind of damage
+        raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def add_tokens(backend: Tokenizer, tokens: Mapping[int, AddedToken], folder: Path) -> None:
+    """Register the tokens that the backend does not match as a whole yet. Raises ValueError when one would
+    get another id than the folder gives it."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_tokens([token for _, token in sorted(tokens.items()) if token.content not in known])
+    for token_id, token in tokens.items():
+        if backend.token_to_id(token.content) != token_id:
+            found = backend.token_to_id(token.content)
+            raise ValueError(
+                f"{folder}: added token {token.content!r} has id {token_id}, but comes out as {found}"
+            )
+
+
+def save_tokenizer(folder: Path, backend: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """tokenizer.json, and tokenizer_config.json with all added tokens, so that older files have no say."""
+    added = {
+        str(token_id): {
+            "content": token.content,
+            "lstrip": token.lstrip,
+            "normalized": token.normalized,
+            "rstrip": token.rstrip,
+            "single_word": token.single_word,
+            "special": token.special,
+        }
+        for token_id, token in backend.get_added_tokens_decoder().items()
+    }
+    with replacing(folder / "tokenizer.json") as temporary:
+        backend.save(str(temporary))
+    write_json(folder / "tokenizer_config.json", {**settings, "added_tokens_decoder": added})
