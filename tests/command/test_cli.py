@@ -382,7 +382,7 @@ def test_out_of_memory_says_what_to_try(photo, run, monkeypatch, error):
 
 IMPORTS_NOTHING = """
 import sys
-from joyedit.cli import main
+from joyedit.command.cli import main
 wrong = ["edit"], ["edit", "a.png"], ["edit", "a.png", "x", "--steps", "0"]
 for words in (["--help"], ["--version"], ["edit", "--help"], *wrong):
     try:

@@ -16,6 +16,7 @@ from PIL import Image, ImageSequence
 import joyedit
 from benchmarks.random_checkpoint import write_random_chronoedit_checkpoint
 from joyedit.command import arguments, cli
+from joyedit.loading import layouts
 from joyedit.media import images, video
 from joyedit.pipelines import chronoedit
 

@@ -94,7 +94,9 @@ def in_process(code, *arguments):
         from pathlib import Path
         import torch
         torch.set_num_threads(1)
-        from joyedit.weights import *
+        from joyedit.checkpoints.network import *
+        from joyedit.checkpoints.options import *
+        from joyedit.checkpoints.tensor_files import *
         from joyedit.models.chronoedit_dit import *
 
         def peak():
