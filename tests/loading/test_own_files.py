@@ -1,4 +1,4 @@
-"""What may be replaced: a checkpoint as joyedit or diffusers writes it, no folder that holds anything else."""
+"""What may be replaced: a checkpoint as joyedit or diffusers writes it, and nothing that holds other things."""
 
 from pathlib import Path
 
