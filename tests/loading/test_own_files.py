@@ -1,4 +1,4 @@
-"""What may be replaced: a checkpoint as joyedit or diffusers writes it, and nothing that holds other things."""
+"""What may be replaced: a checkpoint as joyedit or diffusers writes it, and nothing with other things."""
 
 from pathlib import Path
 

@@ -215,7 +215,7 @@ def error(a, b):
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
-ROUNDING = 3e-6  # the same function in another order: fp32 is itself 1-2e-6 from float64 here
+ROUNDING = 6e-6  # the same function in another order: each is 1-3e-6 from float64, as the processor sums
 
 
 def close(a, b, tolerance=1e-5):

@@ -285,8 +285,8 @@ def test_one_frame_is_a_2d_network(monkeypatch, name):
 
     through_3d(monkeypatch)
     with Convolutions() as deep:
-        assert difference(mean, network.encode(x).latent_dist.mean) <= 1e-6
-        assert difference(sample, network.decode(z).sample) <= 1e-6
+        assert difference(mean, network.encode(x).latent_dist.mean) <= 3e-6  # sums in another order
+        assert difference(sample, network.decode(z).sample) <= 3e-6
     assert deep.counts[3] > 20
 
 
