@@ -151,7 +151,8 @@ def test_wheel_metadata(wheel):
 
 def test_wheel_imports_from_anywhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
-    code = "import joyedit, joyedit.checkpoints.network, joyedit.convert.table as t; print(joyedit.__file__, t.__file__)"
+    modules = "import joyedit, joyedit.checkpoints.network, joyedit.convert.table as table"
+    code = f"{modules}; print(joyedit.__file__, table.__file__)"
     files = python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "unpacked")).split()
     assert all(Path(file).is_relative_to(tmp_path / "unpacked") for file in files)
 
