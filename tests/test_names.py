@@ -48,12 +48,11 @@ import importlib, json, os, sys
 import torch
 for module, (home, names) in json.loads(sys.argv[1]).items():
     short = module.removeprefix("joyedit.")
-    for statement in (
-        f"import {module}; found = {module}",
-        f"from joyedit import {short} as found",
-        f"import joyedit; found = joyedit.{short}" if module != home else f"import {home} as found",
-        f"import {home} as first; import {module} as found",
-    ):
+    statements = [f"import {module}; found = {module}", f"from joyedit import {short} as found"]
+    if module != home:
+        statements.append(f"import joyedit; found = joyedit.{short}")
+        statements.append(f"import {home} as first; import {module} as found")
+    for statement in statements:
         assert not any(name.partition(".")[0] == "joyedit" for name in sys.modules)
         child = os.fork()
         if child == 0:
