@@ -1,7 +1,12 @@
-"""The code blocks of the README and of the published guides that the API follows, run on tiny checkpoints."""
+"""README.md and the pages of docs/: their code runs on tiny checkpoints, and what they name is there.
 
+So does the code of the published guides that the API follows.
+"""
+
+import builtins
 import contextlib
 import json
+import pkgutil
 import re
 import shlex
 import sys
@@ -24,11 +29,33 @@ from benchmarks.shapes import evaluate, joyimage, train, wan_vae
 from joyedit.command.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
+README = TEXTS["README.md"]
+PAGES = [name for name in TEXTS if name.startswith("docs/")]
+
+# What it shows are changes to the package, which that test makes and runs on a copy.
+RUN_ELSEWHERE = {"docs/changing-the-code.md": "tests/test_fork.py"}
+
+UNWANTED = {"utils.py"}  # a file that the texts name as one not to write
+
+every_text = pytest.mark.parametrize("name", TEXTS)
 
 
 def blocks(text, language):
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def blocks_to_run(language):
+    """(page, code) of every block; the first of the README, which installs, has tests of its own."""
+    found = [(name, source) for name, text in TEXTS.items() for source in blocks(text, language)]
+    found = [(name, source) for name, source in found if name not in RUN_ELSEWHERE]
+    return [(name, source) for name, source in found if not source.startswith("pip install")]
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +76,26 @@ def desk(checkpoint, tmp_path, monkeypatch):
     return tmp_path
 
 
-def made_local(source, checkpoint):
-    """The same code with the published ids, the device and the number of steps made small."""
-    source = re.sub(r'"jdopensource/[\w.-]+"', repr(str(checkpoint)), source)
-    source = source.replace('"cuda"', '"cpu"')
-    return re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", source)
+@pytest.fixture
+def published(checkpoint, stable_diffusion, chronoedit):
+    """Published names -> the tiny checkpoints that stand for them."""
+    return {
+        "jdopensource/JoyAI-Image-Edit-Diffusers": checkpoint,
+        "jdopensource/JoyAI-Image-Edit": checkpoint,
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
+        "nvidia/ChronoEdit-14B-Diffusers": chronoedit,
+    }
+
+
+def made_local(source, published):
+    """The same code with the published names, the device, the sizes and the number of steps made small."""
+    changed = source
+    for name, folder in published.items():
+        changed = changed.replace(f'"{name}"', repr(str(folder)))
+    if changed != source and "num_inference_steps" not in source:
+        changed = changed.replace("generator=", "num_inference_steps=2, generator=")
+    changed = changed.replace('"cuda"', '"cpu"').replace("(photo.height, photo.width)", "(64, 96, 32 * 48)")
+    return re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", changed)
 
 
 def test_first_block_is_install_and_run_install_and_test():
@@ -71,35 +113,48 @@ def test_first_command_makes_a_picture(desk, capsys):
     assert Image.open(printed).size[0] > 0 and printed.suffix == ".png"
 
 
-def test_python_blocks_of_the_readme(desk, checkpoint, stable_diffusion, chronoedit):
-    for source in blocks(README, "python"):
-        source = made_local(source, checkpoint).replace("generator=", "num_inference_steps=2, generator=")
-        source = source.replace('"stable-diffusion-v1-5/stable-diffusion-v1-5"', repr(str(stable_diffusion)))
-        source = source.replace('"nvidia/ChronoEdit-14B-Diffusers"', repr(str(chronoedit)))
-        source = source.replace("(photo.height, photo.width)", "(photo.height, photo.width, 32 * 48)")
-        exec(compile(source, "README.md", "exec"), {})
-    for result in ("wings.png", "robot.png"):
-        assert Image.open(result).size[0] > 0
-    assert Path("flight.mp4").stat().st_size > 0
+def test_every_page_has_its_code_run():
+    """A block in a language that no test runs would be a promise without a test."""
+    for name, text in TEXTS.items():
+        languages = set(re.findall(r"^```(\w+)", text, re.MULTILINE))
+        if name in RUN_ELSEWHERE and languages:
+            assert Path(name).name in (ROOT / RUN_ELSEWHERE[name]).read_text(encoding="utf-8")
+        elif name != "CONTRIBUTING.md":
+            assert languages <= {"python", "bash"}, name
 
 
-def test_command_lines_of_the_readme(desk, checkpoint, stable_diffusion, chronoedit, capsys):
-    published = {
-        "stable-diffusion-v1-5/stable-diffusion-v1-5": [stable_diffusion],
-        "nvidia/ChronoEdit-14B-Diffusers": [chronoedit, "--basesize", "256"],
-    }
-    for line in blocks(README, "bash")[1].strip().splitlines():
-        name, *arguments = shlex.split(line)
-        assert name == "joyedit"
-        arguments = [re.sub(r"^jdopensource/[\w.-]+$", str(checkpoint), word) for word in arguments]
-        arguments = [str(word) for name in arguments for word in published.get(name, [name])]
-        if arguments[0] == "edit":
-            arguments += ["--steps", "1"]
-        assert main(arguments) == 0, line
-    assert "Add wings to the astronaut." in capsys.readouterr().out
+@pytest.mark.parametrize(("page", "source"), blocks_to_run("python"))
+def test_python_blocks(page, source, desk, published):
+    names: dict = {}
+    exec(compile(made_local(source, published), page, "exec"), names)
+    for result in re.findall(r'(?:save|export_to_video)\(.*?"([\w.]+)"', source):
+        assert Path(result).stat().st_size > 0, result
+    if page == "docs/small-models.md":  # its edits are real ones
+        for result, size, channels in (("blue.png", 96, [2]), ("green.png", 64, [1])):
+            red_green_blue = Image.open(result).convert("RGB").getpixel((28 * size // 96, 64 * size // 96))
+            assert [c for c in range(3) if red_green_blue[c] > 128] == channels, red_green_blue
+        first, last = names["film"][0][64, 28], names["film"][-1][64, 28]
+        assert first[1] < 0.4 < 0.6 < last[1], "the circle was not made yellow"
 
 
-def test_training_commands_of_the_readme(monkeypatch):
+def run_joyedit(words, published, capsys):
+    """Runs a command of a page, small and in one step. Every path that it prints is there."""
+    small = ["--steps", "1"] if words[0] in ("edit", "generate") else []
+    if "nvidia/ChronoEdit-14B-Diffusers" in words:
+        small += ["--height", "32", "--width", "48"]
+    if "--reasoning-steps" in words:
+        words[words.index("--reasoning-steps") + 1] = "1"
+    assert main([str(published.get(word, word)) for word in words] + small) == 0, words
+    printed = capsys.readouterr().out
+    if words[0] == "info":
+        assert "Add wings to the astronaut." in printed or not words[-1].endswith(".png")
+        assert "tiny" not in printed and len(printed.splitlines()) > 3
+    else:
+        assert all(Path(line).exists() for line in printed.splitlines())
+
+
+def run_training(words, monkeypatch):
+    """Parses a command of `benchmarks.shapes`; returns the folder that it would work on."""
     called = []
     for module in (joyimage, wan_vae):
         monkeypatch.setattr(module, "train", lambda folder, *args, **options: called.append(folder.name))
@@ -107,31 +162,110 @@ def test_training_commands_of_the_readme(monkeypatch):
         evaluate, "evaluate_checkpoint", lambda folder, *_: called.append(folder.name) or 1 / 0
     )
     programs = {"benchmarks.shapes.train": train.main, "benchmarks.shapes.evaluate": evaluate.main}
-    for line in blocks(README, "bash")[2].strip().splitlines():
-        python, option, module, *arguments = shlex.split(line)
-        assert (python, option) == ("python", "-m")
-        with contextlib.suppress(ZeroDivisionError):
-            programs[module](arguments)
-    assert called == ["wan-vae", "joyimage", "checkpoint"]
+    python, option, module, *arguments = words
+    assert (python, option) == ("python", "-m")
+    with contextlib.suppress(ZeroDivisionError):
+        programs[module](arguments)
+    return called
 
 
-def test_readme_names_files_and_classes_that_exist():
-    for path in re.findall(r"`((?:joyedit|convert|kernels|benchmarks|tests|examples)/[\w./-]+)`", README):
-        assert (ROOT / path).exists(), path
-    table = README.split("## I want to change X, touch Y")[1].split("##")[0]
-    mmdit = (ROOT / "joyedit/models/joyimage_mmdit.py").read_text(encoding="utf-8")
-    for name in re.findall(r"`([A-Z]\w+)`", table):
-        assert f"class {name}" in mmdit, name
+@pytest.mark.parametrize(("page", "source"), blocks_to_run("bash"))
+def test_command_lines(page, source, desk, published, capsys, monkeypatch):
+    worked_on = []
+    for line in source.strip().splitlines():
+        words = shlex.split(line)
+        if words[0] == "joyedit":
+            run_joyedit(words[1:], published, capsys)
+        else:
+            worked_on += run_training(words, monkeypatch)
+    if page == "docs/small-models.md":
+        assert worked_on == ["wan-vae", "joyimage", "checkpoint"]
 
 
-def test_readme_lists_every_quirk():
-    listed = set(re.findall(r"switch `(\w+)`", README))
+def test_options_that_the_pages_name_exist(capsys):
+    known = set()
+    for command in ("edit", "generate", "convert", "info", "demo"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    named = re.findall(r"--[a-z][\w-]*", TEXTS["docs/command-line.md"])
+    assert len(named) > 10 and set(named) <= known | {"--help"}
+
+
+def test_readme_is_short_and_asks_what_each_page_answers():
+    assert len(README.splitlines()) <= 150
+    asked = dict(re.findall(r"^\| (.*\?) \| \[.*?\]\((docs/.*?)\) \|$", README, re.MULTILINE))
+    answered = {TEXTS[name].splitlines()[2]: name for name in PAGES}
+    assert asked == answered
+
+
+def prose(text):
+    """The text without its code blocks."""
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(text):
+    """The anchors that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_text
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(TEXTS[name])):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.is_file(), f"{name} links {target}"
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{name} links {target}"
+
+
+def quoted(text):
+    """What stands in backticks."""
+    return re.findall(r"`([^`\n]+)`", prose(text))
+
+
+@every_text
+def test_files_that_a_page_names_exist(name):
+    """In full from the root, or the last parts of a path, such as `train.py`."""
+    folders = ("joyedit", "convert", "kernels", "benchmarks", "tests", "examples", "docs")
+    sources = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for word in quoted(TEXTS[name]):
+        if re.fullmatch(rf"(?:{'|'.join(folders)})/[\w./*-]+", word):
+            assert [*ROOT.glob(word), *ROOT.glob(f"{word}.py")], f"{name} names {word}"
+        elif re.fullmatch(r"[\w/]+\.py", word):
+            there = any(path.endswith(f"/{word}") for path in sources)
+            assert there != (word in UNWANTED), f"{name} names {word}"
+        for module in re.findall(r"python -m ([\w.]+)", word):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{name}: {word}"
+
+
+@every_text
+def test_modules_and_classes_that_a_page_names_exist(name):
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("joyedit", "convert", "kernels", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    for word in quoted(TEXTS[name]):
+        if match := re.match(r"joyedit(?:\.\w+)+", word):
+            pkgutil.resolve_name(match[0])
+        if re.fullmatch(r"(?:[A-Z]+[a-z0-9]+){2,}[A-Z]*\w*", word):
+            known = word in joyedit.__all__ or hasattr(builtins, word)
+            assert known or re.search(rf"^class {word}\b", code, re.MULTILINE), f"{name} names {word}"
+
+
+def test_differences_lists_every_quirk():
+    listed = re.findall(r"switch `(\w+)`", TEXTS["docs/differences.md"])
     pipelines = (
         joyedit.JoyImageEditPipeline,
         joyedit.ChronoEditPipeline,
         joyedit.StableDiffusionDiffEditPipeline,
     )
-    assert listed == frozenset().union(*(pipeline.quirk_names for pipeline in pipelines))
+    quirks = [name for pipeline in pipelines for name in pipeline.quirk_names]
+    assert sorted(listed) == sorted(set(quirks))
 
 
 def guide_blocks(shared_data, number="000", language="python"):
@@ -149,12 +283,12 @@ def guide_blocks(shared_data, number="000", language="python"):
         )
 
 
-def test_code_blocks_of_the_guide_run_with_their_imports_changed(shared_data, desk, checkpoint):
+def test_code_blocks_of_the_guide_run_with_their_imports_changed(shared_data, desk, published):
     sources = list(guide_blocks(shared_data))
     assert len(sources) == 2
     for source, output in zip(sources, ("joyimage_edit_output.png", "joyimage_edit.png"), strict=True):
         torch.manual_seed(0)
-        exec(compile(made_local(source, checkpoint), "guide", "exec"), {})
+        exec(compile(made_local(source, published), "guide", "exec"), {})
         assert Image.open(output).size[0] > 0
 
 

@@ -2,7 +2,7 @@
 
 Everything about kernels that is counted or measured away from the tests starts here: what is compiled ahead
 of time (`benchmarks.kernels_aot`), the bytes and floors (`benchmarks.roofline`), the timings
-(`benchmarks.ops`) and the README's table. A file has
+(`benchmarks.ops`) and the table of docs/kernels.md. A file has
 
     OPS      name of the operation in joyedit.ops -> Op: what the reference does instead, and its arithmetic
     CASES    calls of these operations: whose, with what arguments, how many in a denoising step
@@ -32,7 +32,7 @@ class T(NamedTuple):
 
 
 class Op(NamedTuple):
-    """fuses: what happens in one pass, for the README. plain: the formulation of the system's reference
+    """fuses: what happens in one pass, for docs/kernels.md. plain: the formulation of the system's reference
     (`plain[system]`, or one for all), one torch operation after the other; what it moves is counted.
 
     small: arguments of a few elements, for what does not depend on their size. operations(*args): arithmetic
@@ -54,8 +54,8 @@ class Op(NamedTuple):
 
 class Case(NamedTuple):
     """per_step: calls in a denoising step (0: elsewhere, or only for its dtype). per_block: calls in one
-    block of the network, for the README. trained: gradients are taken too. compiled: it has a row among the
-    kernels compiled ahead of time, unless an earlier call's kernel is the same but for sizes that the
+    block of the network, for docs/kernels.md. trained: gradients are taken too. compiled: it has a row among
+    the kernels compiled ahead of time, unless an earlier call's kernel is the same but for sizes that the
     compiler does not see."""
 
     op: str

@@ -1,7 +1,8 @@
-"""The benchmarks run, refuse unequal results, and README.md shows what they measured."""
+"""The benchmarks run, refuse unequal results, and the pages show what they measured."""
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -154,21 +155,39 @@ def test_committed_results_are_of_a_full_run(benchmark, path):
     check_rows(results, rows)
 
 
-def test_readme_shows_the_committed_results(benchmark):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert benchmark("readme").filled(text) == text, "run: python -m benchmarks.readme"
+def test_pages_show_the_committed_results(benchmark):
+    tables = benchmark("tables")
+    texts = [path.read_text(encoding="utf-8") for path in tables.pages()]
+    for text in texts:
+        assert tables.filled(text) == text, "run: python -m benchmarks.tables"
+    shown = sorted(re.findall(r"<!-- (\w[\w:]*) -->", "\n".join(texts)))
+    assert shown == sorted(["edits", "kernels", "small", *(f"speed:{path.stem}" for path in COMMITTED)])
 
 
 def test_tables_are_filled_in(benchmark, tmp_path):
-    readme = benchmark("readme")
+    tables = benchmark("tables")
     row = {"title": "a row", "shape": "small", "reference": 2.0, "ours": 0.25, "ratio": 8.0, "unit": "s"}
     row |= {"expected": "9x", "met": False, "difference": 2e-7, "remark": "why"}
     machine = {name: name for name in ("date", "cpu", "threads", "torch", "diffusers", "transformers")}
     (tmp_path / "it.json").write_text(json.dumps({"machine": machine, "rows": {"row": row}}))
     text = "a\n<!-- speed:it -->\nold\n<!-- /speed:it -->\nb\n"
-    once = readme.filled(text, tmp_path)
+    once = tables.filled(text, tmp_path)
     assert "| a row (why) | small | 2 s | 250 ms | 8.00x | 9x (below) | 2e-07 |" in once
     assert once.startswith("a\n<!-- speed:it -->\n") and once.endswith("\n<!-- /speed:it -->\nb\n")
-    assert "old" not in once and readme.filled(once, tmp_path) == once
+    assert "old" not in once and tables.filled(once, tmp_path) == once
     with pytest.raises(FileNotFoundError):
-        readme.filled(text.replace("speed:it", "speed:other"), tmp_path)
+        tables.filled(text.replace("speed:it", "speed:other"), tmp_path)
+
+
+def test_table_of_whole_edits(benchmark, tmp_path):
+    tables = benchmark("tables")
+    for ratio, (system, name) in enumerate(tables.WHOLE_EDITS.items(), start=1):
+        row = {"shape": "small", "reference": 2.0, "ours": 0.25, "ratio": ratio, "unit": "s"}
+        rows = {"other": {}, name: {**row, "difference": 0.0}}
+        (tmp_path / f"{system}.json").write_text(json.dumps({"rows": rows}))
+    filled = tables.filled("<!-- edits -->\n<!-- /edits -->", tmp_path).splitlines()
+    assert filled[3:-1] == [
+        "| JoyAI-Image-Edit: small | 2 s | 250 ms | 1.00x | 0 |",
+        "| DiffEdit: small | 2 s | 250 ms | 2.00x | 0 |",
+        "| ChronoEdit: small | 2 s | 250 ms | 3.00x | 0 |",
+    ]

@@ -1,4 +1,4 @@
-"""The counted bytes and floors, the timings' refusal of wrong results, and the README's table."""
+"""The counted bytes and floors, the timings' refusal of wrong results, and the table of docs/kernels.md."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 op_cases = importlib.import_module("benchmarks.op_cases")
 roofline = importlib.import_module("benchmarks.roofline")
 timings = importlib.import_module("benchmarks.ops")
-readme = importlib.import_module("benchmarks.readme")
+tables = importlib.import_module("benchmarks.tables")
 sys.path.remove(str(ROOT))
 T, Case, Op = op_cases.T, op_cases.Case, op_cases.Op
 
@@ -152,13 +152,13 @@ def test_timing_without_a_gpu_says_so(capsys):
         timings.main(["--provider", "cuda"])
 
 
-def test_readme_table_has_every_operation():
-    table = readme.kernel_table().splitlines()
+def test_table_of_the_kernels_has_every_operation():
+    table = tables.kernel_table().splitlines()
     assert [line.split("`")[1] for line in table[2:]] == list(op_cases.all_ops())
     text = "a\n<!-- kernels -->\nold\n<!-- /kernels -->\nb\n"
-    assert readme.filled(text) == f"a\n<!-- kernels -->\n{chr(10).join(table)}\n<!-- /kernels -->\nb\n"
+    assert tables.filled(text) == f"a\n<!-- kernels -->\n{chr(10).join(table)}\n<!-- /kernels -->\nb\n"
     rows = [(f"x: {n} [forward]", {"sm_90": {"registers": n}}) for n in (40, 32)]
-    assert readme.registers(rows, "sm_90") == "40"
+    assert tables.registers(rows, "sm_90") == "40"
     rows.append(("x: y [backward]", {"sm_90": {"registers": 99}}))
-    assert readme.registers(rows, "sm_90") == "40 / 99"
-    assert readme.registers([("x: y", {"sm_90": {"refused": "spills"}})], "sm_90") == "torch"
+    assert tables.registers(rows, "sm_90") == "40 / 99"
+    assert tables.registers([("x: y", {"sm_90": {"refused": "spills"}})], "sm_90") == "torch"

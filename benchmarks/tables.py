@@ -1,9 +1,11 @@
-"""The speed tables of README.md, from the committed results: `python -m benchmarks.readme`.
+"""The tables of README.md and docs/, from the committed results: `python -m benchmarks.tables`.
 
-A table of `results/NAME.json` stands between `<!-- speed:NAME -->` and `<!-- /speed:NAME -->`, the table of
-the kernels, from `results/kernels/` and the sizes in `op_cases`, between `<!-- kernels -->` and `<!--
-/kernels -->`, that of the small models, from `results/shapes/`, between `<!-- small -->` and `<!-- /small
--->`.
+Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has these markers:
+
+  speed:SYSTEM  results/SYSTEM.json, a line per row
+  edits         of the same files the whole edit of each system
+  kernels       results/kernels/, and the sizes in `op_cases`
+  small         results/shapes/: the small models
 """
 
 import argparse
@@ -15,6 +17,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
+
+# The row of results/SYSTEM.json that is a whole edit.
+WHOLE_EDITS = {"joyimage": "edit", "diffedit": "whole", "chronoedit": "whole"}
+NAMES = {"joyimage": "JoyAI-Image-Edit", "diffedit": "DiffEdit", "chronoedit": "ChronoEdit"}
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -36,7 +42,26 @@ def render(results: Mapping[str, Any]) -> str:
             quantity(row["ours"], row["unit"]),
             f"{row['ratio']:.2f}x",
             (row["expected"] or "-") + below,
-            "-" if row["difference"] is None else f"{row['difference']:.0e}" if row["difference"] else "0",
+            distance(row["difference"]),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def edits_table(results: Path = RESULTS) -> str:
+    """Markdown of one whole edit per system, on the network sizes that its row names."""
+    lines = [
+        "| a whole edit on a CPU | reference | joyedit | ratio | largest difference |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for system, name in WHOLE_EDITS.items():
+        row = json.loads((results / f"{system}.json").read_text(encoding="utf-8"))["rows"][name]
+        cells = (
+            f"{NAMES[system]}: {row['shape']}",
+            quantity(row["reference"], row["unit"]),
+            quantity(row["ours"], row["unit"]),
+            f"{row['ratio']:.2f}x",
+            distance(row["difference"]),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -44,6 +69,10 @@ def render(results: Mapping[str, Any]) -> str:
 
 def quantity(value: float, unit: str) -> str:
     return f"{1000 * value:.3g} ms" if unit == "s" and value < 1 else f"{value:.3g} {unit}"
+
+
+def distance(difference: float | None) -> str:
+    return "-" if difference is None else f"{difference:.0e}" if difference else "0"
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
@@ -55,7 +84,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
         return f"{match[1]}\n{render(content)}\n{match[3]}"
 
     text = re.sub(r"(<!-- speed:(\w+) -->).*?(<!-- /speed:\2 -->)", table, text, flags=re.DOTALL)
-    for name, made in (("kernels", kernel_table), ("small", small_table)):
+    for name, made in (("edits", edits_table), ("kernels", kernel_table), ("small", small_table)):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if begin in text:
             before, rest = text.split(begin)
@@ -129,8 +158,11 @@ def registers(rows: list[tuple[str, Any]], target: str) -> str:
     return " / ".join(str(max(values)) for values in found.values() if values)
 
 
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--file", type=Path, default=ROOT / "README.md")
-    path = parser.parse_args().file
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for page in pages():
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
