@@ -31,7 +31,6 @@ from joyedit.loading.layouts import ASSETS, load
 from joyedit.media.images import save_png
 from joyedit.media.masks import mask_overlay, to_mask_images
 from joyedit.media.video import export_to_webp
-from joyedit.pipelines.made_for import MadeFor
 
 log = logging.getLogger("joyedit")
 
@@ -144,7 +143,7 @@ def _opened(edit: Mapping[str, Any], system: str) -> Image:
 
 
 def _settings(pipe: Any) -> dict[str, Any]:
-    return dict(MadeFor.from_dict(pipe.made_for).call)
+    return dict(pipe.made_for.call)
 
 
 def _generator(edit: Mapping[str, Any]) -> torch.Generator:
