@@ -47,8 +47,10 @@ def misuse(args: argparse.Namespace) -> str | None:
         return wrong
     if (args.height is None) != (args.width is None):
         return "give both --height and --width, or neither"
-    pictures = [name for system in SYSTEMS for name in system.files if name != "video"]  # which is no picture
-    for name in ("output", *pictures):
+    files = [name for system in SYSTEMS for name in system.files]
+    for name in ("output", *files):
+        if name == "video":  # no picture: its system knows what it may be
+            continue
         path = getattr(args, name)
         folder = name == "output" and path and Path(path).is_dir()
         if path and not folder and not path.lower().endswith(OUTPUT_SUFFIXES):

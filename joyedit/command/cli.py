@@ -55,10 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def known_error(error: Exception) -> str | None:
     """One line that says what went wrong; None for a failure that is a defect and deserves its traceback."""
     line = " ".join(str(error).split())
-    full = (
-        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in line
-    )  # of the GPU, of the CPU
-    if full or isinstance(error, MemoryError):
+    gpu_is_full = type(error).__name__ == "OutOfMemoryError"
+    if gpu_is_full or "can't allocate memory" in line or isinstance(error, MemoryError):
         return f"out of memory: try --offload model, a smaller --basesize, fewer --num-images ({line[:200]})"
     if isinstance(error, RuntimeError):
         return None

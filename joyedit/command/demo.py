@@ -37,7 +37,7 @@ log = logging.getLogger("joyedit")
 SCENES = ASSETS / "demo"
 PAGE = "demo.png"
 FRAMES, REASONING_FRAMES, FPS = 5, 29, 8
-# system -> what its edits leave: input and result as PNG, and
+# system -> the files that each of its edits leaves
 FILES = {
     "joyimage": ("input.png", "result.png"),
     "diffedit": ("input.png", "mask.png", "result.png"),

@@ -32,9 +32,9 @@ class Instruction:
     options: Mapping[str, str] = {}
     settings: Mapping[str, type | tuple[type, ...]] = {}
     files: Sequence[str] = ()
-    usage: str = ""
+    usage: str = "joyedit generate PROMPT"
     untold: str = UNTOLD
-    foreign: str = ""
+    foreign: str = "{option} is for JoyAI-Image-Edit"
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """It has those that all have."""

@@ -115,7 +115,8 @@ def kinds_taken_over(
 ) -> dict[str, type | tuple[type, ...]]:
     """The arguments that the record may fill, and their types: not what no longer fits what is said."""
     kinds = dict(REPEATED)
-    for system in [system for system in SYSTEMS if said(args, system.texts)] or SYSTEMS:
+    told = [system for system in SYSTEMS if said(args, system.texts)]
+    for system in told or SYSTEMS:
         if args.command in system.commands:
             kinds |= {**dict.fromkeys(system.texts, str), **system.settings}
     for system in SYSTEMS:

@@ -23,25 +23,35 @@ if TYPE_CHECKING:
 
 
 class System(Protocol):
-    """`options` are the arguments that it alone knows, and how they are spelt on the command line; `settings`
-    those of them that a result records and `--config-from` takes over, and their types in JSON; `files` those
-    that name what it writes beside the result. `texts` are the arguments that say what to do."""
+    """What a system is to the commands.
 
-    pipeline: str  # the class
-    model: str  # where none is named, on its
+    pipeline: the class of its pipeline. model: the checkpoint, where none is named; occasion: when that is.
+    commands: those that it has.
+    texts: the arguments that say what to do.
+    options: the arguments that it alone knows, and how they are spelt on the command line.
+    settings: those of its options that a result records and `--config-from` takes over, and their JSON types.
+    files: those of its options that name what it writes beside the result.
+
+    Three are what is said when a model, {model}, is asked for something else. usage: the command that it has,
+    where it lacks the one that was called. untold: where it is not told what to do in its own way. foreign:
+    where a model of another system gets one of its options, {option}.
+    """
+
+    pipeline: str
+    model: str
     occasion: str
     commands: Sequence[str]
     texts: Sequence[str]
     options: Mapping[str, str]
     settings: Mapping[str, type | tuple[type, ...]]
     files: Sequence[str]
+    usage: str
+    untold: str
+    foreign: str
 
-    # What is said of a model, {model}, where it is asked for otherwise:
-    usage: str  # the command that it has, where another was called
-    untold: str  # where it is not told what to do in its own way
-    foreign: str  # where one of another system gets {option}, which this one alone knows
-
-    def add_options(self, parser: argparse.ArgumentParser) -> None: ...
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Those of its texts and options that not every command has."""
+        ...
 
     def is_meant(self, args: argparse.Namespace) -> bool:
         """Whether what is said is for this system, when no model is named."""

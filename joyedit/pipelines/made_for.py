@@ -53,7 +53,7 @@ class World:
         return cls(about, words, psnr, _without(raw, ("about", "words", "psnr")))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.others, "about": self.about, "words": list(self.words), "psnr": self.psnr}
+        return {**self.others, "about": self.about, "psnr": self.psnr, "words": list(self.words)}
 
     def unknown(self, texts: Iterable[str]) -> list[str]:
         """The words of texts that it does not have, in their order."""
@@ -97,7 +97,7 @@ class MadeFor:
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads: equal to what it read."""
         world = None if self.world is None else self.world.to_dict()
-        found = {"call": dict(self.call) or None, "basesize": self.basesize, "world": world}
+        found = {"basesize": self.basesize, "call": dict(self.call) or None, "world": world}
         return {**self.others, **{name: value for name, value in found.items() if value is not None}}
 
 

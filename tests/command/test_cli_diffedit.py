@@ -285,6 +285,15 @@ def test_records_of_the_other_kind_are_not_mixed(photo, run):
     assert not Path("a.png").exists()
 
 
+@pytest.mark.parametrize("words", [("--mask-out", "mask.png"), ("--grid", "grid.png"), ("--composite",)])
+def test_options_between_captions_are_refused_where_an_instruction_was_recorded(photo, run, no_work, words):
+    told = {"prompt": "Make it red", "model": "tiny-joyimage", "pipeline": "JoyImageEditPipeline"}
+    images.save_png(Image.new("RGB", (8, 8)), "told.png", told)
+    status, out, err = run("edit", photo, "--config-from", "told.png", *words, "-q")
+    refused = f"joyedit: error: {words[0]} is for --source and --target, not for an instruction\n"
+    assert (status, out, err) == (1, "", refused)
+
+
 @pytest.mark.parametrize("existing", ["out.png", "mask.png", "grid.jpg"])
 def test_no_file_is_replaced_without_force(photo, run, no_work, existing):
     Path(existing).write_text("mine")

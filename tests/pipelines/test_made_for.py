@@ -1,6 +1,7 @@
 """What a small checkpoint says of its use, and what the command line makes of it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -179,7 +180,10 @@ def test_a_damaged_entry_is_one_line_before_work(desk, run, no_work, said, messa
     say("joyimage", said)
     status, out, err = run("edit", "photo.png", "x", "-m", "joyimage")
     assert (status, out) == (1, "") and err.count("\n") == 1
-    assert f"joyimage/model_index.json: {'' if 'made_for' in message else 'made_for: '}{message}" in err
+    wanted = f"joyimage/model_index.json: {'' if 'made_for' in message else 'made_for: '}{message}"
+    assert wanted in err
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        joyedit.JoyImageEditPipeline.from_pretrained("joyimage")
 
 
 def test_words():
