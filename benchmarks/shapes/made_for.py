@@ -42,7 +42,7 @@ MADE_FOR: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def made_for(name: str) -> dict[str, Any]:
+def entry(name: str) -> dict[str, Any]:
     """The entry of the model_index.json of "joyimage", "chronoedit" or "diffedit"."""
     said = MADE_FOR[name]
     texts = captions() if name == "diffedit" else instructions(kinds=said["kinds"])
@@ -58,7 +58,7 @@ def vocabulary(texts: Iterable[str]) -> list[str]:
 def stamp(folder: Path, name: str) -> None:
     """Write it into the model_index.json of a checkpoint."""
     index = read_json(folder / "model_index.json")
-    write_json(folder / "model_index.json", {**index, "made_for": made_for(name)})
+    write_json(folder / "model_index.json", {**index, "made_for": entry(name)})
 
 
 def main(arguments: list[str] | None = None) -> None:

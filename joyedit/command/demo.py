@@ -31,14 +31,13 @@ from joyedit.loading.layouts import ASSETS, load
 from joyedit.media.images import save_png
 from joyedit.media.masks import mask_overlay, to_mask_images
 from joyedit.media.video import export_to_webp
-from joyedit.pipelines.made_for import MadeFor
 
 log = logging.getLogger("joyedit")
 
 SCENES = ASSETS / "demo"
 PAGE = "demo.png"
 FRAMES, REASONING_FRAMES, FPS = 5, 29, 8
-# system -> what its edits leave: input and result as PNG, and
+# system -> the files that each of its edits leaves
 FILES = {
     "joyimage": ("input.png", "result.png"),
     "diffedit": ("input.png", "mask.png", "result.png"),
@@ -144,7 +143,7 @@ def _opened(edit: Mapping[str, Any], system: str) -> Image:
 
 
 def _settings(pipe: Any) -> dict[str, Any]:
-    return dict(MadeFor.from_dict(pipe.made_for).call)
+    return dict(pipe.made_for.call)
 
 
 def _generator(edit: Mapping[str, Any]) -> torch.Generator:

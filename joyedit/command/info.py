@@ -89,7 +89,7 @@ class Checkpoint:
     bytes: int
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
     presets: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    made_for: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    made_for: MadeFor = MadeFor()
 
     @property
     def parameters(self) -> int | None:
@@ -103,7 +103,11 @@ class Checkpoint:
         return sum(part.bytes_as(asked or auto.get(name)) for name, part in self.parts.items())
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "parameters": self.parameters}
+        return {
+            **dataclasses.asdict(self),
+            "made_for": self.made_for.to_dict(),
+            "parameters": self.parameters,
+        }
 
     def lines(self) -> list[str]:
         """As a table for people."""
@@ -112,7 +116,6 @@ class Checkpoint:
             dtypes = " + ".join(sorted(part.dtypes or ())) if part.files else "no files"
             table.append((name, part.class_name, count(part.parameters), dtypes, size(part.bytes)))
         table.append(("total", "", count(self.parameters or None), "", size(self.bytes)))
-        made_for = MadeFor.from_dict(self.made_for)
         facts = {
             "name": self.name,
             "pipeline": self.pipeline,
@@ -121,9 +124,9 @@ class Checkpoint:
             "revision": self.revision,
             "licence": self.licence,
             "presets": dict(self.presets) or None,
-            "made for": made_for.world.about if made_for.world else None,
-            "basesize": made_for.basesize,
-            "settings": dict(made_for.call) or None,
+            "made for": self.made_for.world.about if self.made_for.world else None,
+            "basesize": self.made_for.basesize,
+            "settings": dict(self.made_for.call) or None,
             **{key: text for key, text in self.provenance.items() if key != "license"},
         }
         settings = {
@@ -191,7 +194,7 @@ def describe(
         sum(origin.sizes(used).values()),
         provenance,
         presets if pipeline_for(pipeline) == "ChronoEditPipeline" else {},
-        index.get("made_for", {}),
+        MadeFor.from_index(index, name),
     )
 
 
@@ -383,9 +386,9 @@ def accelerators() -> list[str]:
     found = ["mps"] if torch.backends.mps.is_available() else []
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
-        made_for = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         capability = f"capability {facts.major}.{facts.minor}"
-        found.append(f"cuda:{number} {facts.name}, {size(facts.total_memory)}, {capability}, {made_for}")
+        found.append(f"cuda:{number} {facts.name}, {size(facts.total_memory)}, {capability}, {toolkit}")
     return found
 
 

@@ -1,6 +1,6 @@
 """The files that a command makes: their names, what is refused before work, and how they appear.
 
-A result is "output", the image that says how it was made, "video", a film or a folder of its frames, or
+A result is "output", the image that says how it was made, "video", Frames for a film or a folder of them, or
 another image. Nothing heavy is imported before there is something to write.
 """
 
@@ -9,9 +9,18 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 log = logging.getLogger("joyedit")
+
+OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Frames(NamedTuple):
+    """Pictures in their order, and how many are shown per second."""
+
+    images: Sequence[Any]
+    fps: float
 
 
 def output_paths(output: str | None, photo: str | None, seeds: list[int]) -> list[Path]:
@@ -76,7 +85,6 @@ def write_results(
     metadata: dict[str, Any] | None,
     profile: bytes | None,
     *,
-    fps: float,
     force: bool,
 ) -> None:
     """Write what was made of one seed, name of the result -> its path.
@@ -95,7 +103,8 @@ def write_results(
             write_image(pictures[name], path, together.enter_context(replacing(path)), *carried)
         try:
             if "video" in paths:
-                save_video(pictures["video"], paths["video"], fps, force=force)
+                film: Frames = pictures["video"]
+                save_video(film.images, paths["video"], film.fps, force=force)
         except Exception:
             together.close()
             log.warning("%s is written, but not the film", ", ".join(map(str, images.values())))

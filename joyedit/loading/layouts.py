@@ -169,7 +169,7 @@ def pipeline_name(name_or_path: str | Path, **options: Any) -> str:
     return _pipeline_class(origin, layout_of(name, [] if Path(name).is_file() else origin.listing()))
 
 
-def made_for(name_or_path: str | Path, **options: Any) -> MadeFor:
+def read_made_for(name_or_path: str | Path, **options: Any) -> MadeFor:
     """What a checkpoint says of its use; nothing, where it is not a Diffusers folder or does not say it.
     Options and errors as of `pipeline_name`."""
     name = place_of(name_or_path)
@@ -177,10 +177,7 @@ def made_for(name_or_path: str | Path, **options: Any) -> MadeFor:
     if Path(name).is_file() or "model_index.json" not in origin.listing():
         return MadeFor()
     index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
-    try:
-        return MadeFor.from_dict(index.get("made_for", {}))
-    except ValueError as error:
-        raise ValueError(f"{name_or_path}/model_index.json: {error}") from None
+    return MadeFor.from_index(index, str(name_or_path))
 
 
 def place_of(name_or_path: str | Path) -> str:
@@ -446,7 +443,7 @@ def save_checkpoint(
     if "processor" not in pipe.components:
         kind = "Stable Diffusion" if "unet" in pipe.components else "ChronoEdit"
         raise ValueError(f"to={to!r} is for JoyAI-Image: {kind} is written as 'diffusers' only")
-    lost = list(pipe.settings_to_save()) + ["made_for"] * bool(pipe.made_for)
+    lost = list(pipe.settings_to_save()) + ["made_for"] * bool(pipe.made_for.to_dict())
     if lost:
         log.warning("the %s layout has no place for %s: the released ones will be used", to, ", ".join(lost))
     if to == "comfyui":

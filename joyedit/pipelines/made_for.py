@@ -16,7 +16,7 @@ A picture is judged by the model's own autoencoder: what that cannot hold, no ed
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -39,8 +39,21 @@ CALL: dict[str, type | tuple[type, ...]] = {
 @dataclasses.dataclass(frozen=True)
 class World:
     about: str
-    words: frozenset[str]
+    words: Collection[str]
     psnr: float
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, raw: Any) -> Self:
+        """Raises ValueError for what is not of the form above."""
+        try:
+            about, words, psnr = str(raw["about"]), tuple(map(str, raw["words"])), float(raw["psnr"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"made_for: world is damaged: {raw!r}") from None
+        return cls(about, words, psnr, _without(raw, ("about", "words", "psnr")))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.others, "about": self.about, "psnr": self.psnr, "words": list(self.words)}
 
     def unknown(self, texts: Iterable[str]) -> list[str]:
         """The words of texts that it does not have, in their order."""
@@ -50,11 +63,22 @@ class World:
 
 @dataclasses.dataclass(frozen=True)
 class MadeFor:
-    """As in model_index.json; of released checkpoints empty."""
+    """As in model_index.json; of released checkpoints empty. `others`, here and of the world, are entries of
+    later versions, which are only kept."""
 
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     basesize: int | None = None
     world: World | None = None
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_index(cls, index: Mapping[str, Any], name: str) -> Self:
+        """What the model_index.json of the checkpoint `name` says. Raises ValueError where that is not of the
+        form above."""
+        try:
+            return cls.from_dict(index.get("made_for", {}))
+        except ValueError as error:
+            raise ValueError(f"{name}/model_index.json: {error}") from None
 
     @classmethod
     def from_dict(cls, raw: Any) -> Self:
@@ -67,13 +91,18 @@ class MadeFor:
                 raise ValueError(f"made_for: call has {name}={value!r}")
         if basesize is not None and (not _is(basesize, int) or basesize < 1):
             raise ValueError(f"made_for: basesize={basesize!r} is no number of pixels")
-        if world is None:
-            return cls(dict(call), basesize)
-        try:
-            read = World(str(world["about"]), frozenset(map(str, world["words"])), float(world["psnr"]))
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"made_for: world is damaged: {world!r}") from None
-        return cls(dict(call), basesize, read)
+        read = None if world is None else World.from_dict(world)
+        return cls(dict(call), basesize, read, _without(raw, ("call", "basesize", "world")))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads: equal to what it read."""
+        world = None if self.world is None else self.world.to_dict()
+        found = {"basesize": self.basesize, "call": dict(self.call) or None, "world": world}
+        return {**self.others, **{name: value for name, value in found.items() if value is not None}}
+
+
+def _without(raw: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name, value in raw.items() if name not in names}
 
 
 def _is(value: Any, kind: type | tuple[type, ...]) -> bool:

@@ -21,6 +21,7 @@ from joyedit.checkpoints.options import LoadOptions
 from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming
 from joyedit.noise import Generators
+from joyedit.pipelines.made_for import MadeFor
 
 log = logging.getLogger("joyedit")
 
@@ -31,7 +32,7 @@ class Pipeline:
     """Parts by name, and what users do with all of them at once.
 
     `reference_quirks`: True reproduces every listed defect of the reference, a collection of names only
-    those. `made_for`: what a small checkpoint says of its use, see `made_for.py`; empty for others.
+    those. `made_for`: what a small checkpoint says of its use; of others empty.
     """
 
     parts: ClassVar[Mapping[str, tuple[type, ...]]]  # part -> the classes it may have, the default first
@@ -49,7 +50,7 @@ class Pipeline:
         self.quirks = self.quirk_names if reference_quirks is True else frozenset(reference_quirks or ())
         if unknown := self.quirks - self.quirk_names:
             raise ValueError(f"reference_quirks={sorted(unknown)}: known are {sorted(self.quirk_names)}")
-        self.made_for: dict[str, Any] = {}
+        self.made_for = MadeFor()
         self._interrupt = False
         self._progress: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
@@ -105,7 +106,7 @@ class Pipeline:
         """`from_pretrained` with its arguments sorted: `given` are the parts that are not loaded."""
         for name, part in given.items():
             cls.check_part(name, part)
-        classes, settings, index = {}, {}, {}
+        classes, settings, made_for = {}, {}, MadeFor()
         if set(cls.parts) - set(given):
             index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
             if index.get("_class_name") not in {cls.__name__, *cls.relatives}:
@@ -113,6 +114,7 @@ class Pipeline:
             listed = {name: _class_of(cls, name, index) for name in cls.parts if name not in given}
             classes = {name: kind for name, kind in listed.items() if kind is not None}
             settings = {key: index[key] for key in cls.settings() if key in index}
+            made_for = MadeFor.from_index(index, origin.name)
         stems = {name: kind.weights_stem for name, kind in classes.items() if issubclass(kind, Network)}
         variants = origin.variants(stems, options.variant, options.use_safetensors)
         files: list[str] = []
@@ -134,7 +136,7 @@ class Pipeline:
         cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
         loaded |= {name: one.read() for name, one in planned.items()}
         pipe = cls(**loaded, **given, **settings, reference_quirks=quirks)
-        pipe.made_for = index.get("made_for", {})
+        pipe.made_for = made_for
         return pipe
 
     @classmethod
@@ -169,8 +171,8 @@ class Pipeline:
                 part.save_pretrained(folder / name)
             index[name] = [None, None] if part is None else [part.library, type(part).__name__]
         index.update(self.settings_to_save())
-        if self.made_for:
-            index["made_for"] = dict(self.made_for)
+        if said := self.made_for.to_dict():
+            index["made_for"] = said
         write_json(folder / "model_index.json", index)
 
     def settings_to_save(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from benchmarks.shapes.made_for import MADE_FOR
 from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.command import info
-from joyedit.command.cli import trained_side
+from joyedit.command.captions import trained_side
 from joyedit.loading import layouts
 from joyedit.media.images import resize_center_crop
 from joyedit.pipelines.made_for import round_trip
@@ -99,7 +99,7 @@ def test_the_model_card(name):
 
 @every_one
 def test_its_own_size_steps_and_world(name):
-    pipe, made_for = joyedit.load(name, device="cpu"), layouts.made_for(name)
+    pipe, made_for = joyedit.load(name, device="cpu"), layouts.read_made_for(name)
     assert made_for.world is not None
     assert made_for.call["num_inference_steps"] <= 20
     if name == "tiny-joyimage":
@@ -125,7 +125,7 @@ def held_out(name, count):
 
 @every_one
 def test_its_world_holds_scenes_and_no_photograph(name):
-    pipe, world = joyedit.load(name, device="cpu"), layouts.made_for(name).world
+    pipe, world = joyedit.load(name, device="cpu"), layouts.read_made_for(name).world
     side = sd_vae.SIZE if name == "tiny-diffedit" else scenes.SIZE
     photo = resize_center_crop(joyedit.load_image(ROOT / "examples" / "coffee.jpg"), side, side)
     assert round_trip(pipe, photo) < world.psnr - 3

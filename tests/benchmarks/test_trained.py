@@ -54,7 +54,7 @@ def some(system, count=6):
 
 def edit(pipe, system, edits, seed=0, **options):
     """What becomes of the pictures, all at once; edit number i is drawn from `seed` + i."""
-    settings = {"output_type": "np", **pipe.made_for["call"], **options}
+    settings = {"output_type": "np", **pipe.made_for.call, **options}
     settings["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(len(edits))]
     if system == "diffedit":
         pictures = [evaluate_diffedit.as_image(one.pair.source) for one in edits]

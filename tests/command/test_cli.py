@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import joyedit
 from benchmarks.random_checkpoint import write_random_checkpoint
 from joyedit.command import cli
+from joyedit.command.instruction import Instruction
 from joyedit.media import images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,11 +165,11 @@ def test_photograph_from_a_url(photo, run, monkeypatch):
 def test_basesize_and_part_reach_the_pipeline(photo, run, checkpoint, monkeypatch):
     seen = {}
 
-    def pretend(pipe, given, seeds):
+    def pretend(system, pipe, call, seeds, args):
         seen.update(buckets=pipe.buckets, vae=pipe.vae.state_dict()["quant_conv.bias"])
-        return [Image.new("RGB", (64, 48))]
+        return [{"output": Image.new("RGB", (64, 48))}]
 
-    monkeypatch.setattr(cli, "run_pipeline", pretend)
+    monkeypatch.setattr(Instruction, "run", pretend)
     part = f"vae={checkpoint}"
     assert run("edit", photo, "x", "--seed", 1, "--basesize", 512, "--part", part, "-q")[0] == 0
     stored = load_file(checkpoint / "vae" / "diffusion_pytorch_model.safetensors")
@@ -362,7 +363,7 @@ def test_verbose_adds_the_traceback_and_a_defect_always_has_it(photo, run, monke
     def fail(*args):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(cli, "run_pipeline", fail)
+    monkeypatch.setattr(Instruction, "run", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run("edit", photo, "x", "-q")
 
@@ -375,7 +376,7 @@ def test_out_of_memory_says_what_to_try(photo, run, monkeypatch, error):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(cli, "run_pipeline", fail)
+    monkeypatch.setattr(Instruction, "run", fail)
     status, _, err = run("edit", photo, "x", "-q")
     assert status == 1 and "out of memory: try --offload model" in err and err.count("\n") == 1
 

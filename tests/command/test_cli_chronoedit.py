@@ -15,7 +15,10 @@ from PIL import Image, ImageSequence
 
 import joyedit
 from benchmarks.random_checkpoint import write_random_chronoedit_checkpoint
-from joyedit.command import arguments, cli
+from joyedit.command import cli
+from joyedit.command import film as film_command
+from joyedit.command.film import Film
+from joyedit.command.instruction import Instruction
 from joyedit.loading import layouts
 from joyedit.media import images, video
 from joyedit.pipelines import chronoedit
@@ -206,11 +209,11 @@ def seen(monkeypatch):
     """The photographs that edits are given, which are their results."""
     photos = []
 
-    def pretend(pipe, given, seeds, whole):
-        photos.append(given["image"])
-        return [{"output": given["image"]}]
+    def pretend(system, pipe, call, seeds, args):
+        photos.append(call["image"])
+        return [{"output": call["image"]}]
 
-    monkeypatch.setattr(cli, "edit_by_film", pretend)
+    monkeypatch.setattr(Film, "run", pretend)
     return photos
 
 
@@ -282,14 +285,14 @@ def test_every_setting_is_recorded_and_repeated(photo, run, checkpoint):
 
 
 def test_what_was_recorded_of_a_film_is_no_matter_to_other_models(photo, run, checkpoint, monkeypatch):
-    monkeypatch.setattr(cli, "run_pipeline", lambda pipe, given, seeds: [Image.new("RGB", (48, 32))])
+    monkeypatch.setattr(Instruction, "run", lambda *_: [{"output": Image.new("RGB", (48, 32))}])
     words = ("--reasoning-steps", 2, "-o", "first.png", "--fps", 8, "--video", "a.webp")
     assert run("edit", photo, "Make it red.", *QUICK, *words, "--seed", 3)[0] == 0
     again = ("--config-from", "first.png", "-q", "-o", "other.png")
     assert run("edit", photo, *again, "-m", "tiny-joyimage", "--steps", 1)[0] == 0
     found = recorded("other.png")
     assert found["pipeline"] == "JoyImageEditPipeline" and found["seed"] == 3
-    assert not {*arguments.FILM_OPTIONS} & set(found)
+    assert not {*Film.options} & set(found)
     assert run("edit", photo, *again, "-m", checkpoint, "--force")[0] == 0
     found = recorded("other.png")
     assert (found["model"], found["num_frames"], found["fps"]) == (str(checkpoint), 29, 8)
@@ -304,7 +307,7 @@ def test_reasoning_after_a_run_without_it_makes_the_whole_film(photo, run):
 
 
 def test_a_recorded_adapter_is_no_matter_to_other_models(photo, run, checkpoint, monkeypatch):
-    monkeypatch.setattr(cli, "run_pipeline", lambda pipe, given, seeds: [Image.new("RGB", (48, 32))])
+    monkeypatch.setattr(Instruction, "run", lambda *_: [{"output": Image.new("RGB", (48, 32))}])
     lora = checkpoint / "lora" / "chronoedit_distill_lora.safetensors"
     words = ("--lora", lora, "--lora-scale", 0.5, "-o", "first.png")
     assert run("edit", photo, "Make it red.", *QUICK, *words)[0] == 0
@@ -382,7 +385,6 @@ def test_each_of_several_equals_the_run_of_its_own_seed(photo, run):
 
 
 def test_options_of_the_machine_reach_the_loader(photo, run, monkeypatch):
-
     calls = watch(monkeypatch, layouts, "load")
     words = ("--device", "cpu", "--dtype", "fp32", "--offload", "model", "--reference-quirks")
     assert run("edit", photo, "x", *QUICK, *words, "--seed", 1)[0] == 0
@@ -556,10 +558,10 @@ def test_the_picture_is_kept_when_the_film_fails(photo, run, monkeypatch, untouc
 
 
 def test_constants_of_the_parser_are_those_of_the_library():
-    assert set(arguments.VIDEO_SUFFIXES) == {*video.FILMS, ".webp"}
-    assert (arguments.FRAMES, arguments.REASONING_FRAMES) == (chronoedit.EDIT_FRAMES, 29)
-    assert chronoedit.REASONING_FRAMES == arguments.REASONING_FRAMES
+    assert set(film_command.VIDEO_SUFFIXES) == {*video.FILMS, ".webp"}
+    assert (film_command.FRAMES, film_command.REASONING_FRAMES) == (chronoedit.EDIT_FRAMES, 29)
+    assert chronoedit.REASONING_FRAMES == film_command.REASONING_FRAMES
     usual = (chronoedit.DEFAULT_STEPS, chronoedit.DEFAULT_GUIDANCE)
     presets = chronoedit.PRESETS.items()
     settings = {name: (preset.num_inference_steps, preset.guidance_scale) for name, preset in presets}
-    assert {None: usual, **settings} == arguments.PRESETS
+    assert {None: usual, **settings} == film_command.PRESETS

@@ -12,7 +12,8 @@ from PIL import Image
 
 import joyedit
 from benchmarks.random_checkpoint import write_random_diffedit_checkpoint
-from joyedit.command import cli
+from joyedit.command import arguments, cli
+from joyedit.command.captions import Captions, trained_side, working_copy
 from joyedit.loading import layouts
 from joyedit.media import images
 from joyedit.media.masks import mask_overlay
@@ -204,8 +205,8 @@ def test_each_of_several_images_equals_the_run_of_its_own_seed(photo, run):
 )
 def test_size_to_work_at(side, size, words, wanted):
     commands = dict.fromkeys(("edit", "generate", "demo", "convert", "info"))
-    args = joyedit.command.arguments.parse(["edit", "a.png", *CAPTIONS, *words], commands)
-    made = cli.working_copy(Image.new("RGB", size), args, side)
+    args = arguments.parse(["edit", "a.png", *CAPTIONS, *words], commands)
+    made = working_copy(Image.new("RGB", size), args, side)
     assert made.size == wanted
     if not words and max(size) > side and min(size) > 8:
         assert made.width * made.height <= side**2
@@ -219,8 +220,8 @@ def test_pictures_are_as_large_as_those_of_the_training(
     shutil.copytree(checkpoint, "sized")
     config = Path("sized/unet/config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": stored}))
-    assert cli.trained_side(joyedit.load("sized", device="cpu")) == side
-    monkeypatch.setattr(cli, "edit_by_captions", lambda pipe, given, seeds: [{"output": given["image"]}])
+    assert trained_side(joyedit.load("sized", device="cpu")) == side
+    monkeypatch.setattr(Captions, "run", lambda self, pipe, call, *_: [{"output": call["image"]}])
     Image.open(photo).resize((800, 800)).save("large.png")
     assert run("edit", "large.png", *CAPTIONS, "-m", "sized", "-o", "out.png", "-q")[0] == 0
     assert Image.open("out.png").size == (side, side)
@@ -282,6 +283,15 @@ def test_records_of_the_other_kind_are_not_mixed(photo, run):
     status, _, err = run("generate", "--config-from", "captions.png", "-o", "a.png")
     assert status == 1 and "captions.png records no prompt" in err
     assert not Path("a.png").exists()
+
+
+@pytest.mark.parametrize("words", [("--mask-out", "mask.png"), ("--grid", "grid.png"), ("--composite",)])
+def test_options_between_captions_are_refused_where_an_instruction_was_recorded(photo, run, no_work, words):
+    told = {"prompt": "Make it red", "model": "tiny-joyimage", "pipeline": "JoyImageEditPipeline"}
+    images.save_png(Image.new("RGB", (8, 8)), "told.png", told)
+    status, out, err = run("edit", photo, "--config-from", "told.png", *words, "-q")
+    refused = f"joyedit: error: {words[0]} is for --source and --target, not for an instruction\n"
+    assert (status, out, err) == (1, "", refused)
 
 
 @pytest.mark.parametrize("existing", ["out.png", "mask.png", "grid.jpg"])

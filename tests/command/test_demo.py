@@ -67,7 +67,7 @@ def test_files(folder):
         said = [edit[key] for key in ("instruction", "source", "target") if key in edit]
         assert [found[key] for key in ("prompt", "source_prompt", "target_prompt") if key in found] == said
         assert found["seed"] == edit["seed"] and found["model"] == f"tiny-{system}"
-        assert found | layouts.made_for(found["model"]).call == found
+        assert found | layouts.read_made_for(found["model"]).call == found
 
 
 def test_masks_and_films(folder):
@@ -105,7 +105,7 @@ def test_the_page_shows_every_picture(folder):
 
 @pytest.mark.parametrize(("system", "edit"), EDITS)
 def test_the_scenes_are_of_the_world_that_the_models_know(system, edit):
-    world = layouts.made_for(f"tiny-{system}").world
+    world = layouts.read_made_for(f"tiny-{system}").world
     assert not world.unknown(edit[key] for key in ("instruction", "source", "target") if key in edit)
     pipe = layouts.load(f"tiny-{system}", device="cpu")
     with Image.open(demo.SCENES / f"{system}-{edit['name']}.png") as picture:

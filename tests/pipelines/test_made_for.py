@@ -1,6 +1,7 @@
 """What a small checkpoint says of its use, and what the command line makes of it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -136,20 +137,20 @@ def test_the_round_trip_is_that_of_the_autoencoder(desk, name):
 
 
 def test_it_survives_loading_and_saving(desk, run):
-    said = {**SAID, "basesize": 48}
+    said = {**SAID, "world": {**WORLD, "later": 1}, "basesize": 48, "later": [2]}
     say("joyimage", said)
     pipe = joyedit.load("joyimage", device="cpu")
-    assert pipe.made_for == said
+    assert pipe.made_for == MadeFor.from_dict(said) and pipe.made_for.to_dict() == said
     pipe.save_pretrained("again")
     assert json.loads(Path("again/model_index.json").read_text())["made_for"] == said
     assert run("convert", "again", "converted", "-q")[0] == 0
-    assert layouts.made_for("converted") == MadeFor.from_dict(said)
+    assert layouts.read_made_for("converted") == MadeFor.from_dict(said)
     lines = info.describe("converted").lines()
     assert "made for: drawn things" in lines and "basesize: 48" in lines
     assert "made_for" in run("convert", "again", "original", "--to", "original")[2]
-    assert joyedit.load("diffedit", device="cpu").made_for == {}
-    assert layouts.made_for("diffedit") == MadeFor()
-    assert layouts.made_for("diffedit/unet/diffusion_pytorch_model.safetensors") == MadeFor()
+    assert joyedit.load("diffedit", device="cpu").made_for == MadeFor()
+    assert layouts.read_made_for("diffedit") == MadeFor()
+    assert layouts.read_made_for("diffedit/unet/diffusion_pytorch_model.safetensors") == MadeFor()
 
 
 def test_diffusers_opens_such_a_folder(desk):
@@ -179,7 +180,10 @@ def test_a_damaged_entry_is_one_line_before_work(desk, run, no_work, said, messa
     say("joyimage", said)
     status, out, err = run("edit", "photo.png", "x", "-m", "joyimage")
     assert (status, out) == (1, "") and err.count("\n") == 1
-    assert f"joyimage/model_index.json: {'' if 'made_for' in message else 'made_for: '}{message}" in err
+    wanted = f"joyimage/model_index.json: {'' if 'made_for' in message else 'made_for: '}{message}"
+    assert wanted in err
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        joyedit.JoyImageEditPipeline.from_pretrained("joyimage")
 
 
 def test_words():

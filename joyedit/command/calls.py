@@ -1,0 +1,41 @@
+"""From the arguments of a command to those of a function: of a loader, or of a pipeline's call.
+
+What the user did not say is None among the arguments, and is left out of the call: the function's own
+defaults then hold.
+"""
+
+import argparse
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+# What the call of every pipeline takes, whatever the system.
+EVERY_CALL = ("negative_prompt", "num_inference_steps", "guidance_scale")
+
+
+def said(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of `names` that say something, with their values."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def spelt(args: argparse.Namespace, options: Mapping[str, str]) -> list[str]:
+    """Those of `options`, argument -> its spelling, that say something, as they are spelt."""
+    return [options[name] for name in said(args, options)]
+
+
+def in_effect(function: Callable[..., Any], call: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What `function` works with for each of `names`, when called with `call`: its default where that is
+    silent."""
+    parameters = inspect.signature(function).parameters
+    return {name: call.get(name, parameters[name].default) for name in names}
+
+
+def origin_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Where the files of a Hub repository come from."""
+    return {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Where a checkpoint's files come from, as `joyedit.load` takes it."""
+    options = {**origin_options(args), "variant": args.variant}
+    return {name: value for name, value in options.items() if value is not None}

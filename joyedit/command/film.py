@@ -1,0 +1,186 @@
+"""An edit by instruction that is the last frame of a film: ChronoEdit."""
+
+import argparse
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from joyedit.command.calls import EVERY_CALL, said, spelt
+from joyedit.command.captions import TEXTS as CAPTIONS
+from joyedit.command.instruction import UNTOLD
+from joyedit.command.photos import resized
+from joyedit.command.results import Frames
+from joyedit.command.values import count, finite, positive
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from joyedit.pipelines.made_for import MadeFor
+
+log = logging.getLogger("joyedit")
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webp")
+FRAMES, REASONING_FRAMES = 5, 29  # the lengths of films that it was trained on
+FPS, MOST_FPS = 16, 1000
+PRESETS = {None: (50, 5.0), "distill": (8, 1.0)}  # steps and guidance that it takes by itself
+
+
+class Film:
+    """See `systems.System`."""
+
+    pipeline: str = "ChronoEditPipeline"
+    model: str = "tiny-chronoedit"
+    occasion: str = "with options of ChronoEdit"
+    commands: Sequence[str] = ("edit",)
+    texts: Sequence[str] = ("prompt",)
+    options: Mapping[str, str] = {
+        "num_frames": "--frames",
+        "num_temporal_reasoning_steps": "--reasoning-steps",
+        "preset": "--preset",
+        "video": "--video",
+        "fps": "--fps",
+    }
+    settings: Mapping[str, type | tuple[type, ...]] = {
+        "num_frames": int,
+        "num_temporal_reasoning_steps": int,
+        "preset": str,
+        "fps": (int, float),
+    }
+    files: Sequence[str] = ("video",)
+    usage: str = "joyedit edit PHOTO INSTRUCTION"
+    untold: str = UNTOLD
+    foreign: str = (
+        "{model} makes no film: {option} is for ChronoEdit, as in --model nvidia/ChronoEdit-14B-Diffusers, "
+        "or tiny-chronoedit"
+    )
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument_group("for ChronoEdit, whose edit is the last frame of a film").add_argument
+        add(
+            "--frames",
+            type=positive,
+            metavar="N",
+            dest="num_frames",
+            help=f"with --reasoning-steps: length of the film, 1 + 4 k; default {REASONING_FRAMES}, "
+            f"and {FRAMES} without",
+        )
+        add(
+            "--reasoning-steps",
+            type=count,
+            metavar="K",
+            dest="num_temporal_reasoning_steps",
+            help="denoise the whole film for K steps, then its first and last frame alone; as many as "
+            "--steps: all of it to the end",
+        )
+        add(
+            "--video",
+            metavar="FILE",
+            help=f"write the film too: {', '.join(VIDEO_SUFFIXES)}, or without a suffix a folder of PNG "
+            "files; all but the last two need `pip install joyedit[video]`",
+        )
+        add("--fps", type=finite, metavar="F", help=f"frames per second of the film, default {FPS}")
+        add(
+            "--preset",
+            choices=tuple(filter(None, PRESETS)),
+            help="8 steps without guidance, with the adapter in lora/ of the checkpoint",
+        )
+
+    def is_meant(self, args: argparse.Namespace) -> bool:
+        return bool(said(args, self.options))
+
+    def misuse(self, args: argparse.Namespace) -> str | None:
+        if said(args, CAPTIONS) and (options := spelt(args, self.options)):
+            return f"{options[0]} is for ChronoEdit, which takes an instruction, not --source and --target"
+        if args.video is not None and Path(args.video).suffix.lower() not in ("", *VIDEO_SUFFIXES):
+            known = ", ".join(VIDEO_SUFFIXES)
+            ends = f"does not end in {known}, or in nothing for a folder of PNG files"
+            return f"argument --video: {args.video!r} {ends}"
+        if args.fps is not None and args.video is None:
+            return "--fps is for the film that --video names"
+        return None
+
+    def contradiction(self, args: argparse.Namespace) -> str | None:
+        frames, reasoning, preset = args.num_frames, args.num_temporal_reasoning_steps, args.preset
+        typed = {"--steps": args.num_inference_steps, "--guidance-scale": args.guidance_scale}
+        for (option, value), usual in zip(typed.items(), PRESETS[None], strict=True):
+            if preset is not None and value == usual:  # the pipeline cannot tell it from its default
+                return f"{option} {value:g} is what --preset {preset} replaces: leave out one of them"
+        steps = args.num_inference_steps or PRESETS.get(preset, PRESETS[None])[0]
+        if frames is not None and frames != FRAMES and reasoning is None:
+            return (
+                f"--frames {frames} is for --reasoning-steps: without temporal reasoning there are {FRAMES}"
+            )
+        if reasoning is not None and reasoning > steps:
+            return f"--reasoning-steps {reasoning} is above the {steps} steps that there are (--steps)"
+        if args.fps is not None and not 0 < args.fps <= MOST_FPS:
+            return f"--fps {args.fps:g} is not above 0, and at most {MOST_FPS}"
+        return None
+
+    def replaced(self, args: argparse.Namespace, source: Mapping[str, Any]) -> Collection[str]:
+        """A preset brings its own steps and guidance, and a film with reasoning its own length."""
+        names = set() if args.preset is None else {"num_inference_steps", "guidance_scale"}
+        reasoning = "num_temporal_reasoning_steps"
+        if getattr(args, reasoning) is not None and source.get(reasoning) is None:
+            names.add("num_frames")
+        return names
+
+    def prepare(self, photo: "Image", args: argparse.Namespace, made_for: "MadeFor") -> "Image":
+        """The photograph in the size that is asked for, or else in that which the model was made for: without
+        a basesize that of ChronoEdit's own examples, which resize it as here."""
+        import PIL.Image
+
+        from joyedit.media.images import STRETCH, size_of_area, stretch
+
+        height, width = args.height, args.width
+        if height is None:
+            side = args.basesize or made_for.basesize
+            area = {} if side is None else {"area": side**2}
+            height, width = size_of_area(photo.height, photo.width, **area)
+        copy = resized(photo, (width, height), PIL.Image.Resampling.BICUBIC)
+        if stretch((photo.height, photo.width), (height, width)) > STRETCH:
+            log.warning("this stretches the photograph: without --height and --width it keeps its shape")
+        return copy
+
+    def call(self, pipe: Any, photo: "Image | None", args: argparse.Namespace) -> dict[str, Any]:
+        assert photo is not None
+        reasoning = args.num_temporal_reasoning_steps is not None
+        names = (*self.texts, *EVERY_CALL, "num_frames", "num_temporal_reasoning_steps")
+        return {
+            "num_frames": REASONING_FRAMES if reasoning else FRAMES,
+            "enable_temporal_reasoning": reasoning,
+            **said(args, names),
+            "image": photo,
+            "height": photo.height,
+            "width": photo.width,
+        }
+
+    def seen(self, pipe: Any, call: Mapping[str, Any]) -> "Image":
+        return call["image"]
+
+    def run(
+        self, pipe: Any, call: Mapping[str, Any], seeds: Sequence[int], args: argparse.Namespace
+    ) -> list[dict[str, Any]]:
+        """For each seed the edit, which is the last frame, and where it is asked for the film."""
+        import torch
+
+        films = pipe(
+            **call,
+            num_videos_per_prompt=len(seeds),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            output_type="pil",
+            only_last_frame=not args.video,
+        ).frames
+        fps = args.fps or FPS
+        return [{"output": frames[-1], "video": Frames(frames, fps)} for frames in films]
+
+    def facts(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+        """Steps and guidance are the pipeline's: a preset has other defaults than its call."""
+        return {
+            "num_inference_steps": pipe.num_timesteps,
+            "guidance_scale": pipe.guidance_scale,
+            "num_frames": call.get("num_frames"),
+            "num_temporal_reasoning_steps": call.get("num_temporal_reasoning_steps"),
+            "preset": args.preset,
+            "fps": args.fps,
+        }

@@ -1,0 +1,145 @@
+"""What an image records of its making, and what `--config-from` takes over of it.
+
+The record is JSON in the PNG (`media/images.py`). Its names are those of the arguments; what is the same for
+all systems stands here, and what one alone knows in its own file.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from joyedit import __version__
+from joyedit.command.calls import origin_options, said
+from joyedit.command.photos import Photo
+from joyedit.command.systems import SYSTEMS, System, system_of
+from joyedit.pipelines.made_for import CALL
+
+log = logging.getLogger("joyedit")
+
+# What is taken over, whatever the system: arguments, and their types in JSON.
+REPEATED: dict[str, type | tuple[type, ...]] = {
+    "negative_prompt": CALL["negative_prompt"],
+    "seed": int,
+    "num_inference_steps": CALL["num_inference_steps"],
+    "guidance_scale": CALL["guidance_scale"],
+    "lora": str,
+    "lora_scale": (int, float),
+    "height": int,
+    "width": int,
+    "basesize": int,
+    "model": str,
+    "revision": str,
+    "variant": str,
+    "parts": dict,
+    "dtype": str,
+    "device": str,
+    "prediction_type": str,
+    "reference_quirks": bool,
+}
+
+
+def facts_of_run(
+    args: argparse.Namespace, system: System, pipe: Any, call: dict[str, Any], photo: Photo | None
+) -> dict[str, Any]:
+    """What the image's metadata says about the run; the first part is what `--config-from` repeats."""
+    import torch
+
+    from joyedit.checkpoints.hub import Origin
+    from joyedit.loading.layouts import BUILT_IN
+
+    revision = None
+    if args.model not in BUILT_IN and not Path(args.model).exists():
+        revision = Origin(args.model, args.revision, cache_dir=args.cache_dir, local_files_only=True).commit
+    repeated = {
+        **{name: getattr(args, name) for name in system.texts},
+        "negative_prompt": args.negative_prompt,
+        **system.facts(pipe, call, args),
+        "basesize": args.basesize,
+        "model": args.model,
+        "revision": revision,
+        "variant": args.variant,
+        "parts": args.parts,
+        "lora": args.lora,
+        "lora_scale": args.lora_scale,
+        "dtype": args.dtype or "auto",
+        "device": pipe.device.type,
+        "prediction_type": args.prediction_type,
+        "reference_quirks": bool(args.reference_quirks),
+    }
+    circumstances = {
+        "input": None if photo is None else photo.facts,
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "weights_dtype": str(pipe.dtype).removeprefix("torch."),
+        "offload": args.offload,
+        "version": __version__,
+        "torch": torch.__version__,
+    }
+    return {name: value for name, value in (repeated | circumstances).items() if value is not None}
+
+
+def fill_from_image(args: argparse.Namespace, photo: Photo | None) -> None:
+    """Take over what `args.config_from` records, where the command line says nothing itself.
+
+    Raises ValueError for a file without such a record, or with one that is damaged.
+    """
+    from joyedit.media.images import read_metadata
+    from joyedit.pipelines.pipeline import accelerator_device
+
+    recorded = read_metadata(args.config_from)
+    kinds = kinds_taken_over(args, recorded)
+    before = recorded.get("input", {})
+    if not isinstance(before, dict):
+        raise ValueError(f"{args.config_from}: the recorded input is damaged: {before!r}")
+    if before.get("sha256") != (None if photo is None else photo.facts["sha256"]):
+        name = before.get("name", "none")
+        log.warning("%s was made from another photograph (%s): expect another result", args.config_from, name)
+        kinds = without(kinds, ("height", "width"))  # the shape of the photograph at hand decides
+    for name, kind in kinds.items():
+        value = recorded.get(name)
+        if value is None or getattr(args, name) is not None:
+            continue
+        if not isinstance(value, kind):
+            raise ValueError(f"{args.config_from}: the recorded {name} is damaged: {value!r}")
+        if name == "device" and value not in ("cpu", getattr(accelerator_device(), "type", "cpu")):
+            log.warning("the recorded device (%s) is not here: the result will differ by rounding", value)
+            continue
+        setattr(args, name, value)
+    if all(len(said(args, system.texts)) < len(system.texts) for system in SYSTEMS):
+        raise ValueError(f"{args.config_from} records no prompt: give one")
+
+
+def kinds_taken_over(
+    args: argparse.Namespace, recorded: dict[str, Any]
+) -> dict[str, type | tuple[type, ...]]:
+    """The arguments that the record may fill, and their types: not what no longer fits what is said."""
+    kinds = dict(REPEATED)
+    told = [system for system in SYSTEMS if said(args, system.texts)]
+    for system in told or SYSTEMS:
+        if args.command in system.commands:
+            kinds |= {**dict.fromkeys(system.texts, str), **system.settings}
+    for system in SYSTEMS:
+        kinds = without(kinds, system.replaced(args, recorded))
+    if args.model is None:
+        return kinds
+    return without(kinds, belonging_to_the_recorded_model(args, recorded))
+
+
+def belonging_to_the_recorded_model(args: argparse.Namespace, recorded: dict[str, Any]) -> list[str]:
+    """Arguments that say nothing to the model that is named instead."""
+    from joyedit.loading.layouts import pipeline_name
+
+    names = ["revision", "variant", "parts", "prediction_type"]
+    maker, lora = recorded.get("pipeline"), recorded.get("lora")
+    system = system_of(maker)
+    own = [] if system is None else [*system.settings]
+    if (own or lora is not None) and maker != pipeline_name(args.model, **origin_options(args)):
+        names += [*own, "lora", "lora_scale"]
+        if lora is not None and args.lora is None:
+            log.warning("the recorded adapter (%s) is for a %s: it is left out", lora, maker)
+    return names
+
+
+def without(kinds: dict[str, Any], names: Any) -> dict[str, Any]:
+    return {name: kind for name, kind in kinds.items() if name not in names}
