@@ -5,11 +5,13 @@ Nothing heavy is imported here, so `--help`, `--version` and a misspelt option a
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from joyedit import __version__
+from joyedit.checkpoints.places import expanded
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
 from joyedit.command.values import finite, pixels, positive, seed_number
@@ -52,10 +54,17 @@ def misuse(args: argparse.Namespace) -> str | None:
         if name == "video":  # no picture: its system knows what it may be
             continue
         path = getattr(args, name)
-        folder = name == "output" and path and Path(path).is_dir()
-        if path and not folder and not path.lower().endswith(OUTPUT_SUFFIXES):
-            option = "-o/--output" if name == "output" else f"--{name.replace('_', '-')}"
+        if not path:
+            continue
+        option = "-o/--output" if name == "output" else f"--{name.replace('_', '-')}"
+        try:
+            folder = name == "output" and os.path.isdir(expanded(path))  # `is_dir` raises for long names
+        except ValueError as error:
+            return f"argument {option}: {error}"
+        if not folder and Path(path).suffix.lower() not in OUTPUT_SUFFIXES:
             choice = "is neither a folder nor ends" if name == "output" else "does not end"
+            if Path(path).name.lower() in OUTPUT_SUFFIXES:
+                choice = "has no name before its ending: a file's name ends"
             return f"argument {option}: {path!r} {choice} in {', '.join(OUTPUT_SUFFIXES)}"
     return None
 

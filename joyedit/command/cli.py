@@ -2,7 +2,8 @@
 
 The paths of what was made are all that goes to standard output; log, progress and errors go to standard
 error. A run ends with 0, with 2 for arguments that are wrong in themselves, with 1 and one line for what else
-is known to go wrong (`-v` adds the traceback), and with 130 after Ctrl-C, which leaves no file behind.
+is known to go wrong (`-v` adds the traceback), and with 128 and the signal's number after Ctrl-C (130) and
+other signals that end a process, which leave no file behind. What cannot be printed is written all the same.
 
 Nothing heavy is imported before the arguments are read, so `--help`, `--version` and a misspelt option are
 quick. What the user did not say is what the checkpoint was made for (`pipelines/made_for.py`), if it says so;
@@ -11,14 +12,19 @@ else it stays None down to the pipeline, whose own defaults then hold.
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from joyedit.checkpoints.places import expanded
 from joyedit.command import convert as conversion
 from joyedit.command.arguments import parse
 from joyedit.command.calls import source_options
@@ -32,12 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; wrong arguments raise SystemExit(2)."""
     commands = {"edit": edit, "generate": edit, "demo": demo, "convert": convert, "info": info}
     args = parse(argv, commands)
-    with log_to_stderr(args.verbosity):
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the console has no letters for
+    with log_to_stderr(args.verbosity), signals_raise():
         try:
             args.run(args)
         except KeyboardInterrupt:
             print("joyedit: interrupted", file=sys.stderr)
-            return 130
+            return 128 + signal.SIGINT
+        except Ended as error:
+            print(f"joyedit: ended by {error.number.name}", file=sys.stderr)
+            return 128 + error.number
         except BrokenPipeError:  # the reader of our output went away, as in `joyedit info | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
@@ -50,6 +61,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"joyedit: error: {message}", file=sys.stderr)
             return 1
     return 0
+
+
+class Ended(BaseException):
+    """A signal asks the process to end."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """Signals that would end the process at once end it as Ctrl-C does, and nothing is left behind."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Ended(signal.Signals(number))
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def known_error(error: Exception) -> str | None:
@@ -79,9 +118,15 @@ def log_to_stderr(verbosity: int) -> Iterator[None]:
 
 
 def edit(args: argparse.Namespace) -> None:
-    """Edit a photograph; without one, generate."""
+    """Edit a photograph; without one, generate. All results are written, whatever becomes of the output."""
+    unprinted = None
     for paths in make(args):
-        print(*paths, sep="\n", flush=True)
+        try:
+            print(*paths, sep="\n", flush=True)
+        except (OSError, ValueError) as error:  # the reader went away; the output was closed
+            unprinted = unprinted or error
+    if unprinted is not None:
+        raise unprinted
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -89,7 +134,7 @@ def demo(args: argparse.Namespace) -> None:
     from joyedit.command.demo import run
 
     disable = {-1: True, 0: None}.get(args.verbosity, False)
-    print(run(Path(args.out).expanduser(), force=args.force, disable_progress=disable), flush=True)
+    print(run(expanded(args.out), force=args.force, disable_progress=disable), flush=True)
 
 
 def convert(args: argparse.Namespace) -> None:

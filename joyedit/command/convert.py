@@ -1,12 +1,13 @@
 """`joyedit convert`: a checkpoint in another layout or dtype, whole or not at all."""
 
 import argparse
+import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from joyedit import __version__
+from joyedit.checkpoints.places import expanded
 from joyedit.command.calls import said, source_options
 from joyedit.command.results import existing_parent
 
@@ -17,50 +18,42 @@ if TYPE_CHECKING:
 def convert(args: argparse.Namespace) -> Path:
     """Write the checkpoint `args.source` to the folder `args.target` in another layout or dtype; that folder.
 
-    It has a temporary name until it is whole. With --force it takes the place of a checkpoint, but never of a
-    folder that holds something else.
+    It is elsewhere until it is whole. With --force it takes the place of a checkpoint, but never of a folder
+    that holds something else, even if that appeared while the checkpoint was read.
     """
+    from joyedit.checkpoints.replacing import replacing_folder
     from joyedit.command.info import describe
     from joyedit.loading.layouts import load, save_checkpoint
 
-    target = Path(args.target).expanduser()
-    refuse_target(target, Path(args.source), args.force)
+    target = expanded(args.target)
+    if target.is_dir():
+        target = target.resolve()  # of a link to a folder, the folder is replaced
+    refuse_target(target, expanded(args.source), args.force)
     options = source_options(args)
     checkpoint = describe(args.source, **options)
     refuse_full_disk(target, checkpoint, args.dtype)
     options |= said(args, ("dtype", "prediction_type"))
     pipe = load(args.source, device="cpu", **options, **(args.parts or {}))
-    local = Path(args.source).expanduser().exists()
+    local = expanded(args.source).exists()
     provenance = {
         "joyedit.version": __version__,
-        "joyedit.source": Path(args.source).resolve().name if local else args.source,
+        "joyedit.source": expanded(args.source).resolve().name if local else args.source,
         "joyedit.source_revision": checkpoint.revision or "",
         "license": checkpoint.licence,
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        made, replaced = Path(temporary) / "made", Path(temporary) / "replaced"
+    with replacing_folder(target, refuse_other_than_checkpoint if args.force else None) as made:
         save_checkpoint(pipe, made, args.to, metadata=provenance)
-        if not target.exists():
-            made.rename(target)
-        else:
-            target.rename(replaced)
-            try:
-                made.rename(target)
-            except BaseException:
-                replaced.rename(target)
-                raise
     return target
 
 
 def refuse_target(target: Path, source: Path, force: bool) -> None:
-    from joyedit.checkpoints.hub import Origin
-    from joyedit.loading.layouts import WEIGHT_SUFFIXES, layout_of
+    from joyedit.checkpoints.hub import WEIGHT_SUFFIXES
 
     if target.suffix in WEIGHT_SUFFIXES:
         raise ValueError(f"{target} looks like a file: DST is a folder")
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file: DST is a folder")
+    if os.path.lexists(target) and not target.is_dir():
+        kind = "file" if target.exists() else "link to nothing"
+        raise NotADirectoryError(f"{target} is a {kind}: DST is a folder")
     if source.exists():
         inner, outer = sorted((source.resolve(), target.resolve()), key=lambda p: len(p.parts), reverse=True)
         if inner.is_relative_to(outer):
@@ -68,12 +61,20 @@ def refuse_target(target: Path, source: Path, force: bool) -> None:
     if target.exists() and any(target.iterdir()):
         if not force:
             raise FileExistsError(f"{target} exists and is not empty: pass --force to replace it")
-        try:
-            layout_of(str(target), Origin(str(target)).listing())
-        except ValueError:
-            raise FileExistsError(
-                f"{target} exists and is no checkpoint: --force does not replace it"
-            ) from None
+        refuse_other_than_checkpoint(target)
+
+
+def refuse_other_than_checkpoint(folder: Path) -> None:
+    """Raises FileExistsError for a folder that is no checkpoint, or that holds something beside it."""
+    from joyedit.checkpoints.hub import Origin
+    from joyedit.loading.layouts import layout_of
+    from joyedit.loading.own_files import refuse_strangers
+
+    try:
+        layout = layout_of(str(folder), Origin(str(folder)).listing())
+    except ValueError:
+        raise FileExistsError(f"{folder} exists and is no checkpoint: --force does not replace it") from None
+    refuse_strangers(folder, layout)
 
 
 def refuse_full_disk(target: Path, checkpoint: "Checkpoint", dtype: str | None) -> None:

@@ -9,7 +9,6 @@ for rounding.
 A result is a PNG that carries its parameters, as those of `joyedit edit` do.
 """
 
-import contextlib
 import hashlib
 import logging
 import shutil
@@ -25,7 +24,7 @@ from PIL.Image import Image, Resampling
 from tqdm.auto import tqdm
 
 from joyedit.checkpoints.json_files import read_json
-from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.replacing import replacing_all
 from joyedit.command.results import refuse_files
 from joyedit.loading.layouts import ASSETS, load
 from joyedit.media.images import save_png
@@ -75,19 +74,22 @@ def run(folder: Path, *, force: bool = False, disable_progress: bool | None = No
             for edit in plan[system]:
                 made[system].append(EDITORS[system](pipe, edit))
                 bar.update()
-    with contextlib.ExitStack() as together:
-        for system, edits in made.items():
-            for one in edits:
-                for path, result in zip(paths[system, one.edit["name"]], one.results, strict=True):
-                    temporary = together.enter_context(replacing(path))
-                    if path.name.endswith("-input.png"):  # the same bytes, by which the result names it
-                        shutil.copyfile(_path(one.edit, system), temporary)
-                    elif path.suffix == ".png":
-                        metadata = one.metadata if path.name.endswith("-result.png") else None
-                        save_png(result, temporary, metadata, force=True)
-                    else:
-                        export_to_webp(result, temporary, fps=FPS)
-        save_png(draw_page(made), together.enter_context(replacing(page)), force=True)
+    results = [
+        (system, one, path, result)
+        for system, edits in made.items()
+        for one in edits
+        for path, result in zip(paths[system, one.edit["name"]], one.results, strict=True)
+    ]
+    with replacing_all([*(path for *_, path, _ in results), page], force=force) as temporaries:
+        for (system, one, path, result), temporary in zip(results, temporaries, strict=False):
+            if path.name.endswith("-input.png"):  # the same bytes, by which the result names it
+                shutil.copyfile(_path(one.edit, system), temporary)
+            elif path.suffix == ".png":
+                metadata = one.metadata if path.name.endswith("-result.png") else None
+                save_png(result, temporary, metadata, force=True)
+            else:
+                export_to_webp(result, temporary, fps=FPS)
+        save_png(draw_page(made), temporaries[-1], force=True)
     log.info("the inputs, results and films behind it are beside it")
     return page
 

@@ -25,6 +25,7 @@ from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.network import AUTO_BF16_BYTES, Network, build_on_meta
 from joyedit.checkpoints.options import parse_dtype
+from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.tensor_files import TensorFiles, safetensors_header
 from joyedit.convert.table import plan_conversion
 from joyedit.loading.layouts import (
@@ -147,7 +148,7 @@ def describe(
     """What the folder, weight file or Hub repository `name` holds; names and errors as in `joyedit.load`."""
     if (place := place_of(name)) != name:
         return dataclasses.replace(describe(place), name=name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return describe_file(path)
     source = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}

@@ -4,16 +4,18 @@ A result is "output", the image that says how it was made, "video", Frames for a
 another image. Nothing heavy is imported before there is something to write.
 """
 
-import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+from joyedit.checkpoints.places import expanded
+
 log = logging.getLogger("joyedit")
 
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+LONGEST_NAME = 255  # bytes, on all file systems in use
 
 
 class Frames(NamedTuple):
@@ -24,17 +26,24 @@ class Frames(NamedTuple):
 
 
 def output_paths(output: str | None, photo: str | None, seeds: list[int]) -> list[Path]:
-    """One path per seed: `output` itself for a single image, otherwise with the seed in its name."""
-    chosen = Path(output or "").expanduser()
+    """One path per seed: `output` itself for a single image, otherwise with the seed in its name. Without
+    `output` the photograph's name is part of it, as far as there is room."""
+    chosen = expanded(output or "")
     if output is None or chosen.is_dir():
-        stem = "generated" if photo is None else f"{PurePath(photo).stem}-edit"
-        return [chosen / f"{stem}-{seed}.png" for seed in seeds]
+        ends = [f"-{seed}.png" if photo is None else f"-edit-{seed}.png" for seed in seeds]
+        stem = "generated" if photo is None else PurePath(photo).stem
+        return [chosen / f"{shortened(stem, LONGEST_NAME - len(end))}{end}" for end in ends]
     return numbered(chosen, seeds)
+
+
+def shortened(name: str, length: int) -> str:
+    """The beginning of a name that takes at most `length` bytes."""
+    return os.fsencode(name)[:length].decode(errors="ignore") if len(os.fsencode(name)) > length else name
 
 
 def numbered(path: Path, seeds: list[int]) -> list[Path]:
     """`path` itself for one seed, otherwise one path for each with the seed in its name."""
-    path = path.expanduser()
+    path = expanded(path)
     if len(seeds) == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{seed}{path.suffix}") for seed in seeds]
@@ -54,7 +63,7 @@ def refuse_files(files: Mapping[str, Sequence[Path]], force: bool) -> None:
         frames = path in files.get("video", ()) and not path.suffix and path.is_dir()
         if path.is_dir() and not frames:
             raise IsADirectoryError(f"{path} is a folder")
-        if path.exists() and not force and not (frames and not any(path.iterdir())):
+        if os.path.lexists(path) and not force and not (frames and not any(path.iterdir())):
             raise FileExistsError(f"{path} exists: pass --force to replace it, or name another file")
         folder = existing_parent(path)
         if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -92,23 +101,25 @@ def write_results(
     The files appear together, or after Ctrl-C none; when only the film fails, the images do. metadata and the
     colour profile go into "output", if that is a PNG.
     """
-    from joyedit.checkpoints.replacing import replacing
+    from joyedit.checkpoints.replacing import replacing_all
     from joyedit.media.video import save_video
 
     refuse_files({name: [path] for name, path in paths.items()}, force)
     images = {name: path for name, path in paths.items() if name != "video"}
-    with contextlib.ExitStack() as together:
-        for name, path in images.items():
+    without_film = None
+    with replacing_all([*images.values()], force=force) as temporaries:
+        for (name, path), temporary in zip(images.items(), temporaries, strict=True):
             carried = (metadata, profile) if name == "output" else (None, None)
-            write_image(pictures[name], path, together.enter_context(replacing(path)), *carried)
-        try:
-            if "video" in paths:
-                film: Frames = pictures["video"]
+            write_image(pictures[name], path, temporary, *carried)
+        if "video" in paths:
+            film: Frames = pictures["video"]
+            try:
                 save_video(film.images, paths["video"], film.fps, force=force)
-        except Exception:
-            together.close()
-            log.warning("%s is written, but not the film", ", ".join(map(str, images.values())))
-            raise
+            except Exception as error:
+                without_film = error
+    if without_film is not None:
+        log.warning("%s is written, but not the film", ", ".join(map(str, images.values())))
+        raise without_film
 
 
 def write_image(
