@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from joyedit.checkpoints.network import Network, plan_folder
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming
-from joyedit.noise import Generators
 
 log = logging.getLogger("joyedit")
 
@@ -41,9 +40,7 @@ class Pipeline:
     callback_tensors: ClassVar[frozenset[str]] = frozenset()  # what callbacks may ask for
     quirk_names: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, reference_quirks: bool | Sequence[str] = False, **parts: Any):
-        for name, part in parts.items():
-            setattr(self, name, part)
+    def __init__(self, reference_quirks: bool | Sequence[str] = False):
         if isinstance(reference_quirks, str):
             reference_quirks = (reference_quirks,)
         self.quirks = self.quirk_names if reference_quirks is True else frozenset(reference_quirks or ())
@@ -87,9 +84,11 @@ class Pipeline:
         unknown arguments; all of it before a tensor is read.
         """
         check_offload(offload)
-        given = {name: options.pop(name) for name in cls.parts if name in options}
+        replacements = {name: options.pop(name) for name in cls.parts if name in options}
         parsed = LoadOptions.parse(options, also=(*cls.parts, "offload", "reference_quirks"))
-        pipe = cls.from_origin(Origin(str(name_or_path), **parsed.origin), parsed, given, reference_quirks)
+        pipe = cls.from_origin(
+            Origin(str(name_or_path), **parsed.origin), parsed, replacements, reference_quirks
+        )
         if offload != "none":
             pipe.set_offload(offload)
         return pipe
@@ -99,18 +98,18 @@ class Pipeline:
         cls,
         origin: Origin,
         options: LoadOptions,
-        given: Mapping[str, Any],
+        replacements: Mapping[str, Any],
         quirks: bool | Sequence[str] = False,
     ) -> Self:
-        """`from_pretrained` with its arguments sorted: `given` are the parts that are not loaded."""
-        for name, part in given.items():
+        """`from_pretrained` with its arguments sorted. replacements: the parts that are not loaded."""
+        for name, part in replacements.items():
             cls.check_part(name, part)
         classes, settings, index = {}, {}, {}
-        if set(cls.parts) - set(given):
+        if set(cls.parts) - set(replacements):
             index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
             if index.get("_class_name") not in {cls.__name__, *cls.relatives}:
                 raise ValueError(f"{origin.name} holds a {index.get('_class_name')}, not a {cls.__name__}")
-            listed = {name: _class_of(cls, name, index) for name in cls.parts if name not in given}
+            listed = {name: _class_of(cls, name, index) for name in cls.parts if name not in replacements}
             classes = {name: kind for name, kind in listed.items() if kind is not None}
             settings = {key: index[key] for key in cls.settings() if key in index}
         stems = {name: kind.weights_stem for name, kind in classes.items() if issubclass(kind, Network)}
@@ -130,10 +129,10 @@ class Pipeline:
                 planned[name] = plan_folder(kind, Origin(str(root)), name, chosen)
             else:
                 loaded[name] = kind.from_pretrained(root, subfolder=name)
-        configs = {name: part.config for name, part in given.items() if isinstance(part, Network)}
+        configs = {name: part.config for name, part in replacements.items() if isinstance(part, Network)}
         cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
         loaded |= {name: one.read() for name, one in planned.items()}
-        pipe = cls(**loaded, **given, **settings, reference_quirks=quirks)
+        pipe = cls(**loaded, **replacements, **settings, reference_quirks=quirks)
         pipe.made_for = index.get("made_for", {})
         return pipe
 
@@ -397,73 +396,6 @@ class MultiPipelineCallbacks:
         for callback in self.callbacks:
             callback_kwargs = callback(pipeline, step_index, timestep, callback_kwargs)
         return callback_kwargs
-
-
-class Text(NamedTuple):
-    """Prompts as a call gives them: positive and negative, each as words or embedded (B, L, D)."""
-
-    prompt: str | list[str] | None = None
-    negative: str | list[str] | None = None
-    embeds: Tensor | None = None
-    negative_embeds: Tensor | None = None
-
-    @property
-    def batch(self) -> int:
-        if self.embeds is not None:
-            return len(self.embeds)
-        return len(self.prompt) if isinstance(self.prompt, list) else 1
-
-    def check(self, name: str = "") -> None:
-        """Raises ValueError or TypeError when these do not fit together; `name` is the arguments' prefix."""
-        check_prompts(f"{name}prompt", self.prompt, f"{name}prompt_embeds", self.embeds)
-        if self.negative is not None and self.negative_embeds is not None:
-            raise ValueError(f"give {name}negative_prompt or {name}negative_prompt_embeds, not both")
-        check_text(f"{name}negative_prompt", self.negative)
-        if self.embeds is not None and self.negative_embeds is not None:
-            if self.embeds.shape != self.negative_embeds.shape:
-                shapes = f"{tuple(self.embeds.shape)} and {tuple(self.negative_embeds.shape)}"
-                raise ValueError(f"{name}prompt_embeds and its negatives differ in shape: {shapes}")
-
-
-def check_prompts(name: str, prompt: Any, embeds_name: str, embeds: Tensor | None) -> None:
-    """Raises ValueError unless exactly one is given, TypeError for a prompt that is no text or list of
-    texts."""
-    if (prompt is None) == (embeds is None):
-        raise ValueError(f"give exactly one of {name} and {embeds_name}")
-    check_text(name, prompt)
-
-
-def check_text(name: str, text: Any) -> None:
-    if text is not None and not isinstance(text, str):
-        if not isinstance(text, list) or not text or not all(isinstance(t, str) for t in text):
-            raise TypeError(f"{name} must be a string or a non-empty list of strings, not {text!r}")
-
-
-def as_list(text: str | list[str] | None, batch: int, name: str) -> list[str]:
-    """One text for each of `batch` prompts. Raises ValueError for a list of another length."""
-    texts = text if isinstance(text, list) else [text or ""] * batch
-    if len(texts) != batch:
-        raise ValueError(f"{name} is a list of {len(texts)}, but there are {batch} prompts")
-    return texts
-
-
-def check_count(name: str, count: Any) -> int:
-    """Raises ValueError unless `count` is a positive integer."""
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}={count!r}: must be a positive integer")
-    return count
-
-
-def check_generators(generator: Any, count: int) -> Generators:
-    """Raises TypeError for what is no generator, ValueError for a list without one for each of `count`
-    images."""
-    listed = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
-    for one in listed:
-        if not isinstance(one, torch.Generator):
-            raise TypeError(f"generator is, or holds, a {type(one).__name__}: must be a torch.Generator")
-    if listed is generator and len(listed) != count:
-        raise ValueError(f"generator is a list of {len(listed)}, but there are {count} images (one each)")
-    return listed[0] if listed and count == 1 else generator
 
 
 def check_offload(offload: str) -> None:
