@@ -128,7 +128,7 @@ def check_output_type(output_type: Any, kinds: Sequence[str] = OUTPUT_TYPES) -> 
         raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(kinds)}")
 
 
-def lora_scale(name: str, kwargs: Mapping[str, Any] | None) -> float | None:
+def adapter_scale(name: str, kwargs: Mapping[str, Any] | None) -> float | None:
     """What an argument {"scale": s} multiplies the adapters that are not fused with; None, if it says
     nothing of it. Raises ValueError for other keys, and for anything but a finite number."""
     if unknown := set(kwargs or {}) - {"scale"}:

@@ -41,6 +41,7 @@ from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.noise import Generators, draw_noise
 from joyedit.pipelines.checks import (
     Text,
+    adapter_scale,
     check_copies,
     check_count,
     check_generators,
@@ -48,7 +49,6 @@ from joyedit.pipelines.checks import (
     check_output_type,
     check_prompts,
     check_tensor,
-    lora_scale,
 )
 from joyedit.pipelines.chronoedit_frames import ENDS, FrameCoder, for_all
 from joyedit.pipelines.chronoedit_presets import (
@@ -84,13 +84,14 @@ EDIT_FRAMES, REASONING_FRAMES = 5, 29
 DEFAULT_FRAMES, DEFAULT_STEPS, DEFAULT_GUIDANCE = 81, 50, 5.0  # the reference's
 
 Picture = Image.Image | np.ndarray | Tensor
+Films = list[list[Image.Image]] | np.ndarray | Tensor
 
 
 class ChronoEditPipelineOutput(NamedTuple):
     """Films: (B, F, H, W, 3) for "np", (B, F, 3, H, W) for "pt", a list of lists for "pil", latents
     (B, C, T, h, w) for "latent". The edited picture is the last frame, `frames[0][-1]`."""
 
-    frames: list[list[Image.Image]] | np.ndarray | Tensor
+    frames: Films
 
 
 class ChronoEditPipeline(Pipeline):
@@ -370,7 +371,7 @@ class ChronoEditPipeline(Pipeline):
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
-                tensors: dict[str, Any] = {"latents": latents, "prompt_embeds": positive}
+                tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive}
                 tensors["negative_prompt_embeds"] = negative
                 returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
@@ -383,7 +384,7 @@ class ChronoEditPipeline(Pipeline):
                 bar.update()
         return latents
 
-    def _decode(self, latents: Tensor, output_type: str, only_last: bool) -> Any:
+    def _decode(self, latents: Tensor, output_type: str, only_last: bool) -> Films:
         """Latents (B, C, T, h, w) to the output type."""
         if output_type == "latent":
             return latents
@@ -449,7 +450,7 @@ class ChronoEditPipeline(Pipeline):
         return states[[distinct.index(text) for text in cleaned]]
 
     @torch.no_grad()
-    def encode_image(self, image: Any, device: torch.device | None = None) -> Tensor:
+    def encode_image(self, image: Picture | Sequence[Picture], device: torch.device | None = None) -> Tensor:
         """What CLIP sees of pictures: its last hidden state but one, (B, M, D)."""
         pixels = self.image_processor(image)["pixel_values"].to(self.device)
         if self._is_raw(image):
@@ -568,8 +569,8 @@ class ChronoEditPipeline(Pipeline):
         return report
 
     def _scale(self, attention_kwargs: Mapping[str, Any] | None) -> float | None:
-        """See `lora_scale`. Says so when there is nothing to multiply."""
-        scale = lora_scale("attention_kwargs", attention_kwargs)
+        """See `adapter_scale`. Says so when there is nothing to multiply."""
+        scale = adapter_scale("attention_kwargs", attention_kwargs)
         if scale is not None and not set(self.get_active_adapters()) - self.adapters.fused_loras:
             log.warning("attention_kwargs: scale=%g has no effect, no adapter is loaded and not fused", scale)
         return scale

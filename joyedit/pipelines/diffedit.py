@@ -40,11 +40,11 @@ from joyedit.models.sd_vae import AutoencoderKL
 from joyedit.noise import Generators
 from joyedit.pipelines.checks import (
     Text,
+    adapter_scale,
     check_copies,
     check_count,
     check_generators,
     check_output_type,
-    lora_scale,
 )
 from joyedit.pipelines.contrast import compare, heat_map, same_rows
 from joyedit.pipelines.diffedit_request import (
@@ -59,7 +59,7 @@ from joyedit.pipelines.diffedit_request import (
 )
 from joyedit.pipelines.pipeline import Pipeline
 from joyedit.pipelines.regularization import regularize
-from joyedit.pipelines.sd_latents import LatentCoder, draw
+from joyedit.pipelines.sd_latents import LatentCoder, draw, with_clean_level
 from joyedit.pipelines.sd_prompts import Embeds, PromptReader
 from joyedit.schedulers.ddim import DDIMInverseScheduler, DDIMScheduler, ddim_pair
 from joyedit.text.clip_tokenizer import CLIPTokenizer
@@ -78,11 +78,12 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 TIMESTEP_SETTINGS = ("num_train_timesteps", "timestep_spacing", "steps_offset")
 
 Picture = Image.Image | np.ndarray | Tensor
+Images = list[Image.Image] | np.ndarray | Tensor
 AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # step, timestep, latents -> the latents to go on with
 
 
 class StableDiffusionPipelineOutput(NamedTuple):
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: Images
     nsfw_content_detected: list[bool] | None
 
 
@@ -91,14 +92,14 @@ class DiffEditInversionPipelineOutput(NamedTuple):
     None."""
 
     latents: Tensor
-    images: list[Image.Image] | np.ndarray | Tensor | None
+    images: Images | None
 
 
 class DiffEditOutput(NamedTuple):
     """Of `edit`. mask (B, h, w) int64 of 0 and 1; heat_map (B, h, w) in [0, 1] that it was cut from, None for
     a mask that was given."""
 
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: Images
     nsfw_content_detected: list[bool] | None
     mask: np.ndarray
     heat_map: np.ndarray | None
@@ -229,7 +230,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         check_generators(generator, batch)
         pixels = self.coder.pixels(image, batch)
         check_picture(output_type, eta, composite, pixels)
-        scale = lora_scale("cross_attention_kwargs", cross_attention_kwargs)
+        scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
         contrast = mask_run(
             num_inference_steps,
             mask_encode_strength,
@@ -303,7 +304,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             source_prompt, source_negative_prompt, source_prompt_embeds, source_negative_prompt_embeds
         )
         batch = self.prompts.check_pair(target, source)
-        scale = lora_scale("cross_attention_kwargs", cross_attention_kwargs)
+        scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
         contrast = mask_run(
             num_inference_steps,
             mask_encode_strength,
@@ -392,7 +393,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         check_output_type(output_type, ("pil", "np", "pt"))
         generator = check_generators(generator, batch)
         pixels = self.coder.pixels(image, batch)
-        scale = lora_scale("cross_attention_kwargs", cross_attention_kwargs)
+        scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
         self.inverse_scheduler.set_timesteps(num_inference_steps)
         steps = self.inverse_scheduler.timesteps[:taken]
         self._interrupt = False
@@ -496,7 +497,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         check_picture(output_type, eta, composite, pixels)
         work = check_repaint(mask_image, image_latents, pixels, batch, taken, self.coder)
         check_start(latents, work.levels.shape[2:], batch, copies)
-        scale = lora_scale("cross_attention_kwargs", cross_attention_kwargs)
+        scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
         self.scheduler.set_timesteps(num_inference_steps)
         steps = self.scheduler.timesteps[num_inference_steps - taken :]
         self._interrupt = False
@@ -541,12 +542,12 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         levels, mask, pixels = work
         levels = levels.to(self.device, torch.float32)
         if levels.shape[1] == taken and LATE_BLEND not in self.quirks:
-            levels = self._complete(levels, pixels)
-        if pixels is not None:
-            whole = pixels.repeat(len(levels) // len(pixels), 1, 1, 1).repeat_interleave(copies, dim=0)
-            pixels = whole if composite else None
+            levels = with_clean_level(levels, None if pixels is None else self._encode(pixels, len(levels)))
+        photo = None
+        if composite and pixels is not None:
+            photo = pixels.repeat(len(levels) // len(pixels), 1, 1, 1).repeat_interleave(copies, dim=0)
         levels, mask = (x.to(self.device).repeat_interleave(copies, dim=0) for x in (levels, mask > 0))
-        return Repaint(levels, mask, pixels)
+        return Repaint(levels, mask, photo)
 
     def _finish(self, x: Tensor, work: Repaint, output_type: str) -> StableDiffusionPipelineOutput:
         """Latents (B, C, h, w) to the output type."""
@@ -581,18 +582,6 @@ class StableDiffusionDiffEditPipeline(Pipeline):
                 return ops.guide(cond, uncond, run.guidance_scale)
 
             yield predict
-
-    def _complete(self, levels: Tensor, pixels: Tensor | None) -> Tensor:
-        """Levels (B, T, C, h, w) that end above the clean one, with it added; without the photograph, each is
-        moved to where the reference blends it in."""
-        if pixels is not None:
-            clean = self._encode(pixels, len(levels))
-            return torch.cat((levels, clean[:, None]), dim=1)
-        log.warning(
-            "image_latents lack the clean level, or are of another run: what is outside the mask keeps a "
-            "little noise. Pass all that invert returns, or the photograph as image="
-        )
-        return torch.cat((levels[:, :1], levels), dim=1)
 
     @torch.no_grad()
     def encode_prompt(
@@ -648,7 +637,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
         self.textual_inversion.unload_textual_inversion(tokens)
 
-    def _adapters_scaled(self, scale: float | None) -> Any:
+    def _adapters_scaled(self, scale: float | None) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if scale is None else self.adapters.scaled(scale)
 
     def _encode(self, pixels: Tensor, batch: int, **how: Any) -> Tensor:

@@ -68,10 +68,11 @@ MISPAIRED_REFERENCES = "mispaired_references"
 DEFAULT_BASE = 1024
 
 Picture = Image.Image | np.ndarray | Tensor
+Images = list[Image.Image] | np.ndarray | Tensor
 
 
 class JoyImageEditPipelineOutput(NamedTuple):
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: Images
 
 
 class Group(NamedTuple):
@@ -296,8 +297,8 @@ class JoyImageEditPipeline(Pipeline):
         self.num_timesteps = len(steps)
         with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
             tokens = None if references is None else transformer.embed_image(references)
-            frames, *sides = transformer.token_grid(latents)
-            grid = (frames if references is None else 2 * frames, *sides)
+            frames, rows, columns = transformer.token_grid(latents)
+            grid = (frames if references is None else 2 * frames, rows, columns)
             rope = transformer.rope(grid, latents.device)
             modulation = transformer.embed_time(steps)  # (S, 6, D)
             cond = self._branch(positive, tokens)
@@ -361,7 +362,7 @@ class JoyImageEditPipeline(Pipeline):
             groups.append(Group(rows, txt, None if references is None else references[rows]))
         return groups
 
-    def _decode(self, latents: Tensor, output_type: str, enable_denormalization: bool) -> Any:
+    def _decode(self, latents: Tensor, output_type: str, enable_denormalization: bool) -> Images:
         """Latents (B, C, 1, h, w) to the output type."""
         if output_type == "latent":
             return latents[:, :, 0].float()

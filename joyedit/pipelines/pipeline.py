@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming
 
 log = logging.getLogger("joyedit")
+
+Part = TypeVar("Part", bound=Network)
 
 ADAPTED = ("transformer", "unet", "text_encoder")  # the prefixes of adapter files
 
@@ -287,7 +289,7 @@ class Pipeline:
         self.components["vae"].disable_tiling()
 
     @contextlib.contextmanager
-    def on_device(self, network: Network) -> Iterator[Any]:
+    def on_device(self, network: Part) -> Iterator[Part]:
         """The network, on the device that computes while the block runs."""
         if self._offload_device is None or BlockStreaming.is_attached(network):
             yield network
@@ -315,8 +317,13 @@ class Pipeline:
         self._interrupt = value
 
     def call_back(
-        self, callback: Callable | None, names: Sequence[str], step: int, timestep: Tensor, tensors: dict
-    ) -> dict:
+        self,
+        callback: Callable | None,
+        names: Sequence[str],
+        step: int,
+        timestep: Tensor,
+        tensors: dict[str, Tensor | None],
+    ) -> dict[str, Any]:
         """Run a step callback; the tensors it asked for, replaced by those it returned."""
         if callback is None:
             return tensors
@@ -328,12 +335,13 @@ class Pipeline:
                 f"the callback returned {sorted(unknown)}; only {sorted(tensors)} can be replaced"
             )
         for name, tensor in returned.items():
-            if tensor is tensors[name]:  # None as well, where a run has no such tensor
+            before = tensors[name]
+            if tensor is before:  # None as well, where a run has no such tensor
                 continue
-            if tensor is None or tensors[name] is None:
+            if tensor is None or before is None:
                 raise ValueError(f"the callback returned a {name} in place of none, or none in place of one")
-            if tensor.shape != tensors[name].shape:
-                shapes = f"{tuple(tensor.shape)}, wanted {tuple(tensors[name].shape)}"
+            if tensor.shape != before.shape:
+                shapes = f"{tuple(tensor.shape)}, wanted {tuple(before.shape)}"
                 raise ValueError(f"the callback returned {name} of shape {shapes}")
         return {**tensors, **returned}
 
