@@ -31,6 +31,7 @@ ADAPTED = ("transformer", "unet", "text_encoder")  # the prefixes of adapter fil
 class Pipeline:
     """Parts by name, and what users do with all of them at once.
 
+    A subclass lists its parts in `parts`, and assigns each in `__init__`, which checks its class.
     `reference_quirks`: True reproduces every listed defect of the reference, a collection of names only
     those. `made_for`: what a small checkpoint says of its use, see `made_for.py`; empty for others.
     """
