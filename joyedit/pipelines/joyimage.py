@@ -232,18 +232,8 @@ class JoyImageEditPipeline(Pipeline):
         self._interrupt = False
 
         prompts = self._read(request, max_sequence_length)
-        target, references = self.prepare_latents(
-            request.batch,
-            self.transformer.config.in_channels,
-            *request.size,
-            1,
-            prompts[0].embeds.dtype,
-            self.device,
-            request.generator,
-            latents,
-            request.pictures,
-            enable_denormalization,
-        )
+        dtype = prompts[0].embeds.dtype
+        target, references = self._start(request, latents, dtype, enable_denormalization)
         target = self._denoise(target, references, *prompts, callback=callback_on_step_end, names=names)
         result = self._decode(target[:, 0], output_type or "pil", enable_denormalization)
         return JoyImageEditPipelineOutput(result) if return_dict else (result,)
@@ -281,6 +271,23 @@ class JoyImageEditPipeline(Pipeline):
         read = iter(self._embed_prompts(request.unread, request.pictures, max_sequence_length))
         prompts = [known or next(read) for known in request.embedded]
         return [prompt.repeat(request.copies).to(self.device) for prompt in prompts]
+
+    def _start(
+        self, request: Request, latents: Tensor | None, dtype: torch.dtype, enable_denormalization: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Starting noise and encoded references of all images; see `prepare_latents`."""
+        return self.prepare_latents(
+            request.batch,
+            self.transformer.config.in_channels,
+            *request.size,
+            1,
+            dtype,
+            self.device,
+            request.generator,
+            latents,
+            request.pictures,
+            enable_denormalization,
+        )
 
     def _denoise(
         self,
