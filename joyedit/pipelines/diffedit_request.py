@@ -35,7 +35,7 @@ class MaskRun(NamedTuple):
 
 
 class Repaint(NamedTuple):
-    """The photographs, as a call came by them, and where to repaint them."""
+    """What is repainted where: the photographs' levels and masks, and their pixels if the call has them."""
 
     levels: Tensor  # (B, T or T + 1, C, h, w), noisiest first
     mask: Tensor  # (B, 1, h, w)
