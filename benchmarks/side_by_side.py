@@ -2,9 +2,8 @@
 
 The reference and ours run in one process, on the same weights, one after the other, several times; the ratio
 is the median of the pairwise ratios, which a busy machine disturbs least. Before anything is timed the two
-results are
-compared: a row whose results differ by more than its tolerance is not reported, the run ends with an
-exception.
+results are compared: a row whose results differ by more than its tolerance is not reported, the run ends with
+an exception.
 """
 
 import argparse

@@ -283,15 +283,15 @@ class UNet2DConditionModel(Network):
         dtype = ops.compute_dtype(self.dtype, sample.device)
         resnets = self.resnets()
         times = time.to(dtype).split([resnet.width for resnet in resnets], dim=1)
-        given = Conditions(dict(zip(resnets, times, strict=True)), context, batch)
+        conditions = Conditions(dict(zip(resnets, times, strict=True)), context, batch)
 
         x = self.conv_in(sample.to(dtype).contiguous(memory_format=self.layout))
         skips = [x]
         for block in self.down_blocks:
-            x = block(x, given, skips)
-        x = self.mid_block(x, given)
+            x = block(x, conditions, skips)
+        x = self.mid_block(x, conditions)
         for block in self.up_blocks:
-            x = block(x, given, skips)
+            x = block(x, conditions, skips)
         return self.conv_out(self.conv_norm_out(x)).to(sample.dtype).contiguous()
 
     @property
@@ -329,9 +329,9 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(follower(config, level) for _ in range(num_layers))
         self.downsamplers = nn.ModuleList([Downsample(widths[level])] if level < len(widths) - 1 else [])
 
-    def forward(self, x: Tensor, given: Conditions, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions, skips: list[Tensor]) -> Tensor:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(x, given), given)
+            x = attention(resnet(x, conditions), conditions)
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -346,9 +346,9 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(config, width, width) for _ in range(2))
         self.attentions = nn.ModuleList([Transformer2D(config, -1)])
 
-    def forward(self, x: Tensor, given: Conditions) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, given), given)
-        return self.resnets[1](x, given)
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, conditions), conditions)
+        return self.resnets[1](x, conditions)
 
 
 class UpBlock(nn.Module):
@@ -373,10 +373,10 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(follower(config, level) for _ in range(num_layers))
         self.upsamplers = nn.ModuleList([Upsample(width)] if level > 0 else [])
 
-    def forward(self, x: Tensor, given: Conditions, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions, skips: list[Tensor]) -> Tensor:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             x = torch.cat((x, repeat_to(skips.pop(), len(x))), dim=1)
-            x = attention(resnet(x, given), given)
+            x = attention(resnet(x, conditions), conditions)
         for upsampler in self.upsamplers:
             x = upsampler(x, skips[-1].shape[-2:])
         return x
@@ -396,9 +396,9 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv2d(out_dim, out_dim, 3, padding=1)
         self.conv_shortcut = Conv2d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
-    def forward(self, x: Tensor, given: Conditions) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """x (B, C, h, w) -> (B, C', h, w)."""
-        h = self.conv1(self.norm1(x)) + repeat_to(given.time[self], len(x))[:, :, None, None]
+        h = self.conv1(self.norm1(x)) + repeat_to(conditions.time[self], len(x))[:, :, None, None]
         return self.conv2(self.norm2(h)) + self.conv_shortcut(x)
 
 
@@ -416,13 +416,13 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = projection(width, width)
 
-    def forward(self, x: Tensor, given: Conditions) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         height = x.shape[2]
         tokens = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.transformer_blocks:
-            tokens = block(tokens, given)
+            tokens = block(tokens, conditions)
         out = rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=height)
-        return repeat_to(x, given.batch) + out  # in the memory format of x, which comes first
+        return repeat_to(x, conditions.batch) + out  # in the memory format of x, which comes first
 
 
 class NoTransformer(nn.Module):
@@ -431,7 +431,7 @@ class NoTransformer(nn.Module):
     def __init__(self, config: UNet2DConditionConfig, level: int):
         super().__init__()
 
-    def forward(self, x: Tensor, given: Conditions) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         return x
 
 
@@ -445,11 +445,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(width, eps=1e-5)
         self.ff = GEGLUFeedForward(width, 4 * width)
 
-    def forward(self, x: Tensor, given: Conditions) -> Tensor:
-        """x (B, N, D) -> (given.batch, N, D): here the branches part."""
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """x (B, N, D) -> (conditions.batch, N, D): here the branches part."""
         x = x + self.attn1(self.norm1(x))
-        x = repeat_to(x, given.batch)
-        x = x + self.attn2(self.norm2(x), given)
+        x = repeat_to(x, conditions.batch)
+        x = x + self.attn2(self.norm2(x), conditions)
         return x + self.ff(self.norm3(x))
 
 
@@ -483,9 +483,9 @@ class CrossAttention(nn.Module):
         """Keys and values of prompts. (P, L, D_text) -> two of (P, L, H, E)."""
         return split_heads(self.to_k(text), self.num_heads), split_heads(self.to_v(text), self.num_heads)
 
-    def forward(self, x: Tensor, given: Conditions) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """x (B, N, D) -> (B, N, D). The tokens of all samples of a prompt are one sequence of queries."""
-        k, v = given.context[self]
+        k, v = conditions.context[self]
         q = split_heads(self.to_q(x).view(len(k), -1, x.shape[-1]), self.num_heads)  # (P, B / P * N, H, E)
         return self.to_out[0](ops.attention(q, k, v).view(x.shape))
 

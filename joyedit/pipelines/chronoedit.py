@@ -19,10 +19,9 @@ Source: diffusers `pipeline_chronoedit.py`; nv-tlabs/ChronoEdit; arXiv 2510.0429
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -40,16 +39,37 @@ from joyedit.models.clip import CLIPVisionModel, CLIPVisionModelWithProjection
 from joyedit.models.umt5 import UMT5EncoderModel
 from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.noise import Generators, draw_noise
-from joyedit.pipelines.chronoedit_frames import ENDS, FrameCoder, for_all
-from joyedit.pipelines.chronoedit_presets import PRESETS, Solver, preset_called, shift_of, with_shift
-from joyedit.pipelines.pipeline import (
-    Pipeline,
-    as_list,
+from joyedit.pipelines.checks import (
+    Text,
+    adapter_scale,
+    check_copies,
     check_count,
     check_generators,
+    check_number,
+    check_output_type,
     check_prompts,
-    check_text,
+    check_tensor,
 )
+from joyedit.pipelines.chronoedit_frames import ENDS, FrameCoder, for_all
+from joyedit.pipelines.chronoedit_presets import (
+    PRESETS,
+    Recipe,
+    Solver,
+    preset_called,
+    shift_of,
+    with_shift,
+)
+from joyedit.pipelines.chronoedit_request import (
+    Photographs,
+    Request,
+    batch_of,
+    check_embedded,
+    check_size,
+    one_each,
+    text_of_each,
+    warn_if_stretched,
+)
+from joyedit.pipelines.pipeline import Pipeline
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
 from joyedit.text.t5_tokenizer import T5TokenizerFast, clean_prompt
@@ -64,13 +84,14 @@ EDIT_FRAMES, REASONING_FRAMES = 5, 29
 DEFAULT_FRAMES, DEFAULT_STEPS, DEFAULT_GUIDANCE = 81, 50, 5.0  # the reference's
 
 Picture = Image.Image | np.ndarray | Tensor
+Films = list[list[Image.Image]] | np.ndarray | Tensor
 
 
 class ChronoEditPipelineOutput(NamedTuple):
     """Films: (B, F, H, W, 3) for "np", (B, F, 3, H, W) for "pt", a list of lists for "pil", latents
     (B, C, T, h, w) for "latent". The edited picture is the last frame, `frames[0][-1]`."""
 
-    frames: list[list[Image.Image]] | np.ndarray | Tensor
+    frames: Films
 
 
 class ChronoEditPipeline(Pipeline):
@@ -107,23 +128,14 @@ class ChronoEditPipeline(Pipeline):
         scheduler: Solver,
         reference_quirks: bool | Sequence[str] = False,
     ):
-        super().__init__(
-            reference_quirks,
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            image_encoder=image_encoder,
-            image_processor=image_processor,
-            transformer=transformer,
-            vae=vae,
-            scheduler=scheduler,
-        )
-        self.tokenizer: T5TokenizerFast
-        self.text_encoder: UMT5EncoderModel
-        self.image_encoder: CLIPVisionModel | CLIPVisionModelWithProjection
-        self.image_processor: CLIPImageProcessor
-        self.transformer: ChronoEditTransformer3DModel
-        self.vae: AutoencoderKLWan
-        self.scheduler: Solver
+        super().__init__(reference_quirks)
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.image_encoder = image_encoder
+        self.image_processor = image_processor
+        self.transformer = transformer
+        self.vae = vae
+        self.scheduler = scheduler
         self.vae_scale_factor_spatial = vae.config.scale_factor_spatial
         self.vae_scale_factor_temporal = vae.config.scale_factor_temporal
         self.preset: str | None = None
@@ -210,79 +222,104 @@ class ChronoEditPipeline(Pipeline):
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
         names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        check_prompts("prompt", prompt, "prompt_embeds", prompt_embeds)
-        check_text("negative_prompt", negative_prompt)
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
-        for name, given in (("prompt", prompt_embeds), ("negative_prompt", negative_prompt_embeds)):
-            _check_embeds(f"{name}_embeds", given, self.transformer.config.text_dim)
-        _check_embeds("image_embeds", image_embeds, self.transformer.config.image_dim)
-        if image is None and image_embeds is None:
-            raise ValueError("image is needed: a photograph, or a list of them")
-        scheduler, steps, guidance_scale = self._settings(preset, num_inference_steps, guidance_scale)
-        copies = 1 if num_videos_per_prompt is None else num_videos_per_prompt
-        check_count("num_videos_per_prompt", copies)
+        text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        text.check()
+        check_embedded(text, image_embeds, self.transformer.config)
+        recipe = self._recipe(preset, num_inference_steps, guidance_scale)
         check_count("max_sequence_length", max_sequence_length)
-        if output_type not in im.OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(im.OUTPUT_TYPES)}")
-        scale = _lora_scale(attention_kwargs)
-        if scale is not None and not set(self.get_active_adapters()) - self.adapters.fused_loras:
-            log.warning("attention_kwargs: scale=%g has no effect, no adapter is loaded and not fused", scale)
-        frames = self._frames(num_frames, enable_temporal_reasoning, num_temporal_reasoning_steps, steps)
-        self._check_size(height, width, frames)
-        photos = [] if image is None else im.to_pil_list(image, "image")
-        batch = _batch(
-            prompt=[prompt] if isinstance(prompt, str) else prompt,
-            prompt_embeds=prompt_embeds,
-            image=photos or None,
-            image_embeds=image_embeds,
+        check_output_type(output_type)
+        scale = self._scale(attention_kwargs)
+        cut = num_temporal_reasoning_steps
+        frames = self._frames(num_frames, enable_temporal_reasoning, cut, recipe.steps)
+        request = self._request(
+            image, image_embeds, text, num_videos_per_prompt, height, width, frames, generator, latents
         )
-        if negative_prompt_embeds is not None and len(negative_prompt_embeds) not in (1, batch):
-            raise ValueError(
-                f"negative_prompt_embeds are for {len(negative_prompt_embeds)} prompts, but there are {batch}"
-            )
-        negatives = _one_each(negative_prompt, batch, "negative_prompt")
-        generator = check_generators(generator, batch * copies)
-        height, width = int(height), int(width)
-        if latents is not None:
-            _check_latents(latents, self.latent_shape(batch * copies, height, width, frames))
-        scheduler.set_timesteps(steps, device=self.device)
-        self.guidance_scale = guidance_scale
-        self._interrupt = False
-        _warn_if_stretched(photos, height, width, self.size_multiple)
 
-        positive, negative = self.encode_prompt(
-            None if prompt is None else _one_each(prompt, batch, "prompt"),
-            negatives,
-            self.do_classifier_free_guidance,
-            copies,
-            _rows(prompt_embeds, batch),
-            _rows(negative_prompt_embeds, batch),
-            max_sequence_length,
-        )
-        distinct = list({id(photo): photo for photo in photos}.values())
-        order = [next(i for i, one in enumerate(distinct) if one is photo) for photo in photos]
-        shown = image if self._is_raw(image) else distinct
-        seen = self.encode_image(shown)[order] if image_embeds is None else image_embeds.to(self.device)
-        pixels = self._pixels(image, distinct, height, width) if photos else None
-        latents, condition = self.prepare_latents(
-            batch, copies, height, width, frames, generator, latents, pixels, order
-        )
+        recipe.scheduler.set_timesteps(recipe.steps, device=self.device)
+        self.guidance_scale = recipe.guidance_scale
+        self._interrupt = False
+
+        positive, negative = self._read(request, max_sequence_length)
+        seen = self._see(request)
+        latents, condition = self._start(request, latents)
         scaled = contextlib.nullcontext() if scale is None else self.adapters.scaled(scale)
-        with scaled, self._running(scheduler):
+        with scaled, self._running(recipe.scheduler):
             latents = self._denoise(
-                scheduler,
+                recipe.scheduler,
                 latents,
                 condition,
                 positive,
                 negative,
-                for_all(seen, batch, copies),
-                cut=num_temporal_reasoning_steps if enable_temporal_reasoning else None,
+                seen,
+                cut=cut if enable_temporal_reasoning else None,
                 callback=callback_on_step_end,
                 names=names,
             )
         result = self._decode(latents, output_type, only_last_frame)
         return ChronoEditPipelineOutput(result) if return_dict else (result,)
+
+    def _request(
+        self,
+        image: Picture | list[Picture] | None,
+        image_embeds: Tensor | None,
+        text: Text,
+        copies: int | None,
+        height: int,
+        width: int,
+        frames: int,
+        generator: Generators,
+        latents: Tensor | None,
+    ) -> Request:
+        """What a call is to make, and from what. Raises ValueError or TypeError for what does not fit."""
+        if image is None and image_embeds is None:
+            raise ValueError("image is needed: a photograph, or a list of them")
+        copies = check_copies("num_videos_per_prompt", copies)
+        check_size(height, width, self.size_multiple, self.transformer.config.rope_max_seq_len)
+        height, width = int(height), int(width)
+        pictures = [] if image is None else im.to_pil_list(image, "image")
+        batch = batch_of(text, pictures, image_embeds)
+        text = text_of_each(text, batch)
+        generator = check_generators(generator, batch * copies)
+        if latents is not None:
+            shape = self.latent_shape(batch * copies, height, width, frames)
+            check_tensor("latents", latents, shape, "B, C, T, h, w")
+        warn_if_stretched(pictures, height, width, self.size_multiple)
+        photos = Photographs.of(pictures, image if self._is_raw(image) else None) if pictures else None
+        return Request(text, photos, image_embeds, batch, copies, height, width, frames, generator)
+
+    def _read(self, request: Request, max_sequence_length: int) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the prompts of all films, (B, L, D) both: positive and, under guidance, negative."""
+        prompt, negative, embeds, negative_embeds = request.text
+        guided, copies = self.do_classifier_free_guidance, request.copies
+        return self.encode_prompt(
+            prompt, negative, guided, copies, embeds, negative_embeds, max_sequence_length
+        )
+
+    def _see(self, request: Request) -> Tensor:
+        """What CLIP sees for all films, (B, M, D)."""
+        seen, photos = request.image_embeds, request.photos
+        if seen is None:
+            assert photos is not None
+            seen = self.encode_image(photos.distinct)[photos.order]
+        return for_all(seen.to(self.device), request.batch, request.copies)
+
+    def _start(self, request: Request, latents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Starting noise, and what is known of all films from their photographs; see `prepare_latents`."""
+        pixels, order = None, []
+        if request.photos is not None:
+            pixels = self._pixels(request.photos.distinct, request.height, request.width)
+            order = request.photos.order
+        return self.prepare_latents(
+            request.batch,
+            request.copies,
+            request.height,
+            request.width,
+            request.frames,
+            request.generator,
+            latents,
+            pixels,
+            order,
+        )
 
     @contextlib.contextmanager
     def _running(self, scheduler: Solver) -> Iterator[None]:
@@ -334,7 +371,7 @@ class ChronoEditPipeline(Pipeline):
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
-                tensors: dict[str, Any] = {"latents": latents, "prompt_embeds": positive}
+                tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive}
                 tensors["negative_prompt_embeds"] = negative
                 returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
@@ -347,7 +384,7 @@ class ChronoEditPipeline(Pipeline):
                 bar.update()
         return latents
 
-    def _decode(self, latents: Tensor, output_type: str, only_last: bool) -> Any:
+    def _decode(self, latents: Tensor, output_type: str, only_last: bool) -> Films:
         """Latents (B, C, T, h, w) to the output type."""
         if output_type == "latent":
             return latents
@@ -381,7 +418,7 @@ class ChronoEditPipeline(Pipeline):
         texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
         batch = len(texts) if prompt_embeds is None else len(prompt_embeds)
         guided = do_classifier_free_guidance and negative_prompt_embeds is None
-        texts += _one_each(negative_prompt, batch, "negative_prompt") if guided else []
+        texts += one_each(negative_prompt, batch, "negative_prompt") if guided else []
         read = self._embed(texts, max_sequence_length) if texts else None
         if prompt_embeds is None:
             assert read is not None
@@ -413,7 +450,7 @@ class ChronoEditPipeline(Pipeline):
         return states[[distinct.index(text) for text in cleaned]]
 
     @torch.no_grad()
-    def encode_image(self, image: Any, device: torch.device | None = None) -> Tensor:
+    def encode_image(self, image: Picture | Sequence[Picture], device: torch.device | None = None) -> Tensor:
         """What CLIP sees of pictures: its last hidden state but one, (B, M, D)."""
         pixels = self.image_processor(image)["pixel_values"].to(self.device)
         if self._is_raw(image):
@@ -426,15 +463,15 @@ class ChronoEditPipeline(Pipeline):
         with self.on_device(self.image_encoder) as encoder:
             return encoder.hidden_states(pixels, layer=-2).to(device or self.device)
 
-    def _pixels(self, image: Any, photos: list[Image.Image], height: int, width: int) -> Tensor:
+    def _pixels(self, photos: list[Image.Image] | Tensor, height: int, width: int) -> Tensor:
         """Photographs as the autoencoder takes them, (P, 3, 1, height, width) in [-1, 1]."""
-        if self._is_raw(image):
-            pictures = image.to(self.device, torch.float32).reshape(-1, *image.shape[-3:])
+        if isinstance(photos, Tensor):
+            pictures = photos.to(self.device, torch.float32).reshape(-1, *photos.shape[-3:])
             return 2 * F.interpolate(pictures, (height, width))[:, :, None] - 1
         resized = [photo.resize((width, height), Image.Resampling.LANCZOS) for photo in photos]
         return im.to_latent_input(resized, device=self.device)
 
-    def _is_raw(self, image: Any) -> bool:
+    def _is_raw(self, image: Any) -> TypeGuard[Tensor]:
         return TENSOR_IMAGES in self.quirks and isinstance(image, Tensor) and image.is_floating_point()
 
     def prepare_latents(
@@ -486,17 +523,9 @@ class ChronoEditPipeline(Pipeline):
             log.warning("num_frames=%d is not 1 + %dk, and became %d", frames, temporal, rounded)
         if rounded != REASONING_FRAMES:
             log.warning("the model was trained with num_frames=%d, not %d", REASONING_FRAMES, rounded)
+        if rounded > 1 + (self.transformer.config.rope_max_seq_len - 1) * temporal:
+            raise ValueError(f"num_frames={rounded}: too many")
         return rounded
-
-    def _check_size(self, height: int, width: int, frames: int) -> None:
-        multiple, most = self.size_multiple, self.transformer.config.rope_max_seq_len
-        for name, size in (("height", height), ("width", width)):
-            if not isinstance(size, (int, np.integer)) or size < 1 or size % multiple:
-                raise ValueError(f"{name}={size!r}: must be a positive multiple of {multiple}")
-            if size > most * multiple:
-                raise ValueError(f"{name}={size}: must be at most {most * multiple}")
-        if frames > 1 + (most - 1) * self.vae_scale_factor_temporal:
-            raise ValueError(f"num_frames={frames}: too many")
 
     def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> LoraReport:
         """Load an adapter; see `joyedit.lora.Adapters`."""
@@ -539,11 +568,17 @@ class ChronoEditPipeline(Pipeline):
         self.scheduler, self.preset = scheduler, name
         return report
 
-    def _settings(self, preset: str | None, steps: int, guidance: float) -> tuple[Solver, int, float]:
-        """Scheduler, steps and guidance of a run, those of the preset where the call leaves the defaults."""
+    def _scale(self, attention_kwargs: Mapping[str, Any] | None) -> float | None:
+        """See `adapter_scale`. Says so when there is nothing to multiply."""
+        scale = adapter_scale("attention_kwargs", attention_kwargs)
+        if scale is not None and not set(self.get_active_adapters()) - self.adapters.fused_loras:
+            log.warning("attention_kwargs: scale=%g has no effect, no adapter is loaded and not fused", scale)
+        return scale
+
+    def _recipe(self, preset: str | None, steps: int, guidance: float) -> Recipe:
+        """What a run denoises with: what the preset says, where the call leaves the defaults."""
         check_count("num_inference_steps", steps)
-        if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-            raise ValueError(f"guidance_scale={guidance!r}: must be a finite number")
+        check_number("guidance_scale", guidance)
         name = self.preset if preset is None else preset
         scheduler, chosen = self.scheduler, None
         if name is not None:
@@ -557,7 +592,7 @@ class ChronoEditPipeline(Pipeline):
         if chosen is not None:
             adapted = self._keeps_distilled or bool(adapters)
             chosen.warn_of_parts(steps, guidance, shift_of(scheduler), adapted)
-        return scheduler, steps, guidance
+        return Recipe(scheduler, steps, guidance)
 
 
 def _context(embed: Callable[[Tensor], Context], embeds: Tensor) -> Context:
@@ -565,65 +600,3 @@ def _context(embed: Callable[[Tensor], Context], embeds: Tensor) -> Context:
     same."""
     same = torch.equal(embeds, embeds[:1].expand_as(embeds))
     return embed(embeds[:1] if same else embeds)
-
-
-def _check_embeds(name: str, embeds: Any, width: int | None) -> None:
-    if embeds is None:
-        return
-    if not isinstance(embeds, Tensor):
-        raise TypeError(f"{name} is a {type(embeds).__name__}: must be a tensor")
-    if embeds.ndim != 3 or embeds.shape[-1] != width or 0 in embeds.shape:
-        raise ValueError(f"{name} have shape {tuple(embeds.shape)}, wanted (B, tokens, {width})")
-    if not embeds.isfinite().all():
-        raise ValueError(f"{name} hold NaN or infinite values")
-
-
-def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(latents, Tensor):
-        raise TypeError(f"latents is a {type(latents).__name__}: must be a tensor")
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted {shape} (B, C, T, h, w)")
-    if not latents.isfinite().all():
-        raise ValueError("latents hold NaN or infinite values")
-
-
-def _batch(**given: Sequence[Any] | Tensor | None) -> int:
-    """How many films, copies aside: as many as there are of one, where each is one for all or one each."""
-    counts = {name: len(items) for name, items in given.items() if items is not None}
-    batch = max(counts.values())
-    if any(count not in (1, batch) for count in counts.values()):
-        told = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise ValueError(f"{told}: give one for all, or one for each")
-    return batch
-
-
-def _one_each(text: str | list[str] | None, batch: int, name: str) -> list[str]:
-    """As `as_list`, but a list of one serves all prompts, as the text alone does."""
-    return as_list(text[0] if isinstance(text, list) and len(text) == 1 else text, batch, name)
-
-
-def _rows(embeds: Tensor | None, batch: int) -> Tensor | None:
-    return None if embeds is None else embeds.expand(batch, -1, -1)
-
-
-def _lora_scale(attention_kwargs: Mapping[str, Any] | None) -> float | None:
-    """Raises ValueError for anything but a finite scale."""
-    if unknown := set(attention_kwargs or {}) - {"scale"}:
-        raise ValueError(f"attention_kwargs has {sorted(unknown)}; only 'scale' is known")
-    scale = (attention_kwargs or {}).get("scale")
-    if scale is not None and (not isinstance(scale, (int, float)) or not math.isfinite(scale)):
-        raise ValueError(f"attention_kwargs: scale={scale!r} must be a finite number")
-    return scale
-
-
-def _warn_if_stretched(photos: list[Image.Image], height: int, width: int, multiple: int) -> None:
-    for photo in photos:
-        own = (photo.height, photo.width)
-        if (now := im.stretch(own, (height, width))) <= im.STRETCH:
-            continue
-        with contextlib.suppress(ValueError):  # too narrow for any size of that area
-            size = im.size_of_area(*own, height * width, multiple)
-            if im.stretch(own, size) < now:
-                given = f"{photo.width} x {photo.height} pixels is stretched to {width} x {height}"
-                log.warning("a photograph of %s; width=%d, height=%d would fit it", given, size[1], size[0])
-                return

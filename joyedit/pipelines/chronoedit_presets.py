@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
@@ -19,6 +19,14 @@ from joyedit.schedulers.unipc import UniPCMultistepScheduler
 log = logging.getLogger("joyedit")
 
 Solver = UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler
+
+
+class Recipe(NamedTuple):
+    """With what a run denoises."""
+
+    scheduler: Solver
+    steps: int
+    guidance_scale: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +42,13 @@ class Preset:
 
     def warn_of_parts(self, steps: int, guidance: float, shift: float, adapted: bool) -> None:
         """Log a warning that names what a run has otherwise; `adapted`: whether there is any adapter."""
-        given = {"num_inference_steps": steps, "guidance_scale": guidance, "flow_shift": shift}
+        actual = {"num_inference_steps": steps, "guidance_scale": guidance, "flow_shift": shift}
         wanted = dataclasses.asdict(self)
-        others = [f"{key}={value:g}" for key, value in given.items() if value != wanted[key]]
+        others = [f"{key}={value:g}" for key, value in actual.items() if value != wanted[key]]
         if not adapted:
             others.append(f"no adapter (that is {self.lora})")
         if others:
-            recipe = ", ".join(f"{key}={wanted[key]:g}" for key in given)
+            recipe = ", ".join(f"{key}={wanted[key]:g}" for key in actual)
             message = "distilled weights are made for %s, which preset=%r sets; here there is %s"
             log.warning(message, recipe, self.name, ", ".join(others))
 

@@ -11,7 +11,31 @@ Source: Couairon et al., arXiv 2210.11427, section 3.2; diffusers `pipeline_stab
 import torch
 from torch import Tensor
 
+from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.pipelines.sd_prompts import Embeds
+
+
+def compare(
+    unet: UNet2DConditionModel,
+    noisy: Tensor,
+    timestep: Tensor,
+    target: Embeds,
+    source: Embeds,
+    scale: float,
+    swapped: bool,
+) -> Tensor:
+    """What is predicted for noisy latents (B * M, C, h, w) under the target prompts, less what is under the
+    source prompts; guided by `scale` where there are negative ones.
+
+    swapped: see `difference_of`.
+    """
+    prompts, weights = difference_of(target, source, scale, swapped)
+    context, time = unet.embed_context(torch.cat(prompts)), unet.embed_time(timestep)
+    predicted = unet.predict(noisy, time, context, branches=len(prompts)).chunk(len(prompts))
+    difference = torch.stack([w * eps for w, eps in zip(weights, predicted, strict=True)]).sum(dim=0)
+    same = same_rows(target, source)
+    # Rounding must not make a mask where there is nothing to see.
+    return difference.masked_fill(same.repeat_interleave(len(noisy) // len(same))[:, None, None, None], 0)
 
 
 def difference_of(
@@ -23,9 +47,14 @@ def difference_of(
     swapped: take negative for positive prompts, and the reverse.
     """
     first, second = (1 - scale, scale) if swapped else (scale, 1 - scale)
-    terms = [(target[0], 1.0), (source[0], -1.0)]
-    if target[1] is not None and source[1] is not None:
-        terms = [(target[0], first), (target[1], second), (source[0], -first), (source[1], -second)]
+    terms = [(target.positive, 1.0), (source.positive, -1.0)]
+    if target.negative is not None and source.negative is not None:
+        terms = [
+            (target.positive, first),
+            (target.negative, second),
+            (source.positive, -first),
+            (source.negative, -second),
+        ]
     prompts: list[Tensor] = []
     weights: list[float] = []
     for prompt, weight in terms:

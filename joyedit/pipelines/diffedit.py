@@ -19,6 +19,7 @@ Source: Couairon et al., arXiv 2210.11427; diffusers `pipeline_stable_diffusion_
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -32,15 +33,33 @@ from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.media import images as im
 from joyedit.media.clip_images import CLIPImageProcessor
-from joyedit.media.masks import LATENT_CHANNELS, paste_back, to_latent_mask, to_mask_images
+from joyedit.media.masks import paste_back, to_latent_mask, to_mask_images
 from joyedit.models.clip import CLIPTextModel, StableDiffusionSafetyChecker
 from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.models.sd_vae import AutoencoderKL
 from joyedit.noise import Generators
-from joyedit.pipelines.contrast import difference_of, heat_map, same_rows
-from joyedit.pipelines.pipeline import Pipeline, Text, check_count, check_generators
+from joyedit.pipelines.checks import (
+    Text,
+    adapter_scale,
+    check_copies,
+    check_count,
+    check_generators,
+    check_output_type,
+)
+from joyedit.pipelines.contrast import compare, heat_map, same_rows
+from joyedit.pipelines.diffedit_request import (
+    MaskRun,
+    Repaint,
+    Run,
+    check_picture,
+    check_repaint,
+    check_start,
+    mask_run,
+    steps_taken,
+)
+from joyedit.pipelines.pipeline import Pipeline
 from joyedit.pipelines.regularization import regularize
-from joyedit.pipelines.sd_latents import LatentCoder, check_levels, draw
+from joyedit.pipelines.sd_latents import LatentCoder, draw, with_clean_level
 from joyedit.pipelines.sd_prompts import Embeds, PromptReader
 from joyedit.schedulers.ddim import DDIMInverseScheduler, DDIMScheduler, ddim_pair
 from joyedit.text.clip_tokenizer import CLIPTokenizer
@@ -59,10 +78,12 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 TIMESTEP_SETTINGS = ("num_train_timesteps", "timestep_spacing", "steps_offset")
 
 Picture = Image.Image | np.ndarray | Tensor
+Images = list[Image.Image] | np.ndarray | Tensor
+AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # step, timestep, latents -> the latents to go on with
 
 
 class StableDiffusionPipelineOutput(NamedTuple):
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: Images
     nsfw_content_detected: list[bool] | None
 
 
@@ -71,14 +92,14 @@ class DiffEditInversionPipelineOutput(NamedTuple):
     None."""
 
     latents: Tensor
-    images: list[Image.Image] | np.ndarray | Tensor | None
+    images: Images | None
 
 
 class DiffEditOutput(NamedTuple):
     """Of `edit`. mask (B, h, w) int64 of 0 and 1; heat_map (B, h, w) in [0, 1] that it was cut from, None for
     a mask that was given."""
 
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: Images
     nsfw_content_detected: list[bool] | None
     mask: np.ndarray
     heat_map: np.ndarray | None
@@ -124,28 +145,18 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         requires_safety_checker: bool = True,
         reference_quirks: bool | Sequence[str] = False,
     ):
-        super().__init__(
-            reference_quirks,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            inverse_scheduler=inverse_scheduler,
-        )
-        self.vae: AutoencoderKL
-        self.text_encoder: CLIPTextModel
-        self.tokenizer: CLIPTokenizer
-        self.unet: UNet2DConditionModel
-        self.scheduler: DDIMScheduler
-        self.safety_checker: StableDiffusionSafetyChecker | None
-        self.feature_extractor: CLIPImageProcessor | None
-        self.inverse_scheduler: DDIMInverseScheduler
+        super().__init__(reference_quirks)
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.unet = unet
+        self.scheduler = scheduler
+        self.safety_checker = safety_checker
+        self.feature_extractor = feature_extractor
+        self.inverse_scheduler = inverse_scheduler or ddim_pair(scheduler.config)[1]
         unet.config.check_input_is_latents()
-        if (given := text_encoder.config.hidden_size) != (wanted := unet.config.context_dim):
-            raise ValueError(f"text_encoder is {given} wide, but unet reads prompts that are {wanted} wide")
+        if (width := text_encoder.config.hidden_size) != (wanted := unet.config.context_dim):
+            raise ValueError(f"text_encoder is {width} wide, but unet reads prompts that are {wanted} wide")
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs a feature_extractor; pass both, or safety_checker=None")
         if safety_checker is None and requires_safety_checker:
@@ -164,12 +175,12 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         cls,
         origin: Origin,
         options: LoadOptions,
-        given: Mapping[str, Any],
+        replacements: Mapping[str, Any],
         quirks: bool | Sequence[str] = False,
     ) -> Self:
         """As everywhere; but a scheduler file that does not mention `clip_sample` does not clip latents."""
-        pipe = super().from_origin(origin, options, given, quirks)
-        if "scheduler" not in given:
+        pipe = super().from_origin(origin, options, replacements, quirks)
+        if "scheduler" not in replacements:
             file = origin.fetch([SCHEDULER_FILE]) / SCHEDULER_FILE
             if "clip_sample" not in read_json(file):
                 pipe.scheduler, pipe.inverse_scheduler = ddim_pair(pipe.scheduler.config, clip_sample=False)
@@ -218,58 +229,38 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         batch = self.prompts.check_pair(target, source)
         check_generators(generator, batch)
         pixels = self.coder.pixels(image, batch)
-        _check_output(output_type, eta, composite, pixels)
-        _check_mask(num_inference_steps, mask_encode_strength, num_maps_per_mask, mask_thresholding_ratio)
-        _steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
+        check_picture(output_type, eta, composite, pixels)
+        scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
+        contrast = mask_run(
+            num_inference_steps,
+            mask_encode_strength,
+            num_maps_per_mask,
+            mask_thresholding_ratio,
+            guidance_scale,
+            scale,
+        )
+        taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
         size = self.coder.size(pixels)
         mask = None if mask_image is None else to_latent_mask(mask_image, size, batch)  # (B, 1, h, w)
+        self.scheduler.set_timesteps(num_inference_steps)
+        self.inverse_scheduler.set_timesteps(num_inference_steps)
+        self._interrupt = False
 
-        scale = _lora_scale(cross_attention_kwargs)
-        (wanted, negative), (known, empty) = self._embed((target, source), True, clip_skip, scale)
-        shared: dict[str, Any] = {
-            "generator": generator,
-            "num_inference_steps": num_inference_steps,
-            "cross_attention_kwargs": cross_attention_kwargs,
-        }
+        wanted, known = self._embed((target, source), True, clip_skip, scale)
         heat = None
         if mask is None:
-            heat = self.generate_mask(
-                image,
-                target_prompt_embeds=wanted,
-                target_negative_prompt_embeds=empty,
-                source_prompt_embeds=known,
-                source_negative_prompt_embeds=empty,
-                num_maps_per_mask=num_maps_per_mask,
-                mask_encode_strength=mask_encode_strength,
-                mask_thresholding_ratio=mask_thresholding_ratio,
-                guidance_scale=guidance_scale,
-                output_type="heat",
-                **shared,
-            )
-            assert isinstance(heat, np.ndarray)
+            empty = known.negative if guidance_scale > 1 else None
+            pair = Embeds(wanted.positive, empty), Embeds(known.positive, empty)
+            heat = self._heat(pixels, *pair, contrast, generator).cpu()
             mask = to_latent_mask(heat > 0.5, size, batch)
-        levels = self.invert(
-            image=image,
-            prompt_embeds=known,
-            negative_prompt_embeds=empty,
-            inpaint_strength=inpaint_strength,
-            guidance_scale=invert_guidance_scale,
-            **shared,
-        )[0]
-        pictures, flagged = self(
-            mask_image=mask,
-            image_latents=levels,
-            prompt_embeds=wanted,
-            negative_prompt_embeds=negative,
-            inpaint_strength=inpaint_strength,
-            guidance_scale=guidance_scale,
-            eta=eta,
-            output_type=output_type,
-            image=image if composite else None,
-            composite=composite,
-            **shared,
-        )
-        return DiffEditOutput(pictures, flagged, mask[:, 0].long().numpy(), heat)
+        backwards = self.inverse_scheduler.timesteps[:taken]
+        levels = self._invert(pixels, Run(backwards, known, invert_guidance_scale, scale), generator)
+        work = self._for_copies(Repaint(levels, mask, pixels), taken, 1, composite)
+        run = Run(self.scheduler.timesteps[num_inference_steps - taken :], wanted, guidance_scale, scale)
+        x = self._repaint(work, work.levels[:, 0], run, eta=eta, generator=generator)
+        pictures, flagged = self._finish(x, work, output_type)
+        found = None if heat is None else heat.numpy()
+        return DiffEditOutput(pictures, flagged, mask[:, 0].long().numpy(), found)
 
     @torch.no_grad()
     def generate_mask(
@@ -313,41 +304,49 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             source_prompt, source_negative_prompt, source_prompt_embeds, source_negative_prompt_embeds
         )
         batch = self.prompts.check_pair(target, source)
-        noised, maps, ratio = _check_mask(
-            num_inference_steps, mask_encode_strength, num_maps_per_mask, mask_thresholding_ratio
+        scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
+        contrast = mask_run(
+            num_inference_steps,
+            mask_encode_strength,
+            num_maps_per_mask,
+            mask_thresholding_ratio,
+            guidance_scale,
+            scale,
         )
-        if output_type not in ("np", "pil", "heat"):
-            raise ValueError(f"output_type={output_type!r}: a mask is 'np', 'pil' or 'heat'")
+        check_output_type(output_type, ("np", "pil", "heat"))
         one_each = isinstance(generator, Sequence) and len(generator) == batch
-        check_generators(generator, batch if one_each else batch * maps)
+        check_generators(generator, batch if one_each else batch * contrast.maps)
         pixels = self.coder.pixels(image, batch)
-        scale = _lora_scale(cross_attention_kwargs)
         self.scheduler.set_timesteps(num_inference_steps)
-        timestep = self.scheduler.timesteps[num_inference_steps - noised]
 
         wanted, known = self._embed((target, source), guidance_scale > 1, clip_skip, scale)
-        same = same_rows(wanted, known)  # (B,)
-        if same.all():
-            heat = torch.zeros(batch, *self.coder.size(pixels))
-        else:
-            prompts, weights = difference_of(wanted, known, guidance_scale, SWAPPED_GUIDANCE in self.quirks)
-            drawn = {"copies": maps, "sampled": True, "generator": generator}
-            latents = self._encode(pixels, batch, **drawn)  # (B * M, C, h, w)
-            noise = draw(latents, generator, self.vae.dtype)
-            noisy = self.scheduler.add_noise(latents, noise, timestep)
-            with self.on_device(self.unet) as unet, self._adapters_scaled(scale):
-                context, time = unet.embed_context(torch.cat(prompts)), unet.embed_time(timestep)
-                predicted = unet.predict(noisy, time, context, branches=len(prompts)).chunk(len(prompts))
-            difference = torch.stack([w * eps for w, eps in zip(weights, predicted, strict=True)]).sum(dim=0)
-            # Rounding must not make a mask where there is nothing to see.
-            difference = difference.masked_fill(same.repeat_interleave(maps)[:, None, None, None], 0)
-            heat = heat_map(difference, batch, ratio, BATCH_THRESHOLD in self.quirks)  # (B, h, w)
-        if not heat.flatten(1).any(dim=1).all():
-            log.warning("source and target prompts make no difference: the mask is empty")
+        heat = self._heat(pixels, wanted, known, contrast, generator)  # (B, h, w)
         if output_type == "heat":
             return heat.cpu().numpy()
         mask = (heat > 0.5).long().cpu()
         return to_mask_images(mask) if output_type == "pil" else mask.numpy()
+
+    def _heat(
+        self, pixels: Tensor, target: Embeds, source: Embeds, run: MaskRun, generator: Generators
+    ) -> Tensor:
+        """How much the target's prediction differs from the source's, (B, h, w) in [0, 1]; the mask is what
+        is above one half."""
+        same, swapped = same_rows(target, source), SWAPPED_GUIDANCE in self.quirks
+        batch = len(same)
+        if same.all():
+            heat = torch.zeros(batch, *self.coder.size(pixels))
+        else:
+            timestep = self.scheduler.timesteps[run.at]
+            drawn = {"copies": run.maps, "sampled": True, "generator": generator}
+            latents = self._encode(pixels, batch, **drawn)  # (B * M, C, h, w)
+            noise = draw(latents, generator, self.vae.dtype)
+            noisy = self.scheduler.add_noise(latents, noise, timestep)
+            with self.on_device(self.unet) as unet, self._adapters_scaled(run.adapter_scale):
+                difference = compare(unet, noisy, timestep, target, source, run.guidance_scale, swapped)
+            heat = heat_map(difference, batch, run.ratio, BATCH_THRESHOLD in self.quirks)
+        if not heat.flatten(1).any(dim=1).all():
+            log.warning("source and target prompts make no difference: the mask is empty")
+        return heat
 
     @torch.no_grad()
     def invert(
@@ -387,49 +386,64 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         """
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         batch = self.prompts.check(text)[0]
-        taken = _steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
+        taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
         after_step = self._after_step(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type={output_type!r}: must be 'pil', 'np' or 'pt'")
+        check_output_type(output_type, ("pil", "np", "pt"))
         generator = check_generators(generator, batch)
         pixels = self.coder.pixels(image, batch)
-        scale = _lora_scale(cross_attention_kwargs)
+        scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
         self.inverse_scheduler.set_timesteps(num_inference_steps)
         steps = self.inverse_scheduler.timesteps[:taken]
         self._interrupt = False
 
         (embeds,) = self._embed((text,), guidance_scale > 1, clip_skip, scale)
+        regular = partial(
+            regularize,
+            self.inverse_scheduler,
+            steps=num_reg_steps,
+            weights=(lambda_auto_corr, lambda_kl),
+            rolls=num_auto_corr_rolls,
+            generator=generator,
+        )
+        run = Run(steps, embeds, guidance_scale, scale)
+        levels = self._invert(pixels, run, generator, regular=regular, after_step=after_step)
+        pictures = None
+        if decode_latents:  # one by one: there are many
+            pages = [self._decode(level).cpu() for level in levels.flatten(0, 1).split(1)]
+            pictures = im.to_output(torch.cat(pages), output_type or "pil")
+        out = DiffEditInversionPipelineOutput(levels, pictures)
+        return out if return_dict else tuple(out)
+
+    def _invert(
+        self,
+        pixels: Tensor,
+        run: Run,
+        generator: Generators,
+        *,
+        regular: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        after_step: AfterStep | None = None,
+    ) -> Tensor:
+        """Latents (B, T + 1, C, h, w) from noise to the photograph. regular: (timestep, latents, predicted
+        noise) to a better one."""
         drawn = {"sampled": SAMPLED_INVERSION in self.quirks, "generator": generator}
-        latents = self._encode(pixels, batch, **drawn)
+        latents = self._encode(pixels, len(run.embeds.positive), **drawn)
         levels = [latents]
-        with self._denoiser(embeds, guidance_scale, steps, scale, "inverting") as predict:
-            for i, t in enumerate(steps):
+        with self._denoiser(run, "inverting") as predict:
+            for i, t in enumerate(run.steps):
                 if self.interrupt:
                     break
                 output = predict(i, latents)
-                output = regularize(
-                    self.inverse_scheduler,
-                    t,
-                    latents,
-                    output,
-                    steps=num_reg_steps,
-                    weights=(lambda_auto_corr, lambda_kl),
-                    rolls=num_auto_corr_rolls,
-                    generator=generator,
-                )
-                latents = after_step(i, t, self.inverse_scheduler.step(output, t, latents)[0])
+                if regular is not None:
+                    output = regular(t, latents, output)
+                latents = self.inverse_scheduler.step(output, t, latents)[0]
+                if after_step is not None:
+                    latents = after_step(i, t, latents)
                 levels.append(latents)
         if LATE_BLEND in self.quirks:
             levels = levels[1:] or levels
-        stacked = torch.stack(levels[::-1], dim=1)  # (B, T + 1, C, h, w)
-        pictures = None
-        if decode_latents:  # one by one: there are many
-            pages = [self._decode(level).cpu() for level in stacked.flatten(0, 1).split(1)]
-            pictures = im.to_output(torch.cat(pages), output_type)
-        out = DiffEditInversionPipelineOutput(stacked, pictures)
-        return out if return_dict else tuple(out)
+        return torch.stack(levels[::-1], dim=1)
 
     @torch.no_grad()
     def __call__(
@@ -473,95 +487,101 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         """
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         batch = self.prompts.check(text)[0]
-        taken = _steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
-        copies = 1 if num_images_per_prompt is None else num_images_per_prompt
-        check_generators(generator, batch * check_count("num_images_per_prompt", copies))
+        taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
+        copies = check_copies("num_images_per_prompt", num_images_per_prompt)
+        check_generators(generator, batch * copies)
         after_step = self._after_step(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         pixels = None if image is None else self.coder.pixels(image, batch)
-        _check_output(output_type, eta, composite, pixels)
-        if mask_image is None or image_latents is None:
-            raise ValueError("mask_image (of generate_mask) and image_latents (of invert) are both needed")
-        levels = check_levels(image_latents, batch, taken)  # (B, T or T + 1, C, h, w)
-        size = (levels.shape[3], levels.shape[4])
-        mask = to_latent_mask(mask_image, size, batch)  # (B, 1, h, w)
-        if pixels is not None and self.coder.size(pixels) != size:
-            raise ValueError(f"image makes latents of {self.coder.size(pixels)}, image_latents are {size}")
-        starts = [(count, *levels.shape[2:]) for count in (batch, batch * copies)]
-        if latents is not None and tuple(latents.shape) not in starts:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted {starts[-1]}")
-        scale = _lora_scale(cross_attention_kwargs)
+        check_picture(output_type, eta, composite, pixels)
+        work = check_repaint(mask_image, image_latents, pixels, batch, taken, self.coder)
+        check_start(latents, work.levels.shape[2:], batch, copies)
+        scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
         self.scheduler.set_timesteps(num_inference_steps)
         steps = self.scheduler.timesteps[num_inference_steps - taken :]
         self._interrupt = False
 
         (embeds,) = self._embed((text,), guidance_scale > 1, clip_skip, scale)
-        late = LATE_BLEND in self.quirks
-        levels = levels.to(self.device, torch.float32)
-        if levels.shape[1] == taken and not late:
-            levels = self._complete(levels, pixels)
-        levels, mask = (x.to(self.device).repeat_interleave(copies, dim=0) for x in (levels, mask > 0))
-        x = levels[:, 0]
+        work = self._for_copies(work, taken, copies, composite)
+        start = work.levels[:, 0]
         if latents is not None:
-            x = latents.to(x).repeat_interleave(len(x) // len(latents), dim=0)
-        with self._denoiser(embeds, guidance_scale, steps, scale, "denoising") as predict:
-            for i, t in enumerate(steps):
+            start = latents.to(start).repeat_interleave(len(start) // len(latents), dim=0)
+        run = Run(steps, embeds, guidance_scale, scale)
+        x = self._repaint(work, start, run, eta=eta, generator=generator, after_step=after_step)
+        out = self._finish(x, work, output_type or "pil")
+        return out if return_dict else tuple(out)
+
+    def _repaint(
+        self,
+        work: Repaint,
+        x: Tensor,
+        run: Run,
+        *,
+        eta: float,
+        generator: Generators,
+        after_step: AfterStep | None = None,
+    ) -> Tensor:
+        """Latents x (B, C, h, w) at the noisiest level, denoised in the mask, the photograph's outside."""
+        late = LATE_BLEND in self.quirks
+        with self._denoiser(run, "denoising") as predict:
+            for i, t in enumerate(run.steps):
                 if self.interrupt:
                     break
                 output = predict(i, x)
                 noise = draw(x, generator, self.unet.dtype) if eta > 0 else None
                 x = self.scheduler.step(output, t, x, eta=eta, variance_noise=noise)[0]
-                x = torch.where(mask, x, levels[:, i if late else i + 1])
-                x = after_step(i, t, x)
-        pictures, flagged = x, None
-        if output_type != "latent":
-            pictures = self._decode(x)
-            if composite and pixels is not None:
-                pixels = pixels.repeat(batch // len(pixels), 1, 1, 1).repeat_interleave(copies, dim=0)
-                pictures = paste_back(pictures, pixels, mask)
-            pictures, flagged = self._check_safety(pictures)
-            pictures = im.to_output(pictures, output_type or "pil")
-        out = StableDiffusionPipelineOutput(pictures, flagged)
-        return out if return_dict else tuple(out)
+                x = torch.where(work.mask, x, work.levels[:, i if late else i + 1])
+                if after_step is not None:
+                    x = after_step(i, t, x)
+        return x
+
+    def _for_copies(self, work: Repaint, taken: int, copies: int, composite: bool) -> Repaint:
+        """For every copy, on the device that computes: levels that end with the clean one, the mask as bool,
+        and the photograph, if its pixels are to be pasted."""
+        levels, mask, pixels = work
+        levels = levels.to(self.device, torch.float32)
+        if levels.shape[1] == taken and LATE_BLEND not in self.quirks:
+            levels = with_clean_level(levels, None if pixels is None else self._encode(pixels, len(levels)))
+        photo = None
+        if composite and pixels is not None:
+            photo = pixels.repeat(len(levels) // len(pixels), 1, 1, 1).repeat_interleave(copies, dim=0)
+        levels, mask = (x.to(self.device).repeat_interleave(copies, dim=0) for x in (levels, mask > 0))
+        return Repaint(levels, mask, photo)
+
+    def _finish(self, x: Tensor, work: Repaint, output_type: str) -> StableDiffusionPipelineOutput:
+        """Latents (B, C, h, w) to the output type."""
+        if output_type == "latent":
+            return StableDiffusionPipelineOutput(x, None)
+        pictures = self._decode(x)
+        if work.pixels is not None:
+            pictures = paste_back(pictures, work.pixels, work.mask)
+        pictures, flagged = self._check_safety(pictures)
+        return StableDiffusionPipelineOutput(im.to_output(pictures, output_type), flagged)
 
     @contextlib.contextmanager
-    def _denoiser(
-        self, embeds: Embeds, guidance_scale: float, steps: Tensor, scale: float | None, label: str
-    ) -> Iterator[Callable[[int, Tensor], Tensor]]:
-        """A function: what the UNet predicts at steps[i] for x (B, C, h, w), guided if there are negatives.
-        A prompt serves B / P samples in a row."""
-        positive, negative = embeds
+    def _denoiser(self, run: Run, label: str) -> Iterator[Callable[[int, Tensor], Tensor]]:
+        """A function: what the UNet predicts at run.steps[i] for x (B, C, h, w), guided if there are
+        negatives. A prompt serves B / P samples in a row."""
+        positive, negative = run.embeds
         prompts, guided = positive, False
-        if negative is not None and not torch.equal(negative, positive):
+        if run.guidance_scale > 1 and negative is not None and not torch.equal(negative, positive):
             prompts, guided = torch.cat((negative, positive)), True
         with (
             self.on_device(self.unet) as unet,
-            self._adapters_scaled(scale),
-            self.progress_bar(len(steps), label) as bar,
+            self._adapters_scaled(run.adapter_scale),
+            self.progress_bar(len(run.steps), label) as bar,
         ):
-            context, times = unet.embed_context(prompts), unet.embed_time(steps)
+            context, times = unet.embed_context(prompts), unet.embed_time(run.steps)
 
             def predict(i: int, x: Tensor) -> Tensor:
                 bar.update()
                 if not guided:
                     return unet.predict(x, times[i], context)
                 uncond, cond = unet.predict(x, times[i], context, branches=2).chunk(2)
-                return ops.guide(cond, uncond, guidance_scale)
+                return ops.guide(cond, uncond, run.guidance_scale)
 
             yield predict
-
-    def _complete(self, levels: Tensor, pixels: Tensor | None) -> Tensor:
-        """Levels (B, T, C, h, w) that end above the clean one, with it added; without the photograph, each is
-        moved to where the reference blends it in."""
-        if pixels is not None:
-            clean = self._encode(pixels, len(levels))
-            return torch.cat((levels, clean[:, None]), dim=1)
-        log.warning(
-            "image_latents lack the clean level, or are of another run: what is outside the mask keeps a "
-            "little noise. Pass all that invert returns, or the photograph as image="
-        )
-        return torch.cat((levels[:, :1], levels), dim=1)
 
     @torch.no_grad()
     def encode_prompt(
@@ -617,7 +637,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
         self.textual_inversion.unload_textual_inversion(tokens)
 
-    def _adapters_scaled(self, scale: float | None) -> Any:
+    def _adapters_scaled(self, scale: float | None) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if scale is None else self.adapters.scaled(scale)
 
     def _encode(self, pixels: Tensor, batch: int, **how: Any) -> Tensor:
@@ -651,8 +671,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
 
     def _after_step(
         self, legacy: Callable | None, every: Any, on_step_end: Callable | None, names: Sequence[str]
-    ) -> Callable[[int, Tensor, Tensor], Tensor]:
-        """(step, timestep, latents) -> the latents to go on with, once the callbacks were called."""
+    ) -> AfterStep:
+        """Calls the callbacks of both kinds."""
         names = self.check_callback(on_step_end, names)
         every = check_count("callback_steps", every)
 
@@ -663,36 +683,3 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             return latents
 
         return run
-
-
-def _steps_taken(steps: Any, name: str, strength: Any) -> int:
-    """How many of `steps` a strength in [0, 1] takes, rounded down. Raises ValueError for others."""
-    check_count("num_inference_steps", steps)
-    if strength is None or not 0 <= strength <= 1:
-        raise ValueError(f"{name}={strength!r}: must be in [0, 1]")
-    return min(int(steps * strength), steps)
-
-
-def _check_mask(steps: Any, strength: Any, maps: Any, ratio: Any) -> tuple[int, int, float]:
-    """How many steps the noise is from the clean end, at least one; the number of noises; the ratio."""
-    noised = max(_steps_taken(steps, "mask_encode_strength", strength), 1)
-    if ratio is None or not ratio > 0:
-        raise ValueError(f"mask_thresholding_ratio={ratio}: must be above 0")
-    return noised, check_count("num_maps_per_mask", maps), ratio
-
-
-def _lora_scale(cross_attention_kwargs: Mapping[str, Any] | None) -> float | None:
-    if unknown := set(cross_attention_kwargs or {}) - {"scale"}:
-        raise ValueError(f"cross_attention_kwargs has {sorted(unknown)}; only 'scale' is known")
-    return (cross_attention_kwargs or {}).get("scale")
-
-
-def _check_output(output_type: Any, eta: float, composite: bool, pixels: Tensor | None) -> None:
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type={output_type!r}: must be 'pil', 'np', 'pt' or 'latent'")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta!r}: must be in [0, 1]")
-    if composite and (pixels is None or pixels.shape[1] == LATENT_CHANNELS or output_type == "latent"):
-        raise ValueError(
-            "composite=True pastes pixels of the photograph: it needs image=, and pixels as output"
-        )

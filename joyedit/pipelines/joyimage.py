@@ -17,7 +17,7 @@ Source: diffusers `pipeline_joyimage_edit.py`; jd-opensource/JoyAI-Image.
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,19 +28,30 @@ from torch import Tensor
 
 from joyedit import ops
 from joyedit.media import images as im
-from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
+from joyedit.models.joyimage_mmdit import Grid, JoyImageEditTransformer3DModel, Rope
 from joyedit.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.noise import Generators, draw_noise
-from joyedit.pipelines.joyimage_prompts import SYSTEM, USER, VISION, Prompt, PromptReader
-from joyedit.pipelines.pipeline import (
-    Pipeline,
+from joyedit.pipelines.checks import (
+    Text,
     as_list,
+    check_copies,
     check_count,
     check_generators,
-    check_prompts,
-    check_text,
+    check_number,
+    check_output_type,
+    check_tensor,
 )
+from joyedit.pipelines.joyimage_prompts import SYSTEM, USER, VISION, Prompt, PromptReader
+from joyedit.pipelines.joyimage_request import (
+    Request,
+    check_embedded,
+    check_placeholders,
+    check_sides,
+    each_once,
+    one_per_prompt,
+)
+from joyedit.pipelines.pipeline import Pipeline
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer
 from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor
@@ -57,10 +68,23 @@ MISPAIRED_REFERENCES = "mispaired_references"
 DEFAULT_BASE = 1024
 
 Picture = Image.Image | np.ndarray | Tensor
+Images = list[Image.Image] | np.ndarray | Tensor
 
 
 class JoyImageEditPipelineOutput(NamedTuple):
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: Images
+
+
+class Group(NamedTuple):
+    """Samples of a batch whose prompts are of one length, and what the transformer reads beside the noise.
+    b of the B samples, L tokens of text and M of references."""
+
+    rows: Tensor  # (b,)
+    txt: Tensor  # (b, L, D)
+    references: Tensor | None  # (b, M, D)
+
+
+Branch = list[Group]  # all samples, under the positive prompts or under the negative ones
 
 
 class JoyImageEditPipeline(Pipeline):
@@ -99,21 +123,13 @@ class JoyImageEditPipeline(Pipeline):
         buckets: Sequence[Sequence[int]] | None = None,
         reference_quirks: bool | Sequence[str] = False,
     ):
-        super().__init__(
-            reference_quirks,
-            scheduler=scheduler,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            transformer=transformer,
-            processor=processor,
-        )
-        self.scheduler: FlowMatchEulerDiscreteScheduler
-        self.vae: AutoencoderKLWan
-        self.text_encoder: Qwen3VLForConditionalGeneration
-        self.tokenizer: Qwen2Tokenizer
-        self.transformer: JoyImageEditTransformer3DModel
-        self.processor: Qwen3VLProcessor
+        super().__init__(reference_quirks)
+        self.scheduler = scheduler
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.processor = processor
         self.text_token_max_length = text_token_max_length
         self.buckets = im.buckets(DEFAULT_BASE) if buckets is None else [(int(h), int(w)) for h, w in buckets]
         self.vae_scale_factor_spatial = vae.config.scale_factor_spatial
@@ -171,20 +187,18 @@ class JoyImageEditPipeline(Pipeline):
         """Edit `image` as `prompt` says; without an image, make one from the prompt.
 
         image: one photograph, or a list with one per prompt (PIL, uint8 or [0, 1] arrays and tensors); the
-        first
-            one's shape chooses the bucket for all. height, width: both or neither, multiples of 16; the
-            nearest bucket by aspect ratio is used. guidance_scale: 1 or less turns guidance off.
+            first one's shape chooses the bucket for all. height, width: both or neither, multiples of 16; the
+            nearest bucket by aspect ratio is used.
+        guidance_scale: 1 or less turns guidance off.
         generator: one for the whole batch, or a list with one per image. It draws the noise, then the
-        posterior.
+            posterior.
         latents: starting noise (B, 1, C, 1, h, w). prompt_embeds (B, L, D) with prompt_embeds_mask (B, L)
-        replace
-            the prompt, likewise the negative ones.
-        output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h,
-        w),
-            normalised. max_sequence_length: prompt tokens kept, the last ones with an image, the first
-            without.
+            replace the prompt, likewise the negative ones.
+        output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent"
+            (B, C, h, w), normalised.
+        max_sequence_length: prompt tokens kept, the last ones with an image, the first without.
         callback_on_step_end(pipe, step, timestep, tensors) may return replacements; its `latents` are the
-        target's.
+            target's.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
@@ -200,51 +214,80 @@ class JoyImageEditPipeline(Pipeline):
             negative_prompt_embeds_mask,
             names,
         )
-        per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
-        _check_numbers(num_inference_steps, per_prompt, guidance_scale, max_sequence_length, output_type)
-        given = [Prompt.of(prompt_embeds, prompt_embeds_mask)]
-        given += [Prompt.of(negative_prompt_embeds, negative_prompt_embeds_mask)] * (guidance_scale > 1)
-        batch = len(prompt) if isinstance(prompt, list) else 1 if given[0] is None else len(given[0].embeds)
-        texts = [as_list(prompt, batch, "prompt"), as_list(negative_prompt, batch, "negative_prompt")]
+        check_count("num_inference_steps", num_inference_steps)
+        check_count("max_sequence_length", max_sequence_length)
+        check_number("guidance_scale", guidance_scale)
+        check_output_type(output_type)
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")
-        photos = _one_per_prompt(None if image is None else im.to_pil_list(image, "image"), batch)
-        _check_placeholders(texts, photos)
-        generator = check_generators(generator, batch * per_prompt)
-        size = self.choose_size(photos, height, width)
-        if min(size) < 1 or any(side % self.size_multiple for side in size):
-            raise ValueError(
-                f"buckets hold {size}: both sides must be positive multiples of {self.size_multiple}"
-            )
-        if latents is not None:
-            _check_latents(latents, self.latent_shape(batch * per_prompt, *size))
-        pictures = _each_once(photos, lambda photo: im.resize_center_crop(photo, *size))
+        embedded = [Prompt.of(prompt_embeds, prompt_embeds_mask)]
+        embedded += [Prompt.of(negative_prompt_embeds, negative_prompt_embeds_mask)] * (guidance_scale > 1)
+        text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        size = (height, width)
+        request = self._request(image, text, embedded, size, num_images_per_prompt, generator, latents)
 
         count = num_inference_steps if timesteps is None and sigmas is None else None
         self.scheduler.set_timesteps(count, device=self.device, timesteps=timesteps, sigmas=sigmas)
-
         self.guidance_scale = guidance_scale
         self._interrupt = False
-        missing = [t for t, known in zip(texts, given, strict=False) if known is None]
-        read = iter(self._embed_prompts(missing, pictures, max_sequence_length))
-        prompts = [known or next(read) for known in given]
-        prompts = [p.repeat(per_prompt).to(self.device) for p in prompts]
 
-        target, references = self.prepare_latents(
-            batch * per_prompt,
-            self.transformer.config.in_channels,
-            *size,
-            1,
-            prompts[0].embeds.dtype,
-            self.device,
-            generator,
-            latents,
-            pictures,
-            enable_denormalization,
-        )
+        prompts = self._read(request, max_sequence_length)
+        dtype = prompts[0].embeds.dtype
+        target, references = self._start(request, latents, dtype, enable_denormalization)
         target = self._denoise(target, references, *prompts, callback=callback_on_step_end, names=names)
         result = self._decode(target[:, 0], output_type or "pil", enable_denormalization)
         return JoyImageEditPipelineOutput(result) if return_dict else (result,)
+
+    def _request(
+        self,
+        image: Picture | list[Picture] | None,
+        text: Text,
+        embedded: list[Prompt | None],
+        size: tuple[int | None, int | None],
+        copies: int | None,
+        generator: Generators,
+        latents: Tensor | None,
+    ) -> Request:
+        """What a call is to make, and from what. embedded: an entry for the positive prompts and, under
+        guidance, one for the negative ones. Raises ValueError or TypeError for what does not fit."""
+        copies = check_copies("num_images_per_prompt", copies)
+        batch = text.batch
+        texts = [as_list(text.prompt, batch, "prompt"), as_list(text.negative, batch, "negative_prompt")]
+        photos = one_per_prompt(None if image is None else im.to_pil_list(image, "image"), batch)
+        check_placeholders(texts, photos)
+        generator = check_generators(generator, batch * copies)
+        bucket = self.choose_size(photos, *size)
+        if min(bucket) < 1 or any(side % self.size_multiple for side in bucket):
+            raise ValueError(
+                f"buckets hold {bucket}: both sides must be positive multiples of {self.size_multiple}"
+            )
+        if latents is not None:
+            check_tensor("latents", latents, self.latent_shape(batch * copies, *bucket), "B, 1, C, 1, h, w")
+        pictures = each_once(photos, lambda photo: im.resize_center_crop(photo, *bucket))
+        return Request(texts[: len(embedded)], embedded, pictures, bucket, copies, generator)
+
+    def _read(self, request: Request, max_sequence_length: int) -> list[Prompt]:
+        """The prompts of all images on the device that computes: positive and, under guidance, negative."""
+        read = iter(self._embed_prompts(request.unread, request.pictures, max_sequence_length))
+        prompts = [known or next(read) for known in request.embedded]
+        return [prompt.repeat(request.copies).to(self.device) for prompt in prompts]
+
+    def _start(
+        self, request: Request, latents: Tensor | None, dtype: torch.dtype, enable_denormalization: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Starting noise and encoded references of all images; see `prepare_latents`."""
+        return self.prepare_latents(
+            request.batch,
+            self.transformer.config.in_channels,
+            *request.size,
+            1,
+            dtype,
+            self.device,
+            request.generator,
+            latents,
+            request.pictures,
+            enable_denormalization,
+        )
 
     def _denoise(
         self,
@@ -261,8 +304,8 @@ class JoyImageEditPipeline(Pipeline):
         self.num_timesteps = len(steps)
         with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
             tokens = None if references is None else transformer.embed_image(references)
-            frames, *sides = transformer.token_grid(latents)
-            grid = (frames if references is None else 2 * frames, *sides)
+            frames, rows, columns = transformer.token_grid(latents)
+            grid = (frames if references is None else 2 * frames, rows, columns)
             rope = transformer.rope(grid, latents.device)
             modulation = transformer.embed_time(steps)  # (S, 6, D)
             cond = self._branch(positive, tokens)
@@ -301,9 +344,9 @@ class JoyImageEditPipeline(Pipeline):
         velocity = velocity[:, None].to(latents.dtype)
         return self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
-    def _velocity(self, target: Tensor, branch: list[tuple], vec: Tensor, rope: Any, grid: Any) -> Tensor:
-        """What the transformer predicts for the target latents, group by group. target (B, N, D) -> (B, C,
-        1, h, w)."""
+    def _velocity(self, target: Tensor, branch: Branch, vec: Tensor, rope: Rope, grid: Grid) -> Tensor:
+        """What the transformer predicts for the target latents, group by group. target (B, N, D) ->
+        (B, C, 1, h, w)."""
         if len(branch) == 1:
             _, txt, references = branch[0]
             return self.transformer.predict_target(target, references, txt, vec, rope, grid)
@@ -311,11 +354,11 @@ class JoyImageEditPipeline(Pipeline):
             self.transformer.predict_target(target[rows], references, txt, vec, rope, grid)
             for rows, txt, references in branch
         ]
-        order = torch.cat([rows for rows, _, _ in branch])
+        order = torch.cat([group.rows for group in branch])
         return torch.cat(parts)[order.argsort()]
 
-    def _branch(self, prompt: Prompt, references: Tensor | None) -> list[tuple]:
-        """Groups of samples with prompts of equal length: their rows, text tokens and reference tokens."""
+    def _branch(self, prompt: Prompt, references: Tensor | None) -> Branch:
+        """All samples under `prompt`, in groups whose prompts are of one length. references (B, M, D)."""
         mask = torch.ones_like(prompt.mask) if PADDED_PROMPTS in self.quirks else prompt.mask
         lengths = mask.sum(1)
         groups = []
@@ -323,10 +366,10 @@ class JoyImageEditPipeline(Pipeline):
             rows = (lengths == length).nonzero()[:, 0]
             kept = prompt.embeds[rows][mask[rows].bool()].unflatten(0, (len(rows), length))  # (b, L, D)
             txt = self.transformer.embed_text(kept)
-            groups.append((rows, txt, None if references is None else references[rows]))
+            groups.append(Group(rows, txt, None if references is None else references[rows]))
         return groups
 
-    def _decode(self, latents: Tensor, output_type: str, enable_denormalization: bool) -> Any:
+    def _decode(self, latents: Tensor, output_type: str, enable_denormalization: bool) -> Images:
         """Latents (B, C, 1, h, w) to the output type."""
         if output_type == "latent":
             return latents[:, :, 0].float()
@@ -383,10 +426,9 @@ class JoyImageEditPipeline(Pipeline):
         known = Prompt.of(prompt_embeds, prompt_embeds_mask)
         if known is None:
             texts = [prompt] if isinstance(prompt, str) else prompt
-            pictures = _one_per_prompt(
-                None if images is None else im.to_pil_list(images, "images"), len(texts)
-            )
-            _check_placeholders([texts], pictures)
+            photos = None if images is None else im.to_pil_list(images, "images")
+            pictures = one_per_prompt(photos, len(texts))
+            check_placeholders([texts], pictures)
             (known,) = self._embed_prompts([texts], pictures, max_sequence_length)
         return known.repeat(num_images_per_prompt).to(device)
 
@@ -515,96 +557,9 @@ class JoyImageEditPipeline(Pipeline):
     ) -> None:
         """Raises ValueError or TypeError for arguments that do not fit together."""
         self.check_callback(None, callback_on_step_end_tensor_inputs or ())
-        check_prompts("prompt", prompt, "prompt_embeds", prompt_embeds)
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
-        check_text("negative_prompt", negative_prompt)
-        for name, embeds, mask in (
-            ("prompt_embeds", prompt_embeds, prompt_embeds_mask),
-            ("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask),
-        ):
-            if embeds is None:
-                continue
-            if mask is None:
-                raise ValueError(f"{name} needs {name}_mask")
-            width_wanted = self.transformer.config.text_dim
-            if not isinstance(embeds, Tensor) or not isinstance(mask, Tensor):
-                raise TypeError(f"{name} and {name}_mask must be tensors")
-            if not embeds.isfinite().all():
-                raise ValueError(f"{name} hold NaN or infinite values")
-            if embeds.ndim != 3 or embeds.shape[-1] != width_wanted or mask.shape != embeds.shape[:2]:
-                raise ValueError(
-                    f"{name} must be (B, L, {width_wanted}) and {name}_mask (B, L), "
-                    f"not {tuple(embeds.shape)} and {tuple(mask.shape)}"
-                )
-            if not mask.bool().any(1).all():
-                raise ValueError(f"{name}_mask leaves a prompt without a token")
-        if negative_prompt_embeds is not None:
-            batch = (
-                len(prompt)
-                if isinstance(prompt, list)
-                else 1
-                if prompt_embeds is None
-                else len(prompt_embeds)
-            )
-            if len(negative_prompt_embeds) != batch:
-                raise ValueError(
-                    f"negative_prompt_embeds are for {len(negative_prompt_embeds)} prompts, "
-                    f"but there are {batch}"
-                )
-        if (height is None) != (width is None):
-            raise ValueError(f"height={height}, width={width}: give both or neither")
-        multiple = self.size_multiple
-        for name, size in (("height", height), ("width", width)):
-            if size is not None and (not isinstance(size, int) or size <= 0 or size % multiple):
-                raise ValueError(f"{name}={size!r}: must be a positive multiple of {multiple}")
-
-
-def _check_numbers(
-    steps: int, per_prompt: int, guidance: float, max_length: int, output_type: str | None
-) -> None:
-    check_count("num_inference_steps", steps)
-    check_count("num_images_per_prompt", per_prompt)
-    check_count("max_sequence_length", max_length)
-    if not isinstance(guidance, (int, float)) or not np.isfinite(guidance):
-        raise ValueError(f"guidance_scale={guidance!r}: must be a finite number")
-    if output_type not in im.OUTPUT_TYPES:
-        raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(im.OUTPUT_TYPES)}")
-
-
-def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(latents, Tensor):
-        raise TypeError(f"latents is a {type(latents).__name__}: must be a tensor")
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted {shape} (B, 1, C, 1, h, w)")
-    if not latents.isfinite().all():
-        raise ValueError("latents hold NaN or infinite values")
-
-
-def _check_placeholders(prompts: list[list[str]], pictures: list[Image.Image] | None) -> None:
-    """A prompt that names a picture would take the place of the one it comes with."""
-    refused = ["<|image_pad|>"] + ["<image>\n"] * (pictures is not None)
-    for text in chain.from_iterable(prompts):
-        if found := [word for word in refused if word in text]:
-            raise ValueError(
-                f"a prompt holds {found[0]!r}, which stands for a picture; give the picture as image="
-            )
-
-
-def _one_per_prompt(photos: list[Image.Image] | None, batch: int) -> list[Image.Image] | None:
-    """A shorter list is repeated when that comes out even."""
-    if photos is None:
-        return None
-    if not photos or batch % len(photos):
-        raise ValueError(f"{len(photos)} images for {batch} prompts: give one image, or one per prompt")
-    return photos * (batch // len(photos))
-
-
-def _each_once(
-    photos: list[Image.Image] | None, change: Callable[[Image.Image], Image.Image]
-) -> list[Image.Image] | None:
-    """The changed photos; one that is in the list several times is changed once and stays one object."""
-    if photos is None:
-        return None
-    done = {key: change(photo) for key, photo in {id(photo): photo for photo in photos}.items()}
-    return [done[id(photo)] for photo in photos]
+        text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        text.check()
+        masks = (prompt_embeds_mask, negative_prompt_embeds_mask)
+        check_embedded(text, masks, self.transformer.config.text_dim)
+        text.check_negatives(text.batch)
+        check_sides(height, width, self.size_multiple)

@@ -21,6 +21,8 @@ from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor
 
 log = logging.getLogger("joyedit")
 
+Tokens = tuple[int, ...]  # a text, by the numbers of its tokens
+
 SYSTEM = (
     "<|im_start|>system\n \\nDescribe the image by detailing the color, shape, size, texture, quantity, "
     "text, spatial relationships of the objects and background:<|im_end|>\n"
@@ -94,7 +96,7 @@ class PromptReader:
         states = self.encoder.hidden_states(inputs["input_ids"], inputs["attention_mask"], seen)
         return Prompt(states[:, self.dropped :], inputs["attention_mask"][:, self.dropped :])
 
-    def _read_together(self, distinct: list[tuple[int, ...]], seen: ImageFeatures | None) -> list[Tensor]:
+    def _read_together(self, distinct: list[Tokens], seen: ImageFeatures | None) -> list[Tensor]:
         """States of different token sequences about one picture or none."""
         shared = _common_prefix(distinct)
         if shared < self.dropped:
@@ -104,7 +106,7 @@ class PromptReader:
         tails = self._read_on(prefix, [ids[shared:] for ids in distinct])
         return [torch.cat((prefix.states[0], tail)) for tail in tails]
 
-    def _read_on(self, prefix: Prefix, tails: list[tuple[int, ...]]) -> list[Tensor]:
+    def _read_on(self, prefix: Prefix, tails: list[Tokens]) -> list[Tensor]:
         """States of what follows a prefix. Every pass reads all weights, so tails of similar length go
         together, the shorter ones padded where nothing looks."""
         longest = max(map(len, tails))
@@ -131,7 +133,7 @@ class PromptReader:
             log.warning("a prompt of %d tokens was cut; lost: %r", len(ids), lost)
         return ids[:limit]
 
-    def _tensor(self, rows: list[tuple[int, ...]]) -> Tensor:
+    def _tensor(self, rows: list[Tokens]) -> Tensor:
         return torch.tensor(rows, device=self.device)
 
 
@@ -142,7 +144,7 @@ def _rows_by_picture(pictures: list[Image] | None, count: int) -> list[list[int]
     return list(groups.values())
 
 
-def _common_prefix(ids: list[tuple[int, ...]]) -> int:
+def _common_prefix(ids: list[Tokens]) -> int:
     """How many tokens different texts share at their start, one left over for each. Zero for a single one."""
     if len(ids) == 1:
         return 0

@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ from joyedit.checkpoints.network import Network, plan_folder
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming
-from joyedit.noise import Generators
 from joyedit.pipelines.made_for import MadeFor
 
 log = logging.getLogger("joyedit")
+
+Part = TypeVar("Part", bound=Network)
 
 ADAPTED = ("transformer", "unet", "text_encoder")  # the prefixes of adapter files
 
@@ -31,6 +32,7 @@ ADAPTED = ("transformer", "unet", "text_encoder")  # the prefixes of adapter fil
 class Pipeline:
     """Parts by name, and what users do with all of them at once.
 
+    A subclass lists its parts in `parts`, and assigns each in `__init__`, which checks its class.
     `reference_quirks`: True reproduces every listed defect of the reference, a collection of names only
     those. `made_for`: what a small checkpoint says of its use; of others empty.
     """
@@ -42,9 +44,7 @@ class Pipeline:
     callback_tensors: ClassVar[frozenset[str]] = frozenset()  # what callbacks may ask for
     quirk_names: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, reference_quirks: bool | Sequence[str] = False, **parts: Any):
-        for name, part in parts.items():
-            setattr(self, name, part)
+    def __init__(self, reference_quirks: bool | Sequence[str] = False):
         if isinstance(reference_quirks, str):
             reference_quirks = (reference_quirks,)
         self.quirks = self.quirk_names if reference_quirks is True else frozenset(reference_quirks or ())
@@ -88,9 +88,11 @@ class Pipeline:
         unknown arguments; all of it before a tensor is read.
         """
         check_offload(offload)
-        given = {name: options.pop(name) for name in cls.parts if name in options}
+        replacements = {name: options.pop(name) for name in cls.parts if name in options}
         parsed = LoadOptions.parse(options, also=(*cls.parts, "offload", "reference_quirks"))
-        pipe = cls.from_origin(Origin(str(name_or_path), **parsed.origin), parsed, given, reference_quirks)
+        pipe = cls.from_origin(
+            Origin(str(name_or_path), **parsed.origin), parsed, replacements, reference_quirks
+        )
         if offload != "none":
             pipe.set_offload(offload)
         return pipe
@@ -100,18 +102,18 @@ class Pipeline:
         cls,
         origin: Origin,
         options: LoadOptions,
-        given: Mapping[str, Any],
+        replacements: Mapping[str, Any],
         quirks: bool | Sequence[str] = False,
     ) -> Self:
-        """`from_pretrained` with its arguments sorted: `given` are the parts that are not loaded."""
-        for name, part in given.items():
+        """`from_pretrained` with its arguments sorted. replacements: the parts that are not loaded."""
+        for name, part in replacements.items():
             cls.check_part(name, part)
         classes, settings, made_for = {}, {}, MadeFor()
-        if set(cls.parts) - set(given):
+        if set(cls.parts) - set(replacements):
             index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
             if index.get("_class_name") not in {cls.__name__, *cls.relatives}:
                 raise ValueError(f"{origin.name} holds a {index.get('_class_name')}, not a {cls.__name__}")
-            listed = {name: _class_of(cls, name, index) for name in cls.parts if name not in given}
+            listed = {name: _class_of(cls, name, index) for name in cls.parts if name not in replacements}
             classes = {name: kind for name, kind in listed.items() if kind is not None}
             settings = {key: index[key] for key in cls.settings() if key in index}
             made_for = MadeFor.from_index(index, origin.name)
@@ -132,10 +134,10 @@ class Pipeline:
                 planned[name] = plan_folder(kind, Origin(str(root)), name, chosen)
             else:
                 loaded[name] = kind.from_pretrained(root, subfolder=name)
-        configs = {name: part.config for name, part in given.items() if isinstance(part, Network)}
+        configs = {name: part.config for name, part in replacements.items() if isinstance(part, Network)}
         cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
         loaded |= {name: one.read() for name, one in planned.items()}
-        pipe = cls(**loaded, **given, **settings, reference_quirks=quirks)
+        pipe = cls(**loaded, **replacements, **settings, reference_quirks=quirks)
         pipe.made_for = made_for
         return pipe
 
@@ -290,7 +292,7 @@ class Pipeline:
         self.components["vae"].disable_tiling()
 
     @contextlib.contextmanager
-    def on_device(self, network: Network) -> Iterator[Any]:
+    def on_device(self, network: Part) -> Iterator[Part]:
         """The network, on the device that computes while the block runs."""
         if self._offload_device is None or BlockStreaming.is_attached(network):
             yield network
@@ -318,8 +320,13 @@ class Pipeline:
         self._interrupt = value
 
     def call_back(
-        self, callback: Callable | None, names: Sequence[str], step: int, timestep: Tensor, tensors: dict
-    ) -> dict:
+        self,
+        callback: Callable | None,
+        names: Sequence[str],
+        step: int,
+        timestep: Tensor,
+        tensors: dict[str, Tensor | None],
+    ) -> dict[str, Any]:
         """Run a step callback; the tensors it asked for, replaced by those it returned."""
         if callback is None:
             return tensors
@@ -331,12 +338,13 @@ class Pipeline:
                 f"the callback returned {sorted(unknown)}; only {sorted(tensors)} can be replaced"
             )
         for name, tensor in returned.items():
-            if tensor is tensors[name]:  # None as well, where a run has no such tensor
+            before = tensors[name]
+            if tensor is before:  # None as well, where a run has no such tensor
                 continue
-            if tensor is None or tensors[name] is None:
+            if tensor is None or before is None:
                 raise ValueError(f"the callback returned a {name} in place of none, or none in place of one")
-            if tensor.shape != tensors[name].shape:
-                shapes = f"{tuple(tensor.shape)}, wanted {tuple(tensors[name].shape)}"
+            if tensor.shape != before.shape:
+                shapes = f"{tuple(tensor.shape)}, wanted {tuple(before.shape)}"
                 raise ValueError(f"the callback returned {name} of shape {shapes}")
         return {**tensors, **returned}
 
@@ -399,73 +407,6 @@ class MultiPipelineCallbacks:
         for callback in self.callbacks:
             callback_kwargs = callback(pipeline, step_index, timestep, callback_kwargs)
         return callback_kwargs
-
-
-class Text(NamedTuple):
-    """Prompts as a call gives them: positive and negative, each as words or embedded (B, L, D)."""
-
-    prompt: str | list[str] | None = None
-    negative: str | list[str] | None = None
-    embeds: Tensor | None = None
-    negative_embeds: Tensor | None = None
-
-    @property
-    def batch(self) -> int:
-        if self.embeds is not None:
-            return len(self.embeds)
-        return len(self.prompt) if isinstance(self.prompt, list) else 1
-
-    def check(self, name: str = "") -> None:
-        """Raises ValueError or TypeError when these do not fit together; `name` is the arguments' prefix."""
-        check_prompts(f"{name}prompt", self.prompt, f"{name}prompt_embeds", self.embeds)
-        if self.negative is not None and self.negative_embeds is not None:
-            raise ValueError(f"give {name}negative_prompt or {name}negative_prompt_embeds, not both")
-        check_text(f"{name}negative_prompt", self.negative)
-        if self.embeds is not None and self.negative_embeds is not None:
-            if self.embeds.shape != self.negative_embeds.shape:
-                shapes = f"{tuple(self.embeds.shape)} and {tuple(self.negative_embeds.shape)}"
-                raise ValueError(f"{name}prompt_embeds and its negatives differ in shape: {shapes}")
-
-
-def check_prompts(name: str, prompt: Any, embeds_name: str, embeds: Tensor | None) -> None:
-    """Raises ValueError unless exactly one is given, TypeError for a prompt that is no text or list of
-    texts."""
-    if (prompt is None) == (embeds is None):
-        raise ValueError(f"give exactly one of {name} and {embeds_name}")
-    check_text(name, prompt)
-
-
-def check_text(name: str, text: Any) -> None:
-    if text is not None and not isinstance(text, str):
-        if not isinstance(text, list) or not text or not all(isinstance(t, str) for t in text):
-            raise TypeError(f"{name} must be a string or a non-empty list of strings, not {text!r}")
-
-
-def as_list(text: str | list[str] | None, batch: int, name: str) -> list[str]:
-    """One text for each of `batch` prompts. Raises ValueError for a list of another length."""
-    texts = text if isinstance(text, list) else [text or ""] * batch
-    if len(texts) != batch:
-        raise ValueError(f"{name} is a list of {len(texts)}, but there are {batch} prompts")
-    return texts
-
-
-def check_count(name: str, count: Any) -> int:
-    """Raises ValueError unless `count` is a positive integer."""
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}={count!r}: must be a positive integer")
-    return count
-
-
-def check_generators(generator: Any, count: int) -> Generators:
-    """Raises TypeError for what is no generator, ValueError for a list without one for each of `count`
-    images."""
-    listed = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
-    for one in listed:
-        if not isinstance(one, torch.Generator):
-            raise TypeError(f"generator is, or holds, a {type(one).__name__}: must be a torch.Generator")
-    if listed is generator and len(listed) != count:
-        raise ValueError(f"generator is a list of {len(listed)}, but there are {count} images (one each)")
-    return listed[0] if listed and count == 1 else generator
 
 
 def check_offload(offload: str) -> None:

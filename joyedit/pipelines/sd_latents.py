@@ -7,6 +7,7 @@ I pictures   B images of a call, a multiple of I   C latent channels   h, w late
 Source: arXiv 2112.10752; diffusers `pipeline_stable_diffusion_diffedit.py`.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from joyedit.media.masks import LATENT_CHANNELS, to_model_pixels
 from joyedit.models.sd_vae import AutoencoderKL
 from joyedit.noise import Generators, draw_noise
+
+log = logging.getLogger("joyedit")
 
 
 class LatentCoder:
@@ -104,3 +107,15 @@ def check_levels(levels: Any, batch: int, taken: int) -> Tensor:
             f"{taken} steps, for {taken + 1} levels: give the values that `invert` was called with"
         )
     return levels
+
+
+def with_clean_level(levels: Tensor, clean: Tensor | None) -> Tensor:
+    """Levels (B, T, C, h, w) that end above the clean one (B, C, h, w), with it added; where it is not known,
+    each is moved to where the reference blends it in."""
+    if clean is not None:
+        return torch.cat((levels, clean[:, None]), dim=1)
+    log.warning(
+        "image_latents lack the clean level, or are of another run: what is outside the mask keeps a "
+        "little noise. Pass all that invert returns, or the photograph as image="
+    )
+    return torch.cat((levels[:, :1], levels), dim=1)

@@ -10,19 +10,32 @@ Source: arXiv 2112.10752; diffusers `pipeline_stable_diffusion.py`.
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from joyedit.models.clip import CLIPTextModel
-from joyedit.pipelines.pipeline import Text, as_list
+from joyedit.pipelines.checks import Text, as_list
 from joyedit.text.clip_tokenizer import CLIPTokenizer
 from joyedit.text.textual_inversion import TextualInversion
 
 log = logging.getLogger("joyedit")
 
-Embeds = tuple[Tensor, Tensor | None]  # of positive and of negative prompts, (B, L, D)
-Item = tuple[str, int, int]  # words, tokens, layers of the encoder left out
+
+class Embeds(NamedTuple):
+    """Prompts as the UNet reads them, (B, L, D) each; no negative ones without guidance."""
+
+    positive: Tensor
+    negative: Tensor | None
+
+
+class Item(NamedTuple):
+    """What the text encoder is to read."""
+
+    words: str
+    tokens: int
+    skipped: int  # layers of the encoder that are left out, from the end
 
 
 class PromptReader:
@@ -36,6 +49,10 @@ class PromptReader:
         """Its B and L, once everything is found to fit; `name` is the prefix of the arguments. Raises
         ValueError or TypeError."""
         text.check(name)
+        if text.embeds is not None and text.negative_embeds is not None:
+            if text.embeds.shape != text.negative_embeds.shape:
+                shapes = f"{tuple(text.embeds.shape)} and {tuple(text.negative_embeds.shape)}"
+                raise ValueError(f"{name}prompt_embeds and its negatives differ in shape: {shapes}")
         wanted = (text.batch, self._length(text), self.text_encoder.config.hidden_size)
         for kind, embeds in (
             ("prompt_embeds", text.embeds),
@@ -66,30 +83,31 @@ class PromptReader:
         for text in texts:
             if text.embeds is None:
                 prompts = as_list(text.prompt, text.batch, "prompt")
-                wanted += [(words, self._length(text), skips[0]) for words in prompts]
+                wanted += [Item(words, self._length(text), skips[0]) for words in prompts]
             if guided and text.negative_embeds is None:
                 negatives = as_list(text.negative, text.batch, "negative_prompt")
-                wanted += [(words, self._length(text), skips[1]) for words in negatives]
+                wanted += [Item(words, self._length(text), skips[1]) for words in negatives]
         states = self._states(wanted, device)
         rows = iter(states[item] for item in wanted)
 
-        def given_or_next(embeds: Tensor | None, batch: int) -> Tensor:
+        def known_or_read(embeds: Tensor | None, batch: int) -> Tensor:
             found = torch.stack([next(rows) for _ in range(batch)]) if embeds is None else embeds
             return found.to(device, self.text_encoder.dtype)
 
         found: list[Embeds] = []
         for text in texts:
-            positive = given_or_next(text.embeds, text.batch)
-            found.append((positive, given_or_next(text.negative_embeds, text.batch) if guided else None))
+            positive = known_or_read(text.embeds, text.batch)
+            negative = known_or_read(text.negative_embeds, text.batch) if guided else None
+            found.append(Embeds(positive, negative))
         return found
 
     def _states(self, wanted: list[Item], device: torch.device) -> dict[Item, Tensor]:
         """The embedding (L, D) of each item."""
         states: dict[Item, Tensor] = {}
-        for how in dict.fromkeys(item[1:] for item in wanted):
-            items = [item for item in dict.fromkeys(wanted) if item[1:] == how]
-            ids = self._token_ids([words for words, *_ in items], how[0]).to(device)
-            states |= zip(items, self.text_encoder.encode(ids, how[1]), strict=True)
+        for tokens, skipped in dict.fromkeys((item.tokens, item.skipped) for item in wanted):
+            items = [one for one in dict.fromkeys(wanted) if (one.tokens, one.skipped) == (tokens, skipped)]
+            ids = self._token_ids([one.words for one in items], tokens).to(device)
+            states |= zip(items, self.text_encoder.encode(ids, skipped), strict=True)
         return states
 
     def _token_ids(self, texts: list[str], length: int) -> Tensor:

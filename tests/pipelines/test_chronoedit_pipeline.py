@@ -637,7 +637,7 @@ BAD_CALLS = [
     (dict(max_sequence_length=0), "max_sequence_length=0"),
     (dict(output_type="mp4"), "output_type='mp4': must be one of pil, np, pt, latent"),
     (dict(attention_kwargs={"gligen": 1}), r"attention_kwargs has \['gligen'\]"),
-    (dict(attention_kwargs={"scale": "1"}), "scale='1' must be a finite number"),
+    (dict(attention_kwargs={"scale": "1"}), "scale='1': must be a finite number"),
     (dict(callback_on_step_end=3), "callback_on_step_end is a int"),
     (dict(callback_on_step_end_tensor_inputs=["noise"]), "'noise'.*only"),
     (dict(generator=[seeded(), seeded()]), "list of 2, but there are 1"),

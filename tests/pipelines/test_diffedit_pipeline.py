@@ -602,6 +602,7 @@ SAME = {
     "an unknown output": (dict(output_type="jpg"), "output_type='jpg'"),
     "too many generators": (dict(generator=[seeded(), seeded()]), "list of 2, but there are 1"),
     "unknown attention arguments": (dict(cross_attention_kwargs={"gain": 1}), "only 'scale' is known"),
+    "a scale that is no number": (dict(cross_attention_kwargs={"scale": "1"}), "scale='1': must be a finite"),
     "three images": (dict(image=[picture()] * 3), "3 images for 1 prompts"),
     "a path": (dict(image="photo.png"), "image is, or holds, a str"),
 }
@@ -609,7 +610,7 @@ INVERT = {
     **SAME,
     "no image": (dict(image=None), "image is needed"),
     "two images for three prompts": (dict(prompt=["a"] * 3, image=[picture()] * 2), "2 images for 3"),
-    "latents as pictures": (dict(output_type="latent"), "'pil', 'np' or 'pt'"),
+    "latents as pictures": (dict(output_type="latent"), "must be one of pil, np, pt$"),
 }
 CALL = {
     **SAME,
@@ -658,7 +659,7 @@ MASK = {
     "ratio 0": (dict(mask_thresholding_ratio=0.0), "mask_thresholding_ratio=0.0"),
     "ratio None": (dict(mask_thresholding_ratio=None), "mask_thresholding_ratio=None"),
     "strength": (dict(mask_encode_strength=-0.1), "mask_encode_strength=-0.1"),
-    "an unknown output": (dict(output_type="pt"), "'np', 'pil' or 'heat'"),
+    "an unknown output": (dict(output_type="pt"), "must be one of np, pil, heat"),
     "generators for neither images nor maps": (dict(generator=[seeded()] * 3), "list of 3, but there are 2"),
     "no image": (dict(image=None), "image is needed"),
     "an image too small": (dict(image=picture(0, 7, 80)), "at least 8"),

@@ -1,0 +1,139 @@
+"""Arguments that several pipelines take, checked before any work.
+
+A check raises ValueError for a value that does not fit, TypeError for one of another kind, and names the
+argument as the call does.
+
+B prompts   L text tokens   D width
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from joyedit.media.images import OUTPUT_TYPES
+from joyedit.noise import Generators
+
+
+class Text(NamedTuple):
+    """Prompts as a call gives them: positive and negative, each as words or embedded (B, L, D)."""
+
+    prompt: str | list[str] | None = None
+    negative: str | list[str] | None = None
+    embeds: Tensor | None = None
+    negative_embeds: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """B: how many there are of what says what to do; a text alone is one."""
+        if self.embeds is not None:
+            return len(self.embeds)
+        return len(self.prompt) if isinstance(self.prompt, list) else 1
+
+    def check(self, name: str = "") -> None:
+        """Raises ValueError or TypeError when these do not fit together; `name` is the arguments' prefix."""
+        check_prompts(f"{name}prompt", self.prompt, f"{name}prompt_embeds", self.embeds)
+        if self.negative is not None and self.negative_embeds is not None:
+            raise ValueError(f"give {name}negative_prompt or {name}negative_prompt_embeds, not both")
+        check_text(f"{name}negative_prompt", self.negative)
+
+    def check_negatives(self, batch: int, one_for_all: bool = False) -> None:
+        """Raises ValueError for embedded negative prompts of another number than `batch`; one_for_all: a
+        single one will do."""
+        if self.negative_embeds is None or len(self.negative_embeds) == batch:
+            return
+        if not (one_for_all and len(self.negative_embeds) == 1):
+            raise ValueError(
+                f"negative_prompt_embeds are for {len(self.negative_embeds)} prompts, but there are {batch}"
+            )
+
+
+def check_prompts(name: str, prompt: Any, embeds_name: str, embeds: Tensor | None) -> None:
+    """Raises ValueError unless exactly one is given, TypeError for a prompt that is no text or list of
+    texts."""
+    if (prompt is None) == (embeds is None):
+        raise ValueError(f"give exactly one of {name} and {embeds_name}")
+    check_text(name, prompt)
+
+
+def check_text(name: str, text: Any) -> None:
+    if text is not None and not isinstance(text, str):
+        if not isinstance(text, list) or not text or not all(isinstance(t, str) for t in text):
+            raise TypeError(f"{name} must be a string or a non-empty list of strings, not {text!r}")
+
+
+def as_list(text: str | list[str] | None, batch: int, name: str) -> list[str]:
+    """One text for each of `batch` prompts. Raises ValueError for a list of another length."""
+    texts = text if isinstance(text, list) else [text or ""] * batch
+    if len(texts) != batch:
+        raise ValueError(f"{name} is a list of {len(texts)}, but there are {batch} prompts")
+    return texts
+
+
+def check_count(name: str, count: Any) -> int:
+    """Raises ValueError unless `count` is a positive integer."""
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}={count!r}: must be a positive integer")
+    return count
+
+
+def check_copies(name: str, copies: Any) -> int:
+    """How many results each prompt gets, None meaning one. Raises ValueError as `check_count`."""
+    return 1 if copies is None else check_count(name, copies)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a finite number."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: must be a finite number")
+
+
+def check_generators(generator: Any, count: int) -> Generators:
+    """Raises TypeError for what is no generator, ValueError for a list without one for each of `count`
+    images."""
+    listed = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+    for one in listed:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(f"generator is, or holds, a {type(one).__name__}: must be a torch.Generator")
+    if listed is generator and len(listed) != count:
+        raise ValueError(f"generator is a list of {len(listed)}, but there are {count} images (one each)")
+    return listed[0] if listed and count == 1 else generator
+
+
+def check_tensor(name: str, value: Any, wanted: Sequence[int | str | None], axes: str = "") -> None:
+    """Raises TypeError for what is no tensor, ValueError for one of another shape or with values that are
+    not finite.
+
+    wanted: the size of each axis; where it is a word, any size but 0 will do. axes: what the sizes mean.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: must be a tensor")
+    shape = tuple(value.shape)
+    fits = (n > 0 if isinstance(size, str) else n == size for n, size in zip(shape, wanted, strict=False))
+    if len(shape) != len(wanted) or not all(fits):
+        sizes = ", ".join(str(size) for size in wanted)
+        raise ValueError(f"{name} have shape {shape}, wanted ({sizes}){axes and f' ({axes})'}")
+    check_finite(name, value)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} hold NaN or infinite values")
+
+
+def check_output_type(output_type: Any, kinds: Sequence[str] = OUTPUT_TYPES) -> None:
+    if output_type not in kinds:
+        raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(kinds)}")
+
+
+def adapter_scale(name: str, kwargs: Mapping[str, Any] | None) -> float | None:
+    """What an argument {"scale": s} multiplies the adapters that are not fused with; None, if it says
+    nothing of it. Raises ValueError for other keys, and for anything but a finite number."""
+    if unknown := set(kwargs or {}) - {"scale"}:
+        raise ValueError(f"{name} has {sorted(unknown)}; only 'scale' is known")
+    scale = (kwargs or {}).get("scale")
+    if scale is not None:
+        check_number(f"{name}: scale", scale)
+    return scale
