@@ -120,7 +120,7 @@ def child(port, home, code, **environment):
     }
     start = """
         import json, sys
-        from joyedit.hub import Origin
+        from joyedit.checkpoints.hub import Origin
         def message(call):
             try:
                 call()
@@ -140,7 +140,7 @@ def child(port, home, code, **environment):
 
 def test_only_needed_files_are_downloaded_and_then_found_offline(server, tmp_path):
     code = """
-        import joyedit.hub
+        import joyedit.checkpoints.hub
         assert "torch" not in sys.modules and "huggingface_hub" not in sys.modules
         origin = Origin("org/model")
         folders = [

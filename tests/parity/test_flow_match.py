@@ -110,7 +110,6 @@ def test_tables_and_steps_for_every_option(option, n):
         theirs.set_timesteps(n, **arguments)
         if not exactly:
             ours.timesteps, ours.sigmas = theirs.timesteps, theirs.sigmas
-            ours._deltas = ours.sigmas.diff()
         assert_same_trajectory(ours, theirs, dtype)
 
 
