@@ -26,6 +26,9 @@ from joyedit.models.rope import grid_rope
 GOLDENS = Path(__file__).resolve().parents[2] / "../shared/data/goldens"
 needs_shared = pytest.mark.skipif(not GOLDENS.is_dir(), reason="needs ../shared")
 
+# What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
+NEW_PARAMETERS: tuple[str, ...] = ()
+
 WIDE_HEAD = dict(  # head width and rotary split of the released model
     hidden_size=256, num_attention_heads=2, num_layers=2, text_dim=24, rope_dim_list=[16, 56, 56], theta=10000
 )
@@ -84,9 +87,8 @@ def ours_from(reference, folder, dtype=None, rename=lambda key: key):
     state = {rename(key): tensor.contiguous() for key, tensor in reference.state_dict().items()}
     save_file(state, folder / "weights.safetensors")
     config = JoyImageEditConfig.from_dict(dict(reference.config))
-    return load_network(
-        JoyImageEditTransformer3DModel, config, TensorFiles([folder / "weights.safetensors"]), dtype
-    )
+    files = TensorFiles([folder / "weights.safetensors"])
+    return load_network(JoyImageEditTransformer3DModel, config, files, dtype, NEW_PARAMETERS)
 
 
 def inputs(config, shape, length, seed=1):
