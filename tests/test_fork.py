@@ -1,4 +1,4 @@
-"""docs/changing-the-code.md, carried out: its edits are made in a copy of the package, and its code runs there.
+"""docs/changing-the-code.md, carried out: its edits are made in a copy of the package, where its code runs.
 
 The page is read, not repeated: an edit that no longer applies, or code that no longer runs, is a page that no
 longer tells the truth. What is asked beside it is in `CHECKS`, one for each section.
