@@ -143,7 +143,7 @@ def load(
             open_parts = _open_original if found.layout == "original" else _open_comfyui
             parts = open_parts(found, options, passed)
         patterns.check()
-        pipe = found.pipeline(**_read(parts), **passed, reference_quirks=reference_quirks)
+        pipe = found.pipeline(**{**_read(parts), **passed}, reference_quirks=reference_quirks)
     licence = licence_of(found.origin, found.listing)
     what = "%s from %s (%s layout); licence of the weights: %s"
     log.info(what, found.class_name, name_or_path, found.layout, licence)

@@ -122,7 +122,7 @@ def read_single_file(path: Path, ema: bool = False) -> SingleFile:
 def open_single_file(
     path: Path,
     options: LoadOptions,
-    passed: dict[str, Any],
+    passed: Mapping[str, Any],
     prediction_type: str | None = None,
     ema: bool = False,
 ) -> dict[str, Any]:
@@ -137,12 +137,13 @@ def open_single_file(
     if "tokenizer" in passed and found.release == 2 and passed["tokenizer"].pad_token_id != 0:
         log.warning("the tokenizer pads with %r; 2.x was trained with '!'", passed["tokenizer"].pad_token)
     made: dict[str, Any] = {"requires_safety_checker": False}
-    if "scheduler" not in passed:
-        made["scheduler"] = DDIMScheduler(**SCHEDULE, prediction_type=_predicts(found, prediction_type))
+    scheduler = passed.get("scheduler")
+    if scheduler is None:
+        scheduler = DDIMScheduler(**SCHEDULE, prediction_type=_predicts(found, prediction_type))
+        made["scheduler"] = scheduler
     elif prediction_type is not None:
         raise ValueError("give prediction_type= or scheduler=, which says it too, not both")
-    predicts = (passed | made)["scheduler"].config.prediction_type
-    large = found.release == 2 and predicts == "v_prediction"
+    large = found.release == 2 and scheduler.config.prediction_type == "v_prediction"
     changes = {"unet": {"sample_size": 96 if large else 64}}
     for part in found.networks:
         if part not in passed:
