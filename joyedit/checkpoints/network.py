@@ -15,14 +15,14 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.hub import Origin, choose_weight_files, shards_of
 from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.new_parameters import NewParameters, WithoutInit, initial_values, without_numbers
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
-from joyedit.convert.table import Layout, Plan, plan_conversion
+from joyedit.convert.table import DoesNotFitError, Layout, Plan, plan_conversion
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -61,12 +61,15 @@ class Network(nn.Module):
         """Load from a Diffusers folder or Hub repository.
 
         Options: dtype (or torch_dtype), variant, use_safetensors, revision, token, cache_dir,
-        local_files_only, force_download. Raises FileNotFoundError when files are missing, ValueError when
-        they do not fit.
+        local_files_only, force_download; new_parameters: patterns of names ("*.temperature") that the files
+        need not hold, and that keep the value that `__init__` gives them. Raises FileNotFoundError when files
+        are missing, ValueError when they do not fit, or a pattern names nothing that they lack.
         """
         parsed = LoadOptions.parse(options)
         origin = Origin(str(name_or_path), **parsed.origin)
-        return plan_folder(cls, origin, subfolder or "", parsed).read()
+        planned = plan_folder(cls, origin, subfolder or "", parsed)
+        parsed.new_parameters.check()
+        return planned.read()
 
     def save_pretrained(
         self,
@@ -152,16 +155,24 @@ def open_weights(
 
 @dataclasses.dataclass(frozen=True)
 class PlannedNetwork:
-    """A network that its files are known to fit, before its tensors are read: `network` is on meta."""
+    """A network that its files are known to fit, before its tensors are read: `network` is on meta.
+
+    new: names that the files lack and need not hold.
+    """
 
     network: Network
     files: TensorFiles
     plan: Plan
     dtypes: Mapping[str, torch.dtype]
+    new: Sequence[str] = ()
 
     def read(self) -> Any:
         """The network, filled. To be called once."""
         state = dict(read_planned(self.plan, self.files, self.dtypes))
+        if self.new:
+            cls, config = type(self.network), self.network.config
+            values = initial_values(lambda: cls(config), self.new)
+            state |= {name: value.to(self.dtypes[name]) for name, value in values.items()}
         self.network.load_state_dict(state, strict=True, assign=True)
         left = [name for name, tensor in self.network.state_dict().items() if tensor.is_meta]
         if left:
@@ -170,7 +181,8 @@ class PlannedNetwork:
 
 
 def plan_folder(cls: type[Network], origin: Origin, subfolder: str, options: LoadOptions) -> PlannedNetwork:
-    """Open one network of a folder of a local or Hub checkpoint. Errors as in `from_pretrained`."""
+    """Open one network of a folder of a local or Hub checkpoint. Errors as in `from_pretrained`, but for
+    patterns that name nothing, see `NewParameters.check`."""
     folder = origin.fetch_network(subfolder, cls.weights_stem, options.variant, options.use_safetensors)
     config_path = folder / "config.json"
     if not config_path.is_file():
@@ -180,48 +192,66 @@ def plan_folder(cls: type[Network], origin: Origin, subfolder: str, options: Loa
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path}: {error}") from None
     files = open_weights(folder, cls.weights_stem, options.variant, options.use_safetensors)
-    return plan_network(cls, config, files, options.dtype)
+    return plan_network(cls, config, files, options.dtype, options.new_parameters)
 
 
 def plan_network(
-    cls: type[Network], config: Config, files: TensorFiles, dtype: torch.dtype | None = None
+    cls: type[Network],
+    config: Config,
+    files: TensorFiles,
+    dtype: torch.dtype | None = None,
+    new_parameters: NewParameters | None = None,
 ) -> PlannedNetwork:
     """Build `cls` on the meta device and find out how `files`, in whatever layout, fill it.
 
     dtype None keeps what is stored, except that fp32 files above 4 GB become bf16; parameters that a network
     declares as fp32 stay so. Raises ValueError with the two-sided key difference when the files do not fit.
     """
+    patterns = new_parameters or NewParameters()
     network = build_on_meta(cls, config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    tensors = network.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        plan = plan_conversion(network.layouts(), files.shapes, wanted)
+        plan = plan_conversion(network.layouts(), files.shapes, wanted, set(patterns.among(wanted)))
     except ValueError as error:
-        raise ValueError(f"{files}: not the weights of this {cls.__name__}: {error}") from None
-    return PlannedNetwork(network, files, plan, target_dtypes(cls, plan, files, dtype))
+        advice = _advice(error) if isinstance(error, DoesNotFitError) else ""
+        raise ValueError(f"{files}: not the weights of this {cls.__name__}: {error}{advice}") from None
+    new = [name for name in tensors if name not in plan.steps]
+    patterns.note(cls.__name__, plan.steps, new)
+    dtypes = target_dtypes(cls, plan, files, dtype)
+    others = next((kind for name, kind in dtypes.items() if not cls.stays_fp32(name)), torch.float32)
+    for name in new:
+        floats = tensors[name].is_floating_point()
+        dtypes[name] = _allowed(cls, name, others) if floats else tensors[name].dtype
+    return PlannedNetwork(network, files, plan, dtypes, new)
+
+
+def _advice(error: DoesNotFitError) -> str:
+    """How to load files that lack something and have nothing else in its place."""
+    if error.unexpected or not error.missing:
+        return ""
+    patterns = without_numbers(error.missing)[:4]
+    return f"; for parameters that your code adds to the published ones, pass new_parameters={patterns!r}"
 
 
 def load_network(
-    cls: type[Network], config: Config, files: TensorFiles, dtype: torch.dtype | None = None
+    cls: type[Network],
+    config: Config,
+    files: TensorFiles,
+    dtype: torch.dtype | None = None,
+    new_parameters: Sequence[str] = (),
 ) -> Any:
-    """`plan_network`, read."""
-    return plan_network(cls, config, files, dtype).read()
+    """`plan_network`, read. new_parameters: as in `from_pretrained`."""
+    patterns = NewParameters(new_parameters)
+    planned = plan_network(cls, config, files, dtype, patterns)
+    patterns.check()
+    return planned.read()
 
 
 def build_on_meta(cls: type[Network], config: Config) -> Any:
     """A network of the right names and shapes that takes no memory. Nothing is initialised."""
-    with torch.device("meta"), _WithoutInit():
+    with torch.device("meta"), WithoutInit():
         return cls(config)
-
-
-class _WithoutInit(TorchFunctionMode):
-    """Skips `torch.nn.init`. On the meta device it does nothing, but `normal_` imports torch._dynamo: a
-    second and 120 MB."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 def target_dtypes(
@@ -233,10 +263,13 @@ def target_dtypes(
         dtype = torch.bfloat16 if floats == {torch.float32} else None
     dtypes = {}
     for name, step in plan.steps.items():
-        stored = files.dtypes[step.sources[0]]
-        wanted = dtype or stored
-        dtypes[name] = torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
+        dtypes[name] = _allowed(cls, name, dtype or files.dtypes[step.sources[0]])
     return dtypes
+
+
+def _allowed(cls: type[Network], name: str, wanted: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter in a network that is held in `wanted`."""
+    return torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
 
 
 def read_planned(

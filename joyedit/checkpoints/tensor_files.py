@@ -45,6 +45,15 @@ class TensorFiles(Mapping[str, Tensor]):
                     )
                 self._where[name], self._shapes[name], self._dtypes[name] = read, shape, dtype
 
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> "TensorFiles":
+        """Tensors that are in memory, as if they were in a file."""
+        held = cls([])
+        for name, tensor in state.items():
+            held._where[name] = lambda tensor=tensor, once=False: tensor
+            held._shapes[name], held._dtypes[name] = tuple(tensor.shape), tensor.dtype
+        return held
+
     def __getitem__(self, name: str) -> Tensor:
         return self._where[name]()
 

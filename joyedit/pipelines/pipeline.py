@@ -5,6 +5,7 @@ a `model_index.json` that lists them. The algorithm itself is in the pipeline's 
 """
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -130,12 +131,13 @@ class Pipeline:
         for name, kind in classes.items():
             if name in stems:
                 dtype = options.dtype or cls.auto_dtypes.get(name)
-                chosen = LoadOptions(dtype, variants[name], options.use_safetensors)
+                chosen = dataclasses.replace(options, dtype=dtype, variant=variants[name])
                 planned[name] = plan_folder(kind, Origin(str(root)), name, chosen)
             else:
                 loaded[name] = kind.from_pretrained(root, subfolder=name)
         configs = {name: part.config for name, part in replacements.items() if isinstance(part, Network)}
         cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
+        options.new_parameters.check()
         loaded |= {name: one.read() for name, one in planned.items()}
         pipe = cls(**loaded, **replacements, **settings, reference_quirks=quirks)
         pipe.made_for = made_for
@@ -443,4 +445,7 @@ def _class_of(cls: type[Pipeline], name: str, index: Mapping[str, Any]) -> type 
         if is_called(kind, entry[1]):
             return kind
     wanted = " or ".join(kind.__name__ for kind in kinds)
-    raise ValueError(f"model_index.json: {name} is a {entry[1]}; {cls.__name__} takes {wanted}")
+    raise ValueError(
+        f"model_index.json: {name} is a {entry[1]}; {cls.__name__} takes {wanted}. For a class of your own, "
+        f"pass {name}= with an object of it"
+    )

@@ -127,14 +127,6 @@ class DDIMScheduler(Scheduler):
     Config = DDIMConfig
     config: DDIMConfig
     # Solvers of the same noise levels, any of which a Stable Diffusion folder may name.
-    relatives: ClassVar[frozenset[str]] = frozenset(
-        f"{name}Scheduler"
-        for name in (
-            "PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete "
-            "KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep "
-            "UniPCMultistep DDPM"
-        ).split()
-    )
     relatives: ClassVar[frozenset[str]] = RELATIVES
 
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
@@ -292,16 +284,19 @@ class DDIMInverseScheduler(Scheduler):
         return self.config.num_train_timesteps
 
 
-def ddim_pair(config: Mapping[str, Any], **changes: Any) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
-    """Solver and inverse of the same timesteps from the config of any scheduler of the family.
+def ddim_pair(
+    config: Mapping[str, Any], kind: type[DDIMScheduler] = DDIMScheduler, **changes: Any
+) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
+    """Solver and inverse of the same timesteps from the config of any scheduler of the family. kind: the
+    class of the solver, which may be a subclass.
 
     "linspace", the default of Euler and DPM++, has no inverse and becomes "leading", for both. Errors as in
     `from_config`.
     """
-    solver = DDIMScheduler.from_config(config, **changes)
+    solver = kind.from_config(config, **changes)
     if solver.config.timestep_spacing == "linspace":
         log.info("timestep_spacing='linspace' cannot be inverted: 'leading' is used")
-        solver = DDIMScheduler.from_config(solver.config, timestep_spacing="leading")
+        solver = kind.from_config(solver.config, timestep_spacing="leading")
     return solver, DDIMInverseScheduler.from_config(solver.config)
 
 

@@ -138,6 +138,22 @@ def test_both_schedulers_come_from_whatever_file_is_there(folder, kind):
     assert pipe.scheduler.timesteps.tolist() == pipe.inverse_scheduler.timesteps.tolist()[::-1]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"steps_offset": 1}, {"steps_offset": 0}, {"timestep_spacing": "linspace"}]
+)
+def test_a_scheduler_of_ones_own_stays_one(tiny, settings):
+    """Also where its settings have no inverse, and it is built again with others."""
+
+    class Own(joyedit.DDIMScheduler):
+        pass
+
+    pipe = joyedit.load(tiny, device="cpu", scheduler=Own(clip_sample=False, **settings))
+    assert type(pipe.scheduler) is Own and pipe.scheduler.config.steps_offset == 1
+    for scheduler in (pipe.scheduler, pipe.inverse_scheduler):
+        scheduler.set_timesteps(4)
+    assert pipe.scheduler.timesteps.tolist() == pipe.inverse_scheduler.timesteps.tolist()[::-1]
+
+
 def test_safety_checker_is_loaded_or_left_out(tmp_path):
     write_random_diffedit_checkpoint(tmp_path / "sd", safety_checker=True)
     pipe = joyedit.load(tmp_path / "sd", device="cpu")

@@ -17,6 +17,9 @@ from joyedit.convert.chronoedit_dit import layouts
 from joyedit.convert.table import plan_conversion
 from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
 
+# What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
+NEW_PARAMETERS: tuple[str, ...] = ()
+
 TINY = dict(
     num_attention_heads=3,
     attention_head_dim=8,
@@ -95,7 +98,7 @@ def ours_from(reference, folder, rename=None):
     save_file(state, folder / "weights.safetensors")
     files = TensorFiles([folder / "weights.safetensors"])
     config = ChronoEditConfig.from_dict(dict(reference.config))
-    return load_network(ChronoEditTransformer3DModel, config, files)
+    return load_network(ChronoEditTransformer3DModel, config, files, new_parameters=NEW_PARAMETERS)
 
 
 def inputs(config, shape, length, tokens, seed=1):

@@ -33,6 +33,9 @@ from joyedit.models.clip import (
     StableDiffusionSafetyCheckerConfig,
 )
 
+# What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
+NEW_PARAMETERS: tuple[str, ...] = ()
+
 EOS = 97  # of "sd2"; words are below it
 TEXT = {
     "sd1": dict(
@@ -124,13 +127,9 @@ OURS = {
 def ours(model, cls=None):
     """Our network with the reference's weights, through its config and the key table."""
     cls = cls or OURS[type(model)]
-    with torch.device("meta"):
-        network = cls(cls.Config.from_dict(model.config.to_dict()))
-    wanted = {name: tuple(p.shape) for name, p in network.state_dict().items()}
-    state = model.state_dict()
-    plan = plan_conversion(network.layouts(), {k: tuple(v.shape) for k, v in state.items()}, wanted)
-    network.load_state_dict({k: step.read(state) for k, step in plan.steps.items()}, assign=True)
-    return network.requires_grad_(False).eval()
+    config = cls.Config.from_dict(model.config.to_dict())
+    files = TensorFiles.of(model.state_dict())
+    return load_network(cls, config, files, new_parameters=NEW_PARAMETERS)
 
 
 def prompts(name, shape, seed=1):

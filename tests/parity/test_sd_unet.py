@@ -16,6 +16,9 @@ from joyedit.convert.table import plan_conversion
 from joyedit.models.layers import sinusoidal_embedding
 from joyedit.models.sd_unet import CrossAttention, ResnetBlock, UNet2DConditionConfig, UNet2DConditionModel
 
+# What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
+NEW_PARAMETERS: tuple[str, ...] = ()
+
 THREE = dict(
     block_out_channels=[16, 32, 48],
     down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
@@ -63,13 +66,9 @@ def reference(name: str) -> Reference:
 
 def ours(model: Reference) -> UNet2DConditionModel:
     """Our network with the reference's weights, through its config and the key table."""
-    with torch.device("meta"):
-        network = UNet2DConditionModel(UNet2DConditionConfig.from_dict(json.loads(model.to_json_string())))
-    wanted = {name: tuple(p.shape) for name, p in network.state_dict().items()}
-    state = model.state_dict()
-    plan = plan_conversion(network.layouts(), {k: tuple(v.shape) for k, v in state.items()}, wanted)
-    network.load_state_dict({k: step.read(state) for k, step in plan.steps.items()}, assign=True)
-    return network.requires_grad_(False).eval()
+    config = UNet2DConditionConfig.from_dict(json.loads(model.to_json_string()))
+    files = TensorFiles.of(model.state_dict())
+    return load_network(UNet2DConditionModel, config, files, new_parameters=NEW_PARAMETERS)
 
 
 def inputs(model: Reference, shape=(2, 8, 12), prompts: int | None = None):

@@ -28,6 +28,9 @@ def stages(*widths: int) -> dict:
     )
 
 
+# What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
+NEW_PARAMETERS: tuple[str, ...] = ()
+
 CONFIGS = {
     "four_stages": dict(**stages(8, 16, 24, 24), layers_per_block=2, norm_num_groups=4, sample_size=32),
     "two_stages": dict(**stages(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=24),
@@ -63,13 +66,8 @@ def config_of(model: Reference) -> AutoencoderKLConfig:
 
 def ours(model: Reference) -> AutoencoderKL:
     """Our network with the reference's weights, through its config and the key table."""
-    with torch.device("meta"):
-        network = AutoencoderKL(config_of(model))
-    wanted = {name: tuple(p.shape) for name, p in network.state_dict().items()}
-    state = model.state_dict()
-    plan = plan_conversion(network.layouts(), {k: tuple(v.shape) for k, v in state.items()}, wanted)
-    network.load_state_dict({k: step.read(state) for k, step in plan.steps.items()}, assign=True)
-    return network.requires_grad_(False).eval()
+    files = TensorFiles.of(model.state_dict())
+    return load_network(AutoencoderKL, config_of(model), files, new_parameters=NEW_PARAMETERS)
 
 
 def pixels(model: Reference, shape) -> torch.Tensor:

@@ -18,6 +18,9 @@ from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.umt5 import layouts
 from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel, distance_buckets, without_fp16
 
+# What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
+NEW_PARAMETERS: tuple[str, ...] = ()
+
 CONFIGS = {
     "plain": dict(vocab_size=61, d_model=32, d_kv=8, d_ff=50, num_layers=3, num_heads=4),
     "wide": dict(  # heads wider than the model, other buckets, another epsilon
@@ -80,7 +83,8 @@ def files(tmp_path, state, name="model.safetensors"):
 def ours(model, tmp_path, dtype=None):
     """Our network from a file of the reference's weights."""
     config = UMT5Config.from_dict(model.config.to_dict())
-    return load_network(UMT5EncoderModel, config, files(tmp_path, model.state_dict()), dtype)
+    file = files(tmp_path, model.state_dict())
+    return load_network(UMT5EncoderModel, config, file, dtype, NEW_PARAMETERS)
 
 
 def prompts(model, lengths, padded=None):

@@ -18,6 +18,9 @@ from joyedit.convert.wan_vae import layouts
 from joyedit.models import wan_vae
 from joyedit.models.wan_vae import AutoencoderKLWan, AutoencoderKLWanConfig, DiagonalGaussian
 
+# What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
+NEW_PARAMETERS: tuple[str, ...] = ()
+
 CONFIGS = {
     "narrow": dict(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1, z_dim=16),
     "uneven": dict(base_dim=4, decoder_base_dim=6, dim_mult=[1, 2, 2, 3], num_res_blocks=2, z_dim=5),
@@ -54,13 +57,9 @@ def reference(name: str, **changes) -> Reference:
 
 def ours(model: Reference) -> AutoencoderKLWan:
     """Our network with the reference's weights, through its config and the key table."""
-    with torch.device("meta"):
-        network = AutoencoderKLWan(AutoencoderKLWanConfig.from_dict(json.loads(model.to_json_string())))
-    wanted = {name: tuple(p.shape) for name, p in network.state_dict().items()}
-    state = model.state_dict()
-    plan = plan_conversion(network.layouts(), {k: tuple(v.shape) for k, v in state.items()}, wanted)
-    network.load_state_dict({k: step.read(state) for k, step in plan.steps.items()}, assign=True)
-    return network.requires_grad_(False).eval()
+    config = AutoencoderKLWanConfig.from_dict(json.loads(model.to_json_string()))
+    files = TensorFiles.of(model.state_dict())
+    return load_network(AutoencoderKLWan, config, files, new_parameters=NEW_PARAMETERS)
 
 
 def pixels(model: Reference, shape) -> torch.Tensor:
