@@ -1,6 +1,7 @@
-"""What every test shares: few threads, a fixed seed, and the place of the recorded data."""
+"""What every test shares: the cores, few threads, a fixed seed, and the place of the recorded data."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,36 @@ import joyedit
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which acts on the options
+def pytest_cmdline_main(config):
+    """With pytest-xdist, the tests are spread over the cores, unless the command line says otherwise or would
+    lose by it: tests that share one GPU, a debugger, output as it comes, or files named one by one (each
+    process needs seconds to begin)."""
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    chosen = option.numprocesses is not None or option.dist != "no" or option.tx or option.distload
+    interactive = option.usepdb or option.trace or option.capture == "no" or option.collectonly
+    named = all(Path(argument.partition("::")[0]).is_file() for argument in config.args)
+    if chosen or interactive or named or "gpu" in option.markexpr.replace("not gpu", ""):
+        return
+    if (workers := usable_cores()) > 1:
+        option.numprocesses, option.dist = workers, "worksteal"
+        # Read when torch is loaded, so by the workers: with more threads than cores, waiting ones take time.
+        os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    return usable_cores()
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, at most eight: each worker needs 1 GB, and ten seconds to begin."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
 
 
 @pytest.fixture(autouse=True)

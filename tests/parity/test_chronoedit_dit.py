@@ -500,7 +500,6 @@ def test_unknown_config_key_names_the_nearest():
         ({"attention_kwargs": {"scale": 0.5}}, "scale"),
         ({"attention_kwargs": {"gligen": 1}}, "gligen"),
     ],
-    ids=str,
 )
 def test_inputs_that_do_not_fit_are_refused(change, message):
     names = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
