@@ -151,7 +151,8 @@ def test_wheel_metadata(wheel):
 
 def test_wheel_imports_from_anywhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
-    code = "import joyedit, joyedit.checkpoints.network, joyedit.convert.table as t; print(joyedit.__file__, t.__file__)"
+    modules = "joyedit, joyedit.checkpoints.network, joyedit.convert.table as t"
+    code = f"import {modules}; print(joyedit.__file__, t.__file__)"
     files = python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "unpacked")).split()
     assert all(Path(file).is_relative_to(tmp_path / "unpacked") for file in files)
 
@@ -207,7 +208,7 @@ def install(environment: Path, *what: str | Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+@pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.slow)])
 def test_install_elsewhere(kind, environment, tmp_path, request):
     install(environment, request.getfixturevalue(kind))
     version = run(environment.with_name("joyedit"), "--version", cwd=tmp_path)

@@ -267,6 +267,7 @@ def small(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_a_stopped_training_goes_on(small, vae, tmp_path, monkeypatch):
     vae.save_pretrained(tmp_path / "vae")
 

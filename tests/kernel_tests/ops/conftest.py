@@ -57,7 +57,15 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+# Kernels compute both halves alike, so that under the interpreter one of them is enough for the fast tests.
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, id="bf16"),
+]
+
+
+@pytest.fixture(params=DTYPES)
 def dtype(request) -> torch.dtype:
     return request.param
 

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from joyedit import ops
 
-# Whose tiles, in what dtype: masked pointers, tensor descriptors, AMD's tiles and those of fp32.
+# Whose tiles, in what dtype: masked pointers, tensor descriptors, AMD's tiles and those of fp32. Slow are the
+# way and the dtype that others have.
 KINDS = [
-    ("sm_80", torch.float16),
-    ("sm_80", torch.bfloat16),
-    ("sm_90", torch.float16),
-    ("sm_90", torch.bfloat16),
-    ("gfx942", torch.float32),
+    pytest.param(("sm_80", torch.float16), id="sm_80-float16", marks=pytest.mark.slow),
+    pytest.param(("sm_80", torch.bfloat16), id="sm_80-bfloat16"),
+    pytest.param(("sm_90", torch.float16), id="sm_90-float16"),
+    pytest.param(("sm_90", torch.bfloat16), id="sm_90-bfloat16", marks=pytest.mark.slow),
+    pytest.param(("gfx942", torch.float32), id="gfx942-float32"),
 ]
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{str(kind[1])[6:]}")
+@pytest.fixture(params=KINDS)
 def dtype(request, monkeypatch) -> torch.dtype:
     """Another path through the kernel each. On a GPU, all take its own."""
     from joyedit.kernels import attention
