@@ -157,6 +157,7 @@ def test_wheel_imports_from_anywhere(wheel, tmp_path):
     assert all(Path(file).is_relative_to(tmp_path / "unpacked") for file in files)
 
 
+@pytest.mark.slow
 def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
     again = build("wheel", sdist, tmp_path)
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())

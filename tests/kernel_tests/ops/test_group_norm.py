@@ -133,6 +133,7 @@ def test_unequal_groups_are_refused(randn):
 
 @OPERATIONS
 @LAYOUTS
+@pytest.mark.slow
 def test_registration(randn, last, silu):
     from joyedit.kernels.group_norm import group_norm, group_norm_silu
 
