@@ -480,7 +480,9 @@ def test_convert_writes_a_folder_of_a_single_file(single_files, sd_states, tiny,
 RELEASES = ("stable-diffusion-v1-5", "stable-diffusion-2-1", "stable-diffusion-2-1-base")
 
 
-@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize(
+    "name", [RELEASES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in RELEASES[1:])]
+)
 def test_single_files_at_their_own_size(shared_data, sd_released, tmp_path, name):
     """The settings read from the shapes are the published ones; every tensor has its place."""
     networks = sd_released(name)

@@ -382,7 +382,9 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(tmp_path, monke
     assert np.array_equal(pixels(im.load_image(path)), pixels(picture(seed=2)))
 
 
-@pytest.mark.parametrize("wrong", [{"a": math.nan}, {"a": object()}, {"a": {1, 2}}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"a": math.nan}, {"a": object()}, {"a": {1, 2}}], ids=["nan", "object", "set"]
+)
 def test_metadata_that_is_not_json_is_refused_before_writing(wrong, tmp_path):
     with pytest.raises(ValueError, match="metadata cannot be written as JSON"):
         im.save_png(picture(), tmp_path / "out.png", wrong)
