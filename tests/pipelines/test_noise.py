@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 15, 16, 32, 4096])
 def test_half_precision_draws_are_the_fp32_stream(dtype, count):
-    """Before PyTorch 2.12 they were others from 16 on. (The last 16 still are where 16 does not divide all.)"""
+    """Before PyTorch 2.12 they were others from 16 on. (The last 16 still are if 16 does not divide all.)"""
     half, full = (
         draw_noise((count,), torch.Generator("cpu").manual_seed(0), "cpu", kind)
         for kind in (dtype, torch.float32)
