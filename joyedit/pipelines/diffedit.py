@@ -328,7 +328,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         wanted, known = self._embed((target, source), guidance_scale > 1, clip_skip, scale)
         same = same_rows(wanted, known)  # (B,)
         if same.all():
-            heat = torch.zeros(batch, *self.coder.size(pixels))
+            heat = torch.zeros(batch, *self.coder.size(pixels), dtype=torch.float32, device="cpu")
         else:
             prompts, weights = difference_of(wanted, known, guidance_scale, SWAPPED_GUIDANCE in self.quirks)
             drawn = {"copies": maps, "sampled": True, "generator": generator}
