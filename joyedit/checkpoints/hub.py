@@ -165,7 +165,7 @@ class Origin:
 
     @property
     def _path(self) -> Path:
-        return Path(self.name).expanduser()
+        return Path(os.path.expanduser(self.name))  # which leaves the name of an unknown user as it is
 
     @functools.cached_property
     def _offline(self) -> bool:
@@ -275,7 +275,7 @@ class Origin:
     def _cache(self) -> Path:
         from huggingface_hub import constants
 
-        return Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+        return Path(os.path.expanduser(self.cache_dir or constants.HF_HUB_CACHE)).absolute()
 
     @contextlib.contextmanager
     def _explained(self, asking: bool = False) -> Iterator[None]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # slow to import, and most runs read a file
 REDIRECTS = 10
 PORTS = {"http": 80, "https": 443}
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters or more: C:// is a drive
+START = re.compile(r"([a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 HOST = re.compile(r"[\w.:~%-]+", re.ASCII)
 READY = "!$%&'()*+,/:;=?@[]~"  # characters of a URL that stand for themselves
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -47,13 +48,16 @@ def url_scheme(text: str) -> str | None:
 
 def shown_url(url: str) -> str:
     """The URL as it may be shown: without user, password, query and fragment."""
-    scheme, _, rest = url.partition("://")
+    start = START.match(url)
+    if start is None:
+        return re.split(r"[?#]", url, maxsplit=1)[0]
+    rest = url[start.end() :]
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if "@" not in authority and not re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", authority):
         rest = rest[rest.rfind("@") + 1 :]  # a password with a "/" in it ends later than the host would
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     authority, slash, path = rest.partition("/")
-    return f"{scheme}://{authority[authority.rfind('@') + 1 :]}{slash}{path}"
+    return f"{start[0]}{authority[authority.rfind('@') + 1 :]}{slash}{path}"
 
 
 def download(url: str, timeout: float, max_bytes: int) -> bytes:
@@ -74,7 +78,7 @@ def download(url: str, timeout: float, max_bytes: int) -> bytes:
     except TimeoutError:
         raise TimeoutError(f"{picture} did not arrive within timeout={timeout:g} seconds") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = visible(error) or type(error).__name__
+        reason = visible(str(error).strip()) or type(error).__name__
         raise ConnectionError(f"{picture} could not be fetched: {reason}{_settings(error)}") from None
 
 
@@ -159,14 +163,15 @@ def _follow(target: _Target, location: str) -> _Target:
     from urllib.parse import quote, urljoin
 
     # Headers are read as latin-1: so the bytes stay what they are.
-    url = urljoin(target.url, quote(location, safe=f"{READY}#", encoding="latin-1", errors="replace"))
-    moved = f"was redirected to {visible(shown_url(url))!r}"
-    if not is_url(url):
-        raise _Refused(ConnectionError, f"{moved}: only http and https are followed")
+    location = quote(location, safe=f"{READY}#", encoding="latin-1", errors="replace")
+    moved = f"was redirected to {shown_url(location)[:200]!r}"
     try:
+        url = urljoin(target.url, location)
+        if not is_url(url):
+            raise _Refused(ConnectionError, f"{moved}: only http and https are followed")
         there = _parse(url)
-    except ValueError as error:
-        raise _Refused(ConnectionError, f"{moved}, which is no valid URL: {error}") from None
+    except ValueError:
+        raise _Refused(ConnectionError, f"{moved}, which is no valid URL") from None
     if there.origin == target.origin and there.credentials is None:
         return dataclasses.replace(there, credentials=target.credentials)
     return there

@@ -19,6 +19,7 @@ import io
 import json
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -96,10 +97,7 @@ def load_photo(source: str | Path, *, size: tuple[int, int] | None = None) -> tu
 
 def _local_path(source: str | Path) -> Path:
     """Raises FileNotFoundError or ValueError when there is no file."""
-    try:
-        path = Path(source).expanduser()
-    except RuntimeError as error:
-        raise FileNotFoundError(f"image {str(source)!r} does not exist: {error}") from None
+    path = Path(os.path.expanduser(source))  # which leaves the name of an unknown user as it is
     if not path.exists():
         scheme = url_scheme(str(source))
         if scheme is not None:

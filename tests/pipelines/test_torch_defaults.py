@@ -50,7 +50,8 @@ def load(name: str, dtype: torch.dtype):
 def joyimage(dtype: torch.dtype) -> list[np.ndarray]:
     drawn = {"generator": torch.Generator("cpu").manual_seed(0), "num_inference_steps": 2}
     pipe = load("tiny-joyimage", dtype)
-    edit = pipe(image=PHOTO, prompt="Make the red circle blue.", guidance_scale=3.0, output_type="pt", **drawn)
+    words = {"prompt": "Make the red circle blue.", "guidance_scale": 3.0}
+    edit = pipe(image=PHOTO, output_type="pt", **words, **drawn)
     made = pipe(prompt="A red circle.", height=64, width=64, output_type="np", **drawn)
     return [edit.images.numpy(), made.images]
 
