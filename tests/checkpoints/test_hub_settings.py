@@ -125,7 +125,7 @@ def test_what_the_client_says_is_made_visible(error, monkeypatch, tmp_path):
 
 def test_a_wrong_name_is_no_matter_of_the_connection(tmp_path):
     with pytest.raises(ValueError, match="Repo id must|Cannot have") as caught:
-        Origin("org/a--b", cache_dir=tmp_path).listing()
+        assert Origin("org/a--b", cache_dir=tmp_path).commit
     assert not isinstance(caught.value, OSError)
 
 

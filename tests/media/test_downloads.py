@@ -117,11 +117,11 @@ def refused(url: str, **options) -> Exception:
 
 
 def drip(start: bytes, piece: bytes = b"x") -> Callable[[], Iterable[bytes]]:
-    """Bytes without end: `start`, then one piece about every hundredth of a second."""
+    """Bytes for five seconds: `start`, then one piece about every hundredth of a second."""
 
     def pieces():
         yield start
-        while True:
+        for _ in range(500):
             time.sleep(0.01)
             yield piece
 
