@@ -3,8 +3,8 @@
 One deadline holds for everything: looking the name up, connecting, headers, redirects and body. Each name is
 looked up once, and the connection goes to an address that was checked, so that a name that changes its
 address in between wins nothing. A redirect leads to http and https only, and into a private network (loopback
-and link-local included) only from there. Proxies are those of the environment; behind one, names are looked
-up by it, and only hosts that are written as addresses can be checked here.
+and link-local included) only when the first URL was there. Proxies are those of the environment; behind one,
+it looks names up, and only hosts that are written as addresses can be checked here.
 
 What is said of a URL leaves out its user, password and query, which may hold a key.
 
