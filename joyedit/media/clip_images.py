@@ -126,7 +126,10 @@ class CLIPImageProcessor:
         squares = np.stack([np.asarray(self.crop(image)) for image in to_pil_list(images, "images")])
         pixels = rearrange(torch.from_numpy(squares), "b h w c -> b c h w").contiguous()
         pixels = (pixels.double() * config.rescale_factor).float()  # rounded once, as in the reference
-        mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=pixels.device)
+            for values in (config.image_mean, config.image_std)
+        )
         return {"pixel_values": (pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)}
 
     def crop(self, image: Image) -> Image:

@@ -334,7 +334,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         same, swapped = same_rows(target, source), SWAPPED_GUIDANCE in self.quirks
         batch = len(same)
         if same.all():
-            heat = torch.zeros(batch, *self.coder.size(pixels))
+            heat = torch.zeros(batch, *self.coder.size(pixels), dtype=torch.float32, device="cpu")
         else:
             timestep = self.scheduler.timesteps[run.at]
             drawn = {"copies": run.maps, "sampled": True, "generator": generator}

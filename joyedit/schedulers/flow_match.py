@@ -96,7 +96,7 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
         super().__init__(config, **settings)
         count = self.config.num_train_timesteps
-        levels = torch.arange(count, 0, -1, dtype=torch.float32) / count
+        levels = torch.arange(count, 0, -1, dtype=torch.float32, device="cpu") / count
         self._shift = self.config.shift
         self.sigmas = levels if self.config.use_dynamic_shifting else shift_sigmas(levels, self.shift)
         self.timesteps = self.sigmas * count

@@ -254,15 +254,15 @@ def cumulative_alphas(config: SchedulerConfig) -> Tensor:
     """abar: the product of 1 - beta up to and including each training timestep. (N,) float32, falling."""
     count, low, high = config.num_train_timesteps, config.beta_start, config.beta_end
     if config.trained_betas is not None:
-        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
+        betas = torch.tensor(config.trained_betas, dtype=torch.float32, device="cpu")
     elif config.beta_schedule == "linear":
-        betas = torch.linspace(low, high, count, dtype=torch.float32)
+        betas = torch.linspace(low, high, count, dtype=torch.float32, device="cpu")
     elif config.beta_schedule == "scaled_linear":
-        betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float32) ** 2
+        betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float32, device="cpu") ** 2
     else:
         abar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
         ratios = [min(1 - after / before, 0.999) for before, after in zip(abar, abar[1:], strict=False)]
-        betas = torch.tensor(ratios, dtype=torch.float32)
+        betas = torch.tensor(ratios, dtype=torch.float32, device="cpu")
     if config.rescale_betas_zero_snr:
         betas = without_final_signal(betas)
     return (1 - betas).cumprod(dim=0)

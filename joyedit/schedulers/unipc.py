@@ -153,7 +153,9 @@ class UniPCMultistepScheduler(CountingScheduler):
             self.alphas_cumprod[-1] = 2**-24  # so that the first sigma is finite
         self.solver_p = solver_p
         self.sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
-        self.timesteps = torch.arange(self.config.num_train_timesteps, dtype=torch.float32).flip(0)
+        self.timesteps = torch.arange(
+            self.config.num_train_timesteps, dtype=torch.float32, device="cpu"
+        ).flip(0)
         self._training_sigmas = self.sigmas.numpy()
         self.num_inference_steps: int | None = None
         self._intervals: list[list[Interval]] = []

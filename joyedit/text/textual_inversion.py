@@ -79,7 +79,7 @@ class TextualInversion:
             raise ValueError(f"{unknown} are no learned words; there are {sorted(self.words())}")
         ids = self.tokenizer.remove_tokens([token for word in words for token in self.words()[word]])
         weight = self._embedding.weight.data
-        kept = torch.ones(len(weight), dtype=torch.bool)
+        kept = torch.ones(len(weight), dtype=torch.bool, device="cpu")
         kept[ids] = False
         self._set_embedding(weight[kept.to(weight.device)])
 

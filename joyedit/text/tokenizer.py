@@ -248,7 +248,7 @@ def to_tensors(batch: Batch, return_tensors: str | None) -> Batch:
     lengths = {len(row) for row in batch.input_ids}
     if len(lengths) > 1:
         raise ValueError(f"texts of {sorted(lengths)} tokens make no tensor: pass padding=True")
-    return Batch({name: torch.tensor(rows, dtype=torch.int64) for name, rows in batch.items()})
+    return Batch({name: torch.tensor(rows, dtype=torch.int64, device="cpu") for name, rows in batch.items()})
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
