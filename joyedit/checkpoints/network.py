@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from joyedit.checkpoints.bounds import MOST_TENSORS, as_value_errors, most_tensors
 from joyedit.checkpoints.config import Config
-from joyedit.checkpoints.hub import Origin, choose_weight_files, shards_of
+from joyedit.checkpoints.hub import Origin, choose_weight_files
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.shard_index import shards_of
+from joyedit.checkpoints.stored_dtypes import held_as, refuse_integers, refuse_quantised, widened
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.convert.table import Layout, Plan, plan_conversion
 
@@ -191,10 +194,15 @@ def plan_network(
     dtype None keeps what is stored, except that fp32 files above 4 GB become bf16; parameters that a network
     declares as fp32 stay so. Raises ValueError with the two-sided key difference when the files do not fit.
     """
-    network = build_on_meta(cls, config)
+    try:
+        refuse_quantised(files)
+        network = build_on_meta(cls, config, most_tensors(len(files)))
+    except ValueError as error:
+        raise ValueError(f"{files}: {error}") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     try:
         plan = plan_conversion(network.layouts(), files.shapes, wanted)
+        refuse_integers({n: s.sources for n, s in plan.steps.items()}, files.dtypes, network.state_dict())
     except ValueError as error:
         raise ValueError(f"{files}: not the weights of this {cls.__name__}: {error}") from None
     return PlannedNetwork(network, files, plan, target_dtypes(cls, plan, files, dtype))
@@ -207,18 +215,30 @@ def load_network(
     return plan_network(cls, config, files, dtype).read()
 
 
-def build_on_meta(cls: type[Network], config: Config) -> Any:
-    """A network of the right names and shapes that takes no memory. Nothing is initialised."""
-    with torch.device("meta"), _WithoutInit():
+def build_on_meta(cls: type[Network], config: Config, most: int = MOST_TENSORS) -> Any:
+    """A network of the right names and shapes that takes no memory. Nothing is initialised.
+
+    Raises ValueError for settings that do not fit one another, and for a network of more than `most` tensors.
+    """
+    unfit = as_value_errors(f"{type(config).__name__}: the settings do not fit one another")
+    with unfit, torch.device("meta"), _WithoutInit(f"{type(config).__name__}", most):
         return cls(config)
 
 
 class _WithoutInit(TorchFunctionMode):
     """Skips `torch.nn.init`. On the meta device it does nothing, but `normal_` imports torch._dynamo: a
-    second and 120 MB."""
+    second and 120 MB. Counts the tensors that are made, and stops a network that does not end."""
+
+    def __init__(self, settings: str, most: int):
+        super().__init__()
+        self.settings, self.left, self.most = settings, most, most
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in (torch.empty, torch.ones, torch.zeros, torch.randn):
+            self.left -= 1
+            if self.left < 0:
+                raise ValueError(f"{self.settings} is of a network of more than {self.most} tensors")
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
@@ -233,7 +253,7 @@ def target_dtypes(
         dtype = torch.bfloat16 if floats == {torch.float32} else None
     dtypes = {}
     for name, step in plan.steps.items():
-        stored = files.dtypes[step.sources[0]]
+        stored = held_as(files.dtypes[step.sources[0]])
         wanted = dtype or stored
         dtypes[name] = torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
     return dtypes
@@ -247,4 +267,4 @@ def read_planned(
     for name, step in plan.steps.items():
         as_stored = all(files.dtypes[source] == dtypes[name] for source in step.sources)
         read = files.__getitem__ if as_stored else files.read_once
-        yield name, step.read({source: read(source) for source in step.sources}).to(dtypes[name])
+        yield name, step.read({source: widened(read(source)) for source in step.sources}).to(dtypes[name])

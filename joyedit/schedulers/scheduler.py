@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.bounds import as_value_errors
 from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
@@ -94,7 +95,8 @@ class Scheduler:
         if isinstance(config, (str, Path)):
             path = Path(config)
             config = read_json(path / FILE if path.is_dir() else path)
-        return cls(config, **changes)
+        with as_value_errors(f"{cls.__name__}: the settings do not fit one another"):
+            return cls(config, **changes)
 
     @classmethod
     def from_pretrained(
