@@ -54,6 +54,7 @@ REBUILD = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "
 REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
 ORDERED_DICT = "collections.OrderedDict"
 PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
+SETS = {"__builtin__.set", "builtins.set"}  # in the attributes of a ParameterDict
 SMALL = {"torch.Size", "torch.device", "_codecs.encode"}  # of what they are given they make as much
 
 # Checkpoints that Lightning wrote, Stable Diffusion's among them, name this class; an empty one stands in.
@@ -64,6 +65,7 @@ KNOWN = {
     *(f"torch.{name}" for name in (*STORAGES, *DTYPES)),
     *("torch.storage.UntypedStorage", REBUILD_PARAMETER, ORDERED_DICT, CALLBACK_NAME),
     *REBUILD,
+    *SETS,
     *SMALL,
 }
 # What other functions and classes in a file say of it.
@@ -341,6 +343,8 @@ class _Machine:
             return _Made(name)
         if name == REBUILD_PARAMETER and isinstance(arguments[0], _Made) and arguments[0].name in REBUILD:
             return _Made(REBUILD_PARAMETER)
+        if name in SETS and all(isinstance(one, list) and self.is_small(tuple(one)) for one in arguments):
+            return _Made(name)
         if name in SMALL and all(self.is_small(one) for one in arguments):
             return _Made(name)
         raise _Damage(f"it calls {visible(name, 80)!r} with other arguments than PyTorch does")
