@@ -301,8 +301,11 @@ def deltas_of(
 
 
 def _alpha(layer: str, alpha: Tensor) -> float:
-    if alpha.numel() != 1 or alpha.is_complex() or not is_number(value := alpha.reshape(()).item()):
-        raise ValueError(f"{layer}: its alpha {shown(alpha.tolist(), 60)} is not one number")
+    if alpha.numel() != 1:
+        raise ValueError(f"{layer}: its alpha has the shape {tuple(alpha.shape)}, must be one number")
+    value = alpha.reshape(()).item()
+    if not is_number(value):
+        raise ValueError(f"{layer}: its alpha is {shown(value)}, must be a finite number")
     return value
 
 

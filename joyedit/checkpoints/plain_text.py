@@ -4,6 +4,7 @@ What a file says may hold control sequences that a terminal obeys, marks that tu
 or a million letters. Whatever is not a printable character is written as its escape, as `repr` does it.
 """
 
+import reprlib
 from typing import Any
 
 LONGEST = 200  # letters of a file's words in a message
@@ -20,6 +21,9 @@ def visible(text: str, longest: int | None = LONGEST) -> str:
 
 
 def shown(value: Any, longest: int = LONGEST) -> str:
-    """`repr(value)`, cut. To be used for values of bounded depth."""
-    text = repr(value)
+    """`repr(value)`, cut: of a list that holds itself twice, and so on fifty times, it would not end."""
+    cut = reprlib.Repr()
+    cut.maxlevel, cut.maxstring, cut.maxother, cut.maxlong = 4, longest, longest, longest
+    cut.maxlist = cut.maxtuple = cut.maxdict = cut.maxset = 20
+    text = cut.repr(value)
     return text if len(text) <= longest else text[:longest] + "..."

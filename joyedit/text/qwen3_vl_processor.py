@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from joyedit.checkpoints.bounds import as_value_errors
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.options import LoadOptions
@@ -117,6 +118,7 @@ def _read_processor(folder: Path) -> tuple[Qwen2VLImageConfig, Mapping[str, Any]
         if not isinstance(value, Mapping):
             raise ValueError(f"{named}: {shown(value)} is not a JSON object")
     try:
-        return Qwen2VLImageConfig.from_dict(raw), videos
+        with as_value_errors("the image settings do not fit one another"):
+            return Qwen2VLImageConfig.from_dict(raw), videos
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None

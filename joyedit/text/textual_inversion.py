@@ -210,9 +210,8 @@ def read_word(
 
 
 def _star_of(written: Any) -> Any:
-    """What the A1111 interface's trainer wrote under "*", in a dict or a ParameterDict; None where it has none.
-
-    A ParameterDict is looked into as an object: releases of torch keep its tensors in different places.
+    """What the A1111 interface's trainer wrote under "*", in a dict or a ParameterDict; None where it has
+    none. A ParameterDict is looked into as an object: releases of torch keep its tensors in different places.
     """
     if isinstance(written, nn.ParameterDict):
         inside = written.__dict__
