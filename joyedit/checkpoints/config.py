@@ -56,7 +56,7 @@ class Config(Mapping):
                         f"{cls.__name__}: {key}={shown(value)} is not supported: must be of type {kind}"
                     )
                 try:
-                    check_value(key, values[name])
+                    check_value(name, values[name])
                 except ValueError as error:
                     raise ValueError(f"{cls.__name__}: {error}") from None
             elif cls.keeps_unknown:

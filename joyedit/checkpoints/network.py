@@ -23,7 +23,7 @@ from joyedit.checkpoints.hub import Origin, choose_weight_files
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.shard_index import shards_of
-from joyedit.checkpoints.stored_dtypes import held_as, refuse_integers, refuse_quantised, widened
+from joyedit.checkpoints.stored_dtypes import FP8, refuse_integers, refuse_quantised, widened
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.convert.table import Layout, Plan, plan_conversion
 
@@ -251,9 +251,11 @@ def target_dtypes(
     if dtype is None and files.nbytes() > AUTO_BF16_BYTES:
         floats = {d for d in files.dtypes.values() if d.is_floating_point}
         dtype = torch.bfloat16 if floats == {torch.float32} else None
+    if dtype is None and not FP8.isdisjoint(files.dtypes.values()):
+        dtype = torch.bfloat16  # all of it: what is not in fp8 is often in another half precision
     dtypes = {}
     for name, step in plan.steps.items():
-        stored = held_as(files.dtypes[step.sources[0]])
+        stored = files.dtypes[step.sources[0]]
         wanted = dtype or stored
         dtypes[name] = torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
     return dtypes

@@ -22,9 +22,9 @@ QUANTISED = {
     "quant_state.bitsandbytes__fp4": "FP4 of bitsandbytes",
     ".absmax": "4-bit weights of bitsandbytes",
     ".SCB": "int8 of bitsandbytes",
-    ".qzeros": "GPTQ or AWQ",
-    ".qweight": "GPTQ, AWQ or SVDQuant",
     ".wscales": "SVDQuant of nunchaku",
+    ".qzeros": "GPTQ or AWQ",
+    ".qweight": "GPTQ or AWQ",
     ".weight_scale_2": "nvfp4",
     ".weight_scale_inv": "fp8 with a scale for each block",
     ".comfy_quant": "quantised weights of ComfyUI",
@@ -65,11 +65,6 @@ def refuse_integers(
                     )
 
 
-def held_as(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which stored numbers are computed with."""
-    return torch.bfloat16 if dtype in FP8 else dtype
-
-
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor in that dtype; of the same values."""
-    return tensor.to(held_as(tensor.dtype))
+    """The tensor, of the same values in bf16 if it is of fp8, with which torch computes next to nothing."""
+    return tensor.to(torch.bfloat16) if tensor.dtype in FP8 else tensor
