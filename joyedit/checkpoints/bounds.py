@@ -56,8 +56,10 @@ def check_value(name: str, value: Any) -> None:
             check_value(name, one)
     elif isinstance(value, int) and not isinstance(value, bool):
         most = MOST_OF.get(name, LARGEST_NUMBER)
-        if not -LARGEST_NUMBER <= value <= most:
+        if value > most:
             raise ValueError(f"{name}={shown(value, 40)}: {most:,} is the most that is supported")
+        if value < -LARGEST_NUMBER:
+            raise ValueError(f"{name}={shown(value, 40)}: {-LARGEST_NUMBER:,} is the least that is supported")
     elif isinstance(value, float) and (not math.isfinite(value) or abs(value) > LARGEST_FLOAT):
         raise ValueError(f"{name}={value!r}: must be a finite number, at most {LARGEST_FLOAT:g}")
 

@@ -70,11 +70,10 @@ class Settings:
 
     def _matches(self, layer: str) -> list[tuple[int, float]]:
         """(position of the pattern, its alpha) of those that match."""
-        ends = [layer, *(layer[i + 1 :] for i, letter in enumerate(layer) if letter == ".")]
-        found = [self._names[end] for end in ends if end in self._names]
+        starts = [0, *(i + 1 for i, letter in enumerate(layer) if letter == ".")]
+        found = [self._names[layer[i:]] for i in starts if layer[i:] in self._names]
         for position, (pattern, alpha) in self._expressions:
-            anchored = pattern.pattern.startswith("^")
-            if any(pattern.fullmatch(end) for end in (ends[:1] if anchored else ends)):
+            if any(pattern.fullmatch(layer, start) for start in starts):  # "^" is where the name begins
                 found.append((position, alpha))
         return found
 

@@ -313,7 +313,10 @@ def _open_part(cls: type[Pipeline], part: str, value: Any, options: LoadOptions)
 def open_file(kind: type[Network], path: Path, dtype: torch.dtype | None) -> Any:
     """A network from one weight file, with the config.json beside it, or the released config."""
     beside = path.with_name("config.json")
-    config = kind.Config.from_dict(read_json(beside) if beside.is_file() else {})
+    try:
+        config = kind.Config.from_dict(read_json(beside) if beside.is_file() else {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{beside}: {error}") from None
     return load_network(kind, config, TensorFiles([path]), dtype)
 
 

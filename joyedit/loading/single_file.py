@@ -121,7 +121,7 @@ def read_single_file(path: Path, ema: bool = False) -> SingleFile:
         shown = ", ".join(sorted(strange)[:4])
         raise ValueError(f"{path}: {len(strange)} tensors of no known purpose ({shown}, ...)")
     steps = files.numbers.get("global_step")
-    if files.shapes.get("global_step") == ():
+    if files.shapes.get("global_step") in ((), (1,)):
         steps = files["global_step"].item()
     return SingleFile(path, release, networks, left_out, steps)
 

@@ -92,11 +92,15 @@ class Scheduler:
 
         Raises TypeError for a change that the class does not know, ValueError for a config that none does.
         """
+        where = cls.__name__
         if isinstance(config, (str, Path)):
-            path = Path(config)
-            config = read_json(path / FILE if path.is_dir() else path)
-        with as_value_errors(f"{cls.__name__}: the settings do not fit one another"):
-            return cls(config, **changes)
+            path = Path(config) / FILE if Path(config).is_dir() else Path(config)
+            config, where = read_json(path), str(path)
+        try:
+            with as_value_errors("the settings do not fit one another"):
+                return cls(config, **changes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
     @classmethod
     def from_pretrained(

@@ -249,7 +249,17 @@ PATTERNS = [
     "^blocks.1.attn1.to_q",
     r"blocks\.\d+\.attn1\.to_q",
 ]
-PATTERNS += [r"blocks.1\d*.*", "(attn1|ffn).*", r"(?:to_q|proj)$", "[a-x]to_q", "nothing", "q", r".*\.0\..*"]
+PATTERNS += [
+    r"blocks.1\d*.*",
+    "(attn1|ffn).*",
+    r"(?:to_q|proj)$",
+    "[a-x]to_q",
+    "nothing",
+    "q",
+    "^to_q|proj",
+    "proj|^to_q",
+    r".*\.0\..*",
+]
 
 
 @pytest.mark.parametrize("patterns", [[p] for p in PATTERNS] + [PATTERNS, PATTERNS[::-1]], ids=str)

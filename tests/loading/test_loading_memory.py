@@ -240,7 +240,7 @@ def test_two_shards_of_the_released_size(tmp_path):
     assert kept == {name for name in state if network.stays_fp32(name)}
     print(json.dumps({**found, "holes": holes}))
     """
-    found = in_process(LOAD + check, folder, layers, "bfloat16", Path(__file__).parents[1])
+    found = in_process(LOAD + check, folder, layers, "bfloat16", Path(__file__).parent)
     print(found)
     assert found["holes"] == ["proj_out.weight", "proj_out.bias"]
     assert found["stored"] > 8.5e9 and found["largest"] == 4 * 30720 * 5120
