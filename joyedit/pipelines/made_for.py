@@ -19,6 +19,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
+from joyedit.checkpoints.bounds import check_value
+from joyedit.checkpoints.plain_text import shown, visible
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -60,19 +63,22 @@ class MadeFor:
     def from_dict(cls, raw: Any) -> Self:
         """Raises ValueError for what is not of the form above."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("call", {}), Mapping):
-            raise ValueError(f"made_for is damaged: {raw!r}")
+            raise ValueError(f"made_for is damaged: {shown(raw)}")
         call, basesize, world = raw.get("call", {}), raw.get("basesize"), raw.get("world")
         for name, value in call.items():
             if not _is(value, CALL.get(name, ())):
-                raise ValueError(f"made_for: call has {name}={value!r}")
+                raise ValueError(f"made_for: call has {visible(name)}={shown(value)}")
+            check_value(name, value)
         if basesize is not None and (not _is(basesize, int) or basesize < 1):
-            raise ValueError(f"made_for: basesize={basesize!r} is no number of pixels")
+            raise ValueError(f"made_for: basesize={shown(basesize)} is no number of pixels")
+        check_value("basesize", basesize)
         if world is None:
             return cls(dict(call), basesize)
         try:
-            read = World(str(world["about"]), frozenset(map(str, world["words"])), float(world["psnr"]))
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"made_for: world is damaged: {world!r}") from None
+            about = visible(str(world["about"]), None)
+            read = World(about, frozenset(map(str, world["words"])), float(world["psnr"]))
+        except (KeyError, OverflowError, TypeError, ValueError):
+            raise ValueError(f"made_for: world is damaged: {shown(world)}") from None
         return cls(dict(call), basesize, read)
 
 

@@ -25,6 +25,7 @@ from joyedit.models.joyimage_mmdit import JoyImageEditConfig
 from joyedit.models.sd_unet import UNet2DConditionConfig
 from joyedit.models.umt5 import UMT5Config
 from joyedit.models.wan_vae import AutoencoderKLWanConfig
+from joyedit.pipelines.made_for import MadeFor
 from joyedit.schedulers.ddim import DDIMConfig
 from joyedit.schedulers.unipc import UniPCConfig
 
@@ -260,3 +261,23 @@ def test_settings_in_python_are_read_or_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"infer_config\.py is not readable Python"):
         read_infer_config(path)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "message"),
+    [
+        ({"call": {"num_inference_steps": 10**9}}, "num_inference_steps=1000000000: 10,000 is the most"),
+        ({"call": {"num_maps_per_mask": 10**6}}, "num_maps_per_mask=1000000: 1,000 is the most"),
+        ({"call": {"guidance_scale": float("inf")}}, "guidance_scale=inf: must be a finite number"),
+        ({"basesize": 10**6}, "basesize=1000000: 4,096 is the most"),
+        ({"world": {"about": "x", "words": [], "psnr": 10**400}}, "world is damaged"),
+    ],
+)
+def test_settings_of_a_call_have_bounds(made_for, message):
+    with pytest.raises(ValueError, match=message):
+        MadeFor.from_dict(made_for)
+
+
+def test_words_of_a_checkpoint_about_itself_are_made_visible():
+    read = MadeFor.from_dict({"world": {"about": "shapes\x1b[31m", "words": ["a"], "psnr": 3}})
+    assert read.world is not None and read.world.about == "shapes\\x1b[31m"
