@@ -345,7 +345,7 @@ class Origin:
 def walk(root: Path) -> list[str]:
     """Relative names of the files below a folder, linked folders included, hidden ones left out."""
     names = []
-    above = {os.path.realpath(parent) for parent in root.absolute().parents}
+    above = {os.path.realpath(parent) for parent in (*root.absolute().parents, *root.resolve().parents)}
     for folder, subfolders, files in os.walk(root, followlinks=True):
         inside = Path(folder).relative_to(root)
         # A link to where the folder itself is ("/", "..") would list the whole disk.
