@@ -176,6 +176,24 @@ def sd_released(shared_data):
 
 
 @pytest.fixture
+def write_zeros():
+    """A function: path, tensors (names to fp16) -> a safetensors file of these names and shapes, all zeros,
+    which takes no place on the disk."""
+
+    def write(path, tensors):
+        header, end = {}, 0
+        for name, tensor in tensors.items():
+            start, end = end, end + 2 * tensor.numel()
+            header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        encoded = json.dumps(header).encode()
+        with path.open("wb") as out:
+            out.write(len(encoded).to_bytes(8, "little") + encoded)
+            out.truncate(8 + len(encoded) + end)
+
+    return write
+
+
+@pytest.fixture
 def run(capsys):
     """A joyedit command's status, standard output and standard error."""
     from joyedit.command import cli

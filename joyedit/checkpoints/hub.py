@@ -13,7 +13,6 @@ import fnmatch
 import functools
 import glob
 import itertools
-import json
 import logging
 import os
 import posixpath
@@ -22,12 +21,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from joyedit.checkpoints.visible import visible
+from joyedit.checkpoints.plain_text import visible
+from joyedit.checkpoints.shard_index import shards_of
 
 log = logging.getLogger("joyedit")
 
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pth?|bin|json)$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+MOST_FILES = 100_000
 DEEPEST = 4  # levels of folders that are looked into; links may go round in circles
 
 CONNECTION_SETTINGS = (
@@ -363,8 +364,15 @@ def settings_made() -> str:
 def walk(root: Path) -> list[str]:
     """Relative names of the files below a folder, linked folders included, hidden ones left out."""
     names = []
+    above = {os.path.realpath(parent) for parent in (*root.absolute().parents, *root.resolve().parents)}
     for folder, subfolders, files in os.walk(root, followlinks=True):
         inside = Path(folder).relative_to(root)
+        # A link to where the folder itself is ("/", "..") would list the whole disk.
+        subfolders[:] = [f for f in subfolders if os.path.realpath(os.path.join(folder, f)) not in above]
+        if len(names) > MOST_FILES:
+            raise OSError(
+                f"{root} holds more than {MOST_FILES:,} files: it is not the folder of a checkpoint"
+            )
         names += [(inside / file).as_posix() for file in files if os.path.isfile(os.path.join(folder, file))]
         subfolders[:] = [f for f in subfolders if not f.startswith(".") and len(inside.parts) < DEEPEST]
     return sorted(names)
@@ -401,13 +409,3 @@ def choose_weight_files(
         f"{where} holds no weights{asked} named {stem}.*; there are: {weights or 'no weight files'}"
         + ("; pickles are refused because use_safetensors=True" if use_safetensors else "")
     )
-
-
-def shards_of(index: Path) -> list[str]:
-    """The files that a *.index.json lists. Raises ValueError naming the file when it is not one."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = f"{type(error).__name__} {visible(error)}"
-        raise ValueError(f"{index} is not an index of weight files: {said}") from None
-    return sorted(names)

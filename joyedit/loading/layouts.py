@@ -27,7 +27,9 @@ from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
 from joyedit.checkpoints.new_parameters import NewParameters
 from joyedit.checkpoints.options import LoadOptions, parse_dtype
+from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.small_files import read_beginning, read_text
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
 from joyedit.pipelines.chronoedit_presets import preset_called
@@ -262,7 +264,7 @@ def _pipeline_class(origin: Origin, layout: str) -> str:
     if found is None:
         reasons = [f": {REFUSED[start]}" for start in REFUSED if str(name).startswith(start)]
         ours = ", ".join(PIPELINES)
-        raise ValueError(f"{origin.name} holds a {name}{''.join(reasons)}; joyedit has {ours}")
+        raise ValueError(f"{origin.name} holds a {visible(name)}{''.join(reasons)}; joyedit has {ours}")
     return found
 
 
@@ -296,11 +298,11 @@ def _open_class(name: str) -> type[Pipeline]:
 def licence_of(origin: Origin, listing: list[str]) -> str:
     """The licence that a checkpoint's own README.md states, "not stated" otherwise."""
     if "README.md" in listing:
-        lines = (origin.fetch(["README.md"]) / "README.md").read_text(encoding="utf-8").splitlines()
+        lines = read_beginning(origin.fetch(["README.md"]) / "README.md").splitlines()
         if lines and lines[0].strip() == "---":
             for line in lines[1:]:
                 if line.startswith("license:"):
-                    return line.removeprefix("license:").strip()
+                    return visible(line.removeprefix("license:").strip())
                 if line.strip() == "---":
                     break
     return "not stated"
@@ -354,7 +356,10 @@ def _with_dtype(cls: type[Pipeline], part: str, options: LoadOptions) -> LoadOpt
 def plan_file(kind: type[Network], path: Path, options: LoadOptions) -> PlannedNetwork:
     """A network from one weight file, with the config.json beside it, or the released config."""
     beside = path.with_name("config.json")
-    config = kind.Config.from_dict(read_json(beside) if beside.is_file() else {})
+    try:
+        config = kind.Config.from_dict(read_json(beside) if beside.is_file() else {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{beside}: {error}") from None
     return plan_network(kind, config, TensorFiles([path]), options.dtype, options.new_parameters)
 
 
@@ -418,8 +423,8 @@ def read_infer_config(path: Path) -> dict[str, Any]:
     Returns "params" (the transformer's) and, where stated, "shift" and "num_train_timesteps".
     """
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
+        tree = ast.parse(read_text(path, 2**18))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
         raise ValueError(f"{path} is not readable Python: {error}") from None
     found: dict[str, Any] = {}
     for node in ast.walk(tree):
@@ -436,7 +441,7 @@ def read_infer_config(path: Path) -> dict[str, Any]:
         for key, value in pairs:
             try:
                 values[key] = ast.literal_eval(value)
-            except ValueError:
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 continue
         if "hidden_size" in values:
             found["params"] = values

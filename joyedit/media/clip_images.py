@@ -115,7 +115,7 @@ class CLIPImageProcessor:
         path = folder / "preprocessor_config.json"
         try:
             return cls(CLIPImageConfig.from_dict(read_json(path)))
-        except (TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def __call__(self, images: Any, return_tensors: str = "pt") -> dict[str, Tensor]:

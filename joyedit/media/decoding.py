@@ -15,7 +15,7 @@ import PIL.Image
 import PIL.ImageOps
 from PIL.Image import Image, Transpose
 
-from joyedit.checkpoints.visible import visible
+from joyedit.checkpoints.plain_text import visible
 
 log = logging.getLogger("joyedit")
 

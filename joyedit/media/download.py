@@ -20,7 +20,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from joyedit.checkpoints.visible import visible
+from joyedit.checkpoints.plain_text import visible
 
 if TYPE_CHECKING:  # slow to import, and most runs read a file
     import http.client

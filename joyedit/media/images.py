@@ -36,8 +36,8 @@ from torch.nn import functional as F
 
 from joyedit import __version__
 from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.replacing import replacing
-from joyedit.checkpoints.visible import visible
 from joyedit.media.decoding import decode, reason, to_rgb, turned
 from joyedit.media.download import download, is_url, shown_url, url_scheme
 

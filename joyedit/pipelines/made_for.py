@@ -19,6 +19,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
+from joyedit.checkpoints.bounds import check_value
+from joyedit.checkpoints.plain_text import shown, visible
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -47,9 +50,10 @@ class World:
     def from_dict(cls, raw: Any) -> Self:
         """Raises ValueError for what is not of the form above."""
         try:
-            about, words, psnr = str(raw["about"]), tuple(map(str, raw["words"])), float(raw["psnr"])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"made_for: world is damaged: {raw!r}") from None
+            about = visible(raw["about"], None)
+            words, psnr = tuple(map(str, raw["words"])), float(raw["psnr"])
+        except (KeyError, OverflowError, TypeError, ValueError):
+            raise ValueError(f"made_for: world is damaged: {shown(raw)}") from None
         return cls(about, words, psnr, _without(raw, ("about", "words", "psnr")))
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,13 +88,15 @@ class MadeFor:
     def from_dict(cls, raw: Any) -> Self:
         """Raises ValueError for what is not of the form above."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("call", {}), Mapping):
-            raise ValueError(f"made_for is damaged: {raw!r}")
+            raise ValueError(f"made_for is damaged: {shown(raw)}")
         call, basesize, world = raw.get("call", {}), raw.get("basesize"), raw.get("world")
         for name, value in call.items():
             if not _is(value, CALL.get(name, ())):
-                raise ValueError(f"made_for: call has {name}={value!r}")
+                raise ValueError(f"made_for: call has {visible(name)}={shown(value)}")
+            check_value(name, value)
         if basesize is not None and (not _is(basesize, int) or basesize < 1):
-            raise ValueError(f"made_for: basesize={basesize!r} is no number of pixels")
+            raise ValueError(f"made_for: basesize={shown(basesize)} is no number of pixels")
+        check_value("basesize", basesize)
         read = None if world is None else World.from_dict(world)
         return cls(dict(call), basesize, read, _without(raw, ("call", "basesize", "world")))
 

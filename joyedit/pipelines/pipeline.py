@@ -19,6 +19,7 @@ from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.network import Network, plan_folder
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.plain_text import visible
 from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming
 from joyedit.pipelines.made_for import MadeFor
@@ -113,7 +114,9 @@ class Pipeline:
         if set(cls.parts) - set(replacements):
             index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
             if index.get("_class_name") not in {cls.__name__, *cls.relatives}:
-                raise ValueError(f"{origin.name} holds a {index.get('_class_name')}, not a {cls.__name__}")
+                raise ValueError(
+                    f"{origin.name} holds a {visible(index.get('_class_name'))}, not a {cls.__name__}"
+                )
             listed = {name: _class_of(cls, name, index) for name in cls.parts if name not in replacements}
             classes = {name: kind for name, kind in listed.items() if kind is not None}
             settings = {key: index[key] for key in cls.settings() if key in index}
@@ -446,6 +449,6 @@ def _class_of(cls: type[Pipeline], name: str, index: Mapping[str, Any]) -> type 
             return kind
     wanted = " or ".join(kind.__name__ for kind in kinds)
     raise ValueError(
-        f"model_index.json: {name} is a {entry[1]}; {cls.__name__} takes {wanted}. For a class of your own, "
-        f"pass {name}= with an object of it"
+        f"model_index.json: {name} is a {visible(entry[1])}; {cls.__name__} takes {wanted}. For a class of "
+        f"your own, pass {name}= with an object of it"
     )

@@ -73,7 +73,7 @@ class DiffusionConfig(SchedulerConfig):
         """A file without `clip_sample` that a solver wrote which never clips (PNDM, Euler, DPM++) means
         False: the class's own default would clip latents."""
         settings = dict(raw)
-        writer = raw.get("_class_name", "DDIM")
+        writer = str(raw.get("_class_name", "DDIM"))
         if "clip_sample" not in raw and not writer.startswith(("DDIM", "DDPM")):
             settings["clip_sample"] = False
         if raw.get("trained_betas") is not None:

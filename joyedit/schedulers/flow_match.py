@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.bounds import MOST_STEPS
 from joyedit.noise import Generators, draw_noise
 from joyedit.schedulers.scheduler import (
     CountingScheduler,
@@ -141,8 +142,8 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
         if len(set(lengths.values())) > 1:
             raise ValueError(f"these must agree: {lengths}")
         steps = next(iter(lengths.values()))
-        if steps < 1:
-            raise ValueError(f"num_inference_steps={steps}: must be at least 1")
+        if not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"num_inference_steps={steps}: must be at least 1, and at most {MOST_STEPS:,}")
 
         if "sigmas" in tables:
             levels = tables["sigmas"]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.bounds import as_value_errors
 from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
@@ -91,10 +92,15 @@ class Scheduler:
 
         Raises TypeError for a change that the class does not know, ValueError for a config that none does.
         """
+        where = cls.__name__
         if isinstance(config, (str, Path)):
-            path = Path(config)
-            config = read_json(path / FILE if path.is_dir() else path)
-        return cls(config, **changes)
+            path = Path(config) / FILE if Path(config).is_dir() else Path(config)
+            config, where = read_json(path), str(path)
+        try:
+            with as_value_errors("the settings do not fit one another"):
+                return cls(config, **changes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
     @classmethod
     def from_pretrained(

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.bounds import MOST_STEPS
 from joyedit.schedulers.scheduler import (
     CountingScheduler,
     SchedulerConfig,
@@ -191,6 +192,8 @@ class UniPCMultistepScheduler(CountingScheduler):
             raise ValueError(f"num_inference_steps={num_inference_steps}, but {steps} sigmas")
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
             raise ValueError(f"num_inference_steps={steps!r}: must be an integer of at least 1")
+        if steps > MOST_STEPS:
+            raise ValueError(f"num_inference_steps={steps}: {MOST_STEPS:,} are the most that is supported")
 
         if any(settings[name] for name in SPACINGS):
             levels, timesteps = self._spaced_levels(steps)

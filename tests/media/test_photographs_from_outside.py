@@ -10,7 +10,7 @@ import PIL.Image
 import PIL.ImageCms
 import pytest
 
-from joyedit.checkpoints.visible import visible
+from joyedit.checkpoints.plain_text import visible
 from joyedit.media import images as im
 from joyedit.media.decoding import orientation, orientation_in
 from joyedit.media.masks import to_latent_mask
