@@ -6,22 +6,30 @@ turn the direction of writing, a million letters, or the password of a URL.
 
 import re
 import reprlib
+import unicodedata
 from typing import Any
 
 LONGEST = 200  # letters of a stranger's words in a message
-JOINERS = "\u200c\u200d"  # not printable alone, but Indic scripts and emoji are written with them
+JOINERS = "\u200c\u200d"  # hidden, but Indic scripts and emoji are written with them
+# Control characters (terminals obey them), invisible ones (which turn text round or hide it), lone surrogates
+# (which no encoding can write), separators of lines and paragraphs.
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 USERINFO = re.compile(r"(?<=://)[^/?#\s@]*@")
 
 
 def visible(text: object, longest: int | None = LONGEST) -> str:
-    r"""The text with what is not printable written as \x1b, white space other than a plain blank included,
-    without the passwords of URLs, and cut to `longest` characters; None: all of it."""
+    r"""The text with control and invisible characters written as \x1b, on one line, without the passwords of
+    URLs, and cut to `longest` characters; None: all of it."""
     whole = str(text)
     start = USERINFO.sub("", whole if longest is None else whole[: 2 * longest])
-    plain = "".join(c if c.isprintable() or c in JOINERS else _escape(c) for c in start)
+    plain = "".join(_escape(c) if hides(c) else c for c in start.replace("\n", " ").replace("\t", " "))
     if longest is None or (len(plain) <= longest and len(whole) <= 2 * longest):
         return plain
     return plain[:longest] + "..."
+
+
+def hides(character: str) -> bool:
+    return unicodedata.category(character) in HIDDEN and character not in JOINERS
 
 
 def _escape(character: str) -> str:

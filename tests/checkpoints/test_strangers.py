@@ -31,7 +31,7 @@ from joyedit.schedulers.unipc import UniPCConfig
 
 
 def test_control_sequences_are_made_visible_and_long_texts_cut():
-    assert visible("a\x1b[31mred\u202e\n\x9b") == "a\\x1b[31mred\\u202e\\n\\x9b"
+    assert visible("a\x1b[31mred\u202e\n\x9b") == "a\\x1b[31mred\\u202e \\x9b"
     assert visible("caf\u00e9 \u4f60\u597d") == "caf\u00e9 \u4f60\u597d"
     assert visible("\ud800") == "\\ud800"
     assert visible("x" * 500, 10) == "x" * 10 + "..." and visible("x" * 500, None) == "x" * 500
