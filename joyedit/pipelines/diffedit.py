@@ -5,7 +5,7 @@
   invert         runs DDIM backwards from the photograph to noise, and keeps the latents of every level.
   __call__       denoises from the noisiest level under the target caption; after each step, the latents of
                  the level that it reached are put back outside the mask.
-  edit           is the three in one call, with settings that agree.
+  edit           calls these three, with settings that agree.
 
 The levels end with the clean latents, so what lies outside the mask is the autoencoder's reconstruction of
 the photograph. A caption's keys and values are computed once per call, and the photograph is encoded once for
@@ -33,7 +33,7 @@ from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.media import images as im
 from joyedit.media.clip_images import CLIPImageProcessor
-from joyedit.media.masks import paste_back, to_latent_mask, to_mask_images
+from joyedit.media.masks import LATENT_CHANNELS, paste_back, to_latent_mask, to_mask_images
 from joyedit.models.clip import CLIPTextModel, StableDiffusionSafetyChecker
 from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.models.sd_vae import AutoencoderKL
@@ -44,9 +44,12 @@ from joyedit.pipelines.checks import (
     check_copies,
     check_count,
     check_generators,
+    check_number,
     check_output_type,
+    check_share,
 )
 from joyedit.pipelines.contrast import compare, heat_map, same_rows
+from joyedit.pipelines.defaults import unsaid
 from joyedit.pipelines.diffedit_request import (
     MaskRun,
     Repaint,
@@ -57,6 +60,7 @@ from joyedit.pipelines.diffedit_request import (
     mask_run,
     steps_taken,
 )
+from joyedit.pipelines.diffusers_spellings import ImageProcessor
 from joyedit.pipelines.pipeline import Pipeline
 from joyedit.pipelines.regularization import regularize
 from joyedit.pipelines.sd_latents import LatentCoder, draw, with_clean_level
@@ -154,9 +158,13 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         self.safety_checker = safety_checker
         self.feature_extractor = feature_extractor
         self.inverse_scheduler = inverse_scheduler or ddim_pair(scheduler.config)[1]
-        unet.config.check_input_is_latents()
-        if (width := text_encoder.config.hidden_size) != (wanted := unet.config.context_dim):
-            raise ValueError(f"text_encoder is {width} wide, but unet reads prompts that are {wanted} wide")
+        if unet is not None:
+            unet.config.check_input_is_latents()
+        if unet is not None and text_encoder is not None:
+            if (width := text_encoder.config.hidden_size) != (wanted := unet.config.context_dim):
+                raise ValueError(
+                    f"text_encoder is {width} wide, but unet reads prompts that are {wanted} wide"
+                )
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs a feature_extractor; pass both, or safety_checker=None")
         if safety_checker is None and requires_safety_checker:
@@ -168,7 +176,11 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         if not fits or ours.timestep_spacing == "linspace":
             self.scheduler, self.inverse_scheduler = ddim_pair(ours, type(scheduler))
         self.requires_safety_checker = requires_safety_checker
-        self.vae_scale_factor = vae.config.factor
+        self.vae_scale_factor = 8 if vae is None else vae.config.factor
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        return ImageProcessor(self.vae_scale_factor)
 
     @classmethod
     def from_origin(
@@ -201,66 +213,111 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         target_prompt: str | list[str],
         *,
         mask_image: Any = None,
-        num_inference_steps: int = 50,
-        inpaint_strength: float = 0.8,
-        guidance_scale: float = 7.5,
-        invert_guidance_scale: float = 1.0,
+        num_inference_steps: int = unsaid(50),
+        inpaint_strength: float = unsaid(0.8),
+        guidance_scale: float = unsaid(7.5),
+        invert_guidance_scale: float = unsaid(1.0),
         negative_prompt: str | list[str] | None = None,
-        num_maps_per_mask: int = 10,
-        mask_encode_strength: float = 0.5,
-        mask_thresholding_ratio: float = 3.0,
+        num_maps_per_mask: int = unsaid(10),
+        mask_encode_strength: float = unsaid(0.5),
+        mask_thresholding_ratio: float = unsaid(3.0),
         eta: float = 0.0,
         generator: Generators = None,
         output_type: str = "pil",
-        composite: bool = False,
+        composite: bool = unsaid(False),
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         clip_skip: int | None = None,
     ) -> DiffEditOutput:
-        """Mask, inversion and denoising in one call.
+        """Mask, inversion and denoising in one call: `generate_mask`, `invert` and `__call__`, which a
+        subclass may have of its own. All prompts are read at once, and reach these as embeddings.
 
         source_prompt says what is there, target_prompt what shall be. mask_image: takes the place of the mask
             that would be made. negative_prompt: the source prompt if not given.
         invert_guidance_scale: 1, which is none, reconstructs best.
         generator: one, or a list with one per image.
+        What is not passed is, of a small checkpoint, as `made_for.call` says.
         The other arguments are those of the three methods, and so are the errors.
         """
+        self = self.for_one_call()  # others may run at the same time
+        num_inference_steps, inpaint_strength, guidance_scale, invert_guidance_scale = self.unless_said(
+            num_inference_steps=num_inference_steps,
+            inpaint_strength=inpaint_strength,
+            guidance_scale=guidance_scale,
+            invert_guidance_scale=invert_guidance_scale,
+        )
+        num_maps_per_mask, mask_encode_strength, mask_thresholding_ratio = self.unless_said(
+            num_maps_per_mask=num_maps_per_mask,
+            mask_encode_strength=mask_encode_strength,
+            mask_thresholding_ratio=mask_thresholding_ratio,
+        )
+        negative_prompt, composite = self.unless_said(negative_prompt=negative_prompt, composite=composite)
         target = Text(target_prompt, source_prompt if negative_prompt is None else negative_prompt)
         source = Text(source_prompt)
         batch = self.prompts.check_pair(target, source)
         check_generators(generator, batch)
         pixels = self.coder.pixels(image, batch)
-        check_picture(output_type, eta, composite, pixels)
+        check_picture(output_type, composite, pixels)
+        self._require_parts(pixels, output_type != "latent")
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
-        contrast = mask_run(
-            num_inference_steps,
-            mask_encode_strength,
-            num_maps_per_mask,
-            mask_thresholding_ratio,
-            guidance_scale,
-            scale,
-        )
-        taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
+        steps = check_count("num_inference_steps", num_inference_steps)
+        taken = steps_taken(steps, "inpaint_strength", inpaint_strength)
+        check_share("eta", eta)
+        check_number("invert_guidance_scale", invert_guidance_scale)
+        guidance_scale = check_number("guidance_scale", guidance_scale)
+        mask_settings = (mask_encode_strength, num_maps_per_mask, mask_thresholding_ratio)
+        mask_run(steps, *mask_settings, guidance_scale, scale)
         size = self.coder.size(pixels)
         mask = None if mask_image is None else to_latent_mask(mask_image, size, batch)  # (B, 1, h, w)
-        self.scheduler.set_timesteps(num_inference_steps)
-        self.inverse_scheduler.set_timesteps(num_inference_steps)
-        self._interrupt = False
+        self.scheduler.set_timesteps(steps)  # refuses what neither solver has
 
         wanted, known = self._embed((target, source), True, clip_skip, scale)
+        same = {
+            "num_inference_steps": steps,
+            "generator": generator,
+            "cross_attention_kwargs": cross_attention_kwargs,
+        }
         heat = None
         if mask is None:
-            empty = known.negative if guidance_scale > 1 else None
-            pair = Embeds(wanted.positive, empty), Embeds(known.positive, empty)
-            heat = self._heat(pixels, *pair, contrast, generator).cpu()
+            heat = self.generate_mask(
+                image,
+                target_prompt_embeds=wanted.positive,
+                target_negative_prompt_embeds=known.negative,
+                source_prompt_embeds=known.positive,
+                source_negative_prompt_embeds=known.negative,
+                num_maps_per_mask=num_maps_per_mask,
+                mask_encode_strength=mask_encode_strength,
+                mask_thresholding_ratio=mask_thresholding_ratio,
+                guidance_scale=guidance_scale,
+                output_type="heat",
+                **same,
+            )
+            assert isinstance(heat, np.ndarray)
             mask = to_latent_mask(heat > 0.5, size, batch)
-        backwards = self.inverse_scheduler.timesteps[:taken]
-        levels = self._invert(pixels, Run(backwards, known, invert_guidance_scale, scale), generator)
-        work = self._for_copies(Repaint(levels, mask, pixels), taken, 1, composite)
-        run = Run(self.scheduler.timesteps[num_inference_steps - taken :], wanted, guidance_scale, scale)
-        x = self._repaint(work, work.levels[:, 0], run, eta=eta, generator=generator)
-        pictures, flagged = self._finish(x, work, output_type)
-        found = None if heat is None else heat.numpy()
-        return DiffEditOutput(pictures, flagged, mask[:, 0].long().numpy(), found)
+        levels = self.invert(
+            image=image,
+            prompt_embeds=known.positive,
+            negative_prompt_embeds=known.negative,
+            inpaint_strength=inpaint_strength,
+            guidance_scale=invert_guidance_scale,
+            **same,
+        )[0]
+        if self.interrupt:  # then the inversion is short: its noisiest level stands for those above it
+            above = levels[:, :1].expand(-1, max(taken + 1 - levels.shape[1], 0), -1, -1, -1)
+            levels = torch.cat((above, levels), dim=1)
+        made = self(
+            mask_image=mask,
+            image_latents=levels,
+            image=pixels if composite else None,
+            prompt_embeds=wanted.positive,
+            negative_prompt_embeds=wanted.negative,
+            inpaint_strength=inpaint_strength,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            output_type=output_type,
+            composite=composite,
+            **same,
+        )
+        return DiffEditOutput(made[0], made[1], mask[:, 0].long().numpy(), heat)
 
     @torch.no_grad()
     def generate_mask(
@@ -274,11 +331,11 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         source_negative_prompt: str | list[str] | None = None,
         source_prompt_embeds: Tensor | None = None,
         source_negative_prompt_embeds: Tensor | None = None,
-        num_maps_per_mask: int | None = 10,
-        mask_encode_strength: float | None = 0.5,
-        mask_thresholding_ratio: float | None = 3.0,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        num_maps_per_mask: int | None = unsaid(10),
+        mask_encode_strength: float | None = unsaid(0.5),
+        mask_thresholding_ratio: float | None = unsaid(3.0),
+        num_inference_steps: int = unsaid(50),
+        guidance_scale: float = unsaid(7.5),
         generator: Generators = None,
         output_type: str | None = "np",
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -297,6 +354,15 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         "heat", a float32 array (B, h, w) in [0, 1] that the mask is where it is above one half.
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
+        self = self.for_one_call()  # others may run at the same time
+        num_maps_per_mask, mask_encode_strength, mask_thresholding_ratio = self.unless_said(
+            num_maps_per_mask=num_maps_per_mask,
+            mask_encode_strength=mask_encode_strength,
+            mask_thresholding_ratio=mask_thresholding_ratio,
+        )
+        num_inference_steps, guidance_scale = self.unless_said(
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+        )
         target = Text(
             target_prompt, target_negative_prompt, target_prompt_embeds, target_negative_prompt_embeds
         )
@@ -305,18 +371,15 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         )
         batch = self.prompts.check_pair(target, source)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
-        contrast = mask_run(
-            num_inference_steps,
-            mask_encode_strength,
-            num_maps_per_mask,
-            mask_thresholding_ratio,
-            guidance_scale,
-            scale,
-        )
+        num_inference_steps = check_count("num_inference_steps", num_inference_steps)
+        guidance_scale = check_number("guidance_scale", guidance_scale)
+        mask_settings = (mask_encode_strength, num_maps_per_mask, mask_thresholding_ratio)
+        contrast = mask_run(num_inference_steps, *mask_settings, guidance_scale, scale)
         check_output_type(output_type, ("np", "pil", "heat"))
         one_each = isinstance(generator, Sequence) and len(generator) == batch
         check_generators(generator, batch if one_each else batch * contrast.maps)
         pixels = self.coder.pixels(image, batch)
+        self._require_parts(pixels)
         self.scheduler.set_timesteps(num_inference_steps)
 
         wanted, known = self._embed((target, source), guidance_scale > 1, clip_skip, scale)
@@ -334,12 +397,12 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         same, swapped = same_rows(target, source), SWAPPED_GUIDANCE in self.quirks
         batch = len(same)
         if same.all():
-            heat = torch.zeros(batch, *self.coder.size(pixels))
+            heat = torch.zeros(batch, *self.coder.size(pixels), dtype=torch.float32, device="cpu")
         else:
             timestep = self.scheduler.timesteps[run.at]
             drawn = {"copies": run.maps, "sampled": True, "generator": generator}
             latents = self._encode(pixels, batch, **drawn)  # (B * M, C, h, w)
-            noise = draw(latents, generator, self.vae.dtype)
+            noise = draw(latents, generator, (self.vae or self.unet).dtype)
             noisy = self.scheduler.add_noise(latents, noise, timestep)
             with self.on_device(self.unet) as unet, self._adapters_scaled(run.adapter_scale):
                 difference = compare(unet, noisy, timestep, target, source, run.guidance_scale, swapped)
@@ -353,9 +416,9 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         self,
         prompt: str | list[str] | None = None,
         image: Picture | list[Picture] | None = None,
-        num_inference_steps: int = 50,
-        inpaint_strength: float = 0.8,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int = unsaid(50),
+        inpaint_strength: float = unsaid(0.8),
+        guidance_scale: float = unsaid(7.5),
         negative_prompt: str | list[str] | None = None,
         generator: Generators = None,
         prompt_embeds: Tensor | None = None,
@@ -384,31 +447,41 @@ class StableDiffusionDiffEditPipeline(Pipeline):
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
+        self = self.for_one_call()  # others may run at the same time
+        num_inference_steps, inpaint_strength, guidance_scale = self.unless_said(
+            num_inference_steps=num_inference_steps,
+            inpaint_strength=inpaint_strength,
+            invert_guidance_scale=guidance_scale,
+        )
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         batch = self.prompts.check(text)[0]
+        num_inference_steps = check_count("num_inference_steps", num_inference_steps)
         taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
+        self._guidance_scale = check_number("guidance_scale", guidance_scale)
         after_step = self._after_step(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        regular = partial(
+            regularize,
+            self.inverse_scheduler,
+            steps=check_count("num_reg_steps", num_reg_steps, least=0),
+            weights=(
+                check_number("lambda_auto_corr", lambda_auto_corr),
+                check_number("lambda_kl", lambda_kl),
+            ),
+            rolls=check_count("num_auto_corr_rolls", num_auto_corr_rolls),
         )
         check_output_type(output_type, ("pil", "np", "pt"))
         generator = check_generators(generator, batch)
         pixels = self.coder.pixels(image, batch)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
+        self._require_parts(pixels, decode_latents)
         self.inverse_scheduler.set_timesteps(num_inference_steps)
         steps = self.inverse_scheduler.timesteps[:taken]
-        self._interrupt = False
 
-        (embeds,) = self._embed((text,), guidance_scale > 1, clip_skip, scale)
-        regular = partial(
-            regularize,
-            self.inverse_scheduler,
-            steps=num_reg_steps,
-            weights=(lambda_auto_corr, lambda_kl),
-            rolls=num_auto_corr_rolls,
-            generator=generator,
-        )
-        run = Run(steps, embeds, guidance_scale, scale)
-        levels = self._invert(pixels, run, generator, regular=regular, after_step=after_step)
+        (embeds,) = self._embed((text,), self.do_classifier_free_guidance, clip_skip, scale)
+        run = Run(steps, embeds, scale)
+        levels = self._invert(pixels, run, generator, partial(regular, generator=generator), after_step)
         pictures = None
         if decode_latents:  # one by one: there are many
             pages = [self._decode(level).cpu() for level in levels.flatten(0, 1).split(1)]
@@ -421,9 +494,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         pixels: Tensor,
         run: Run,
         generator: Generators,
-        *,
-        regular: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        after_step: AfterStep | None = None,
+        regular: Callable[[Tensor, Tensor, Tensor], Tensor],
+        after_step: AfterStep,
     ) -> Tensor:
         """Latents (B, T + 1, C, h, w) from noise to the photograph. regular: (timestep, latents, predicted
         noise) to a better one."""
@@ -434,12 +506,9 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             for i, t in enumerate(run.steps):
                 if self.interrupt:
                     break
-                output = predict(i, latents)
-                if regular is not None:
-                    output = regular(t, latents, output)
+                output = regular(t, latents, predict(i, latents))
                 latents = self.inverse_scheduler.step(output, t, latents)[0]
-                if after_step is not None:
-                    latents = after_step(i, t, latents)
+                latents = after_step(i, t, latents)
                 levels.append(latents)
         if LATE_BLEND in self.quirks:
             levels = levels[1:] or levels
@@ -451,9 +520,9 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         prompt: str | list[str] | None = None,
         mask_image: Any = None,
         image_latents: Tensor | list[Tensor] | None = None,
-        inpaint_strength: float | None = 0.8,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        inpaint_strength: float | None = unsaid(0.8),
+        num_inference_steps: int = unsaid(50),
+        guidance_scale: float = unsaid(7.5),
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int | None = 1,
         eta: float = 0.0,
@@ -470,7 +539,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         image: Picture | list[Picture] | None = None,
-        composite: bool = False,
+        composite: bool = unsaid(False),
     ) -> StableDiffusionPipelineOutput | tuple:
         """Repaint what is white in the mask as `prompt` says, and keep the rest.
 
@@ -485,30 +554,42 @@ class StableDiffusionDiffEditPipeline(Pipeline):
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
+        self = self.for_one_call()  # others may run at the same time
+        num_inference_steps, inpaint_strength, guidance_scale = self.unless_said(
+            num_inference_steps=num_inference_steps,
+            inpaint_strength=inpaint_strength,
+            guidance_scale=guidance_scale,
+        )
+        if negative_prompt_embeds is None:
+            (negative_prompt,) = self.unless_said(negative_prompt=negative_prompt)
+        if image is not None:
+            (composite,) = self.unless_said(composite=composite)
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         batch = self.prompts.check(text)[0]
+        num_inference_steps = check_count("num_inference_steps", num_inference_steps)
         taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
+        self._guidance_scale = check_number("guidance_scale", guidance_scale)
+        eta = check_share("eta", eta)
         copies = check_copies("num_images_per_prompt", num_images_per_prompt)
         check_generators(generator, batch * copies)
         after_step = self._after_step(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         pixels = None if image is None else self.coder.pixels(image, batch)
-        check_picture(output_type, eta, composite, pixels)
+        check_picture(output_type, composite, pixels)
+        self._require_parts(pixels, output_type != "latent")
         work = check_repaint(mask_image, image_latents, pixels, batch, taken, self.coder)
         check_start(latents, work.levels.shape[2:], batch, copies)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
         self.scheduler.set_timesteps(num_inference_steps)
         steps = self.scheduler.timesteps[num_inference_steps - taken :]
-        self._interrupt = False
 
-        (embeds,) = self._embed((text,), guidance_scale > 1, clip_skip, scale)
+        (embeds,) = self._embed((text,), self.do_classifier_free_guidance, clip_skip, scale)
         work = self._for_copies(work, taken, copies, composite)
         start = work.levels[:, 0]
         if latents is not None:
             start = latents.to(start).repeat_interleave(len(start) // len(latents), dim=0)
-        run = Run(steps, embeds, guidance_scale, scale)
-        x = self._repaint(work, start, run, eta=eta, generator=generator, after_step=after_step)
+        x = self._repaint(work, start, Run(steps, embeds, scale), eta, generator, after_step)
         out = self._finish(x, work, output_type or "pil")
         return out if return_dict else tuple(out)
 
@@ -517,10 +598,9 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         work: Repaint,
         x: Tensor,
         run: Run,
-        *,
         eta: float,
         generator: Generators,
-        after_step: AfterStep | None = None,
+        after_step: AfterStep,
     ) -> Tensor:
         """Latents x (B, C, h, w) at the noisiest level, denoised in the mask, the photograph's outside."""
         late = LATE_BLEND in self.quirks
@@ -532,8 +612,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
                 noise = draw(x, generator, self.unet.dtype) if eta > 0 else None
                 x = self.scheduler.step(output, t, x, eta=eta, variance_noise=noise)[0]
                 x = torch.where(work.mask, x, work.levels[:, i if late else i + 1])
-                if after_step is not None:
-                    x = after_step(i, t, x)
+                x = after_step(i, t, x)
         return x
 
     def _for_copies(self, work: Repaint, taken: int, copies: int, composite: bool) -> Repaint:
@@ -562,26 +641,38 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     @contextlib.contextmanager
     def _denoiser(self, run: Run, label: str) -> Iterator[Callable[[int, Tensor], Tensor]]:
         """A function: what the UNet predicts at run.steps[i] for x (B, C, h, w), guided if there are
-        negatives. A prompt serves B / P samples in a row."""
+        negatives, as long as no callback ends it. A prompt serves B / P samples in a row."""
         positive, negative = run.embeds
-        prompts, guided = positive, False
-        if run.guidance_scale > 1 and negative is not None and not torch.equal(negative, positive):
-            prompts, guided = torch.cat((negative, positive)), True
+        pair = None if negative is None or torch.equal(negative, positive) else (negative, positive)
+        self._num_timesteps = len(run.steps)
         with (
             self.on_device(self.unet) as unet,
             self._adapters_scaled(run.adapter_scale),
             self.progress_bar(len(run.steps), label) as bar,
         ):
-            context, times = unet.embed_context(prompts), unet.embed_time(run.steps)
+            times = unet.embed_time(run.steps)
+            both = None if pair is None else unet.embed_context(torch.cat(pair))
+            alone = unet.embed_context(positive) if pair is None else None
 
             def predict(i: int, x: Tensor) -> Tensor:
+                nonlocal alone
                 bar.update()
-                if not guided:
-                    return unet.predict(x, times[i], context)
-                uncond, cond = unet.predict(x, times[i], context, branches=2).chunk(2)
-                return ops.guide(cond, uncond, run.guidance_scale)
+                self._current_timestep = run.steps[i]
+                if both is not None and self.do_classifier_free_guidance:
+                    uncond, cond = unet.predict(x, times[i], both, branches=2).chunk(2)
+                    return ops.guide(cond, uncond, self.guidance_scale)
+                alone = alone or unet.embed_context(positive)
+                return unet.predict(x, times[i], alone)
 
             yield predict
+        self._current_timestep = None
+
+    def _require_parts(self, pixels: Tensor | None, decodes: bool = False) -> None:
+        """Raises ValueError for a network that a call needs and the pipeline does not have. pixels: of the
+        photograph, or its latents. decodes: whether pictures come out."""
+        self.require("unet")
+        if decodes or (pixels is not None and pixels.shape[1] != LATENT_CHANNELS):
+            self.require("vae")
 
     @torch.no_grad()
     def encode_prompt(
@@ -614,16 +705,22 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     def _embed(
         self, texts: Sequence[Text], guided: bool, clip_skip: int | None, scale: float | None
     ) -> list[Embeds]:
-        skip = clip_skip or 0
+        skip = 0 if clip_skip is None else check_count("clip_skip", clip_skip, least=0)
         skips = (skip, 0 if PARTIAL_CLIP_SKIP in self.quirks else skip)
         idle = all(t.embeds is not None and not (guided and t.negative_embeds is None) for t in texts)
+        if not idle:
+            self.require("text_encoder", "tokenizer")
         encoder = contextlib.nullcontext() if idle else self.on_device(self.text_encoder)
         with encoder, self._adapters_scaled(scale):
             return self.prompts.read(texts, guided, skips, self.device)
 
     @property
     def prompts(self) -> PromptReader:
-        return PromptReader(self.tokenizer, self.text_encoder)
+        """Of prompts as wide as what the text encoder makes, or else as the UNet reads."""
+        part = self.text_encoder or self.unet
+        self.require(*(["text_encoder"] if part is None else []))
+        width = part.config.hidden_size if part is self.text_encoder else self.unet.config.context_dim
+        return PromptReader(self.tokenizer, self.text_encoder, width, part.dtype)
 
     @property
     def textual_inversion(self) -> TextualInversion:
@@ -642,7 +739,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
 
     def _encode(self, pixels: Tensor, batch: int, **how: Any) -> Tensor:
         """Latents (B, C, h, w); see `LatentCoder.encode`."""
-        with self.on_device(self.vae):
+        with contextlib.nullcontext() if self.vae is None else self.on_device(self.vae):
             return self.coder.encode(pixels, batch, self.device, **how)
 
     def decode_latents(self, latents: Tensor) -> np.ndarray:
@@ -652,6 +749,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> pixels (B, 3, H, W) float32, about [-1, 1]."""
+        self.require("vae")
         with self.on_device(self.vae):
             return self.coder.decode(latents.to(self.device))
 

@@ -112,11 +112,15 @@ def run_reference(pipe, **call):
     return image, torch.stack(steps)
 
 
-def run_ours(pipe, **call):
-    steps = []
-    image = pipe(
-        output_type="np", callback_on_step_end=lambda p, i, t, kw: steps.append(kw["latents"].clone()), **call
-    ).images
+def run_ours(pipe, told=None, **call):
+    """As `run_reference`; `told` gets the timesteps."""
+    steps, told = [], [] if told is None else told
+
+    def collect(pipe, i, t, tensors):
+        steps.append(tensors["latents"].clone())
+        told.append(t)
+
+    image = pipe(output_type="np", callback_on_step_end=collect, **call).images
     return image, torch.stack(steps)
 
 
@@ -288,8 +292,10 @@ def test_recorded_runs(goldens, name):
     )
     case = goldens.cases[name]
     generator = torch.manual_seed(case["seed"])
-    image, steps = run_ours(pipe, image=goldens.photos(name), generator=generator, **case["call"])
-    torch.testing.assert_close(pipe.scheduler.timesteps, goldens.runs[f"{name}.timesteps"], rtol=0, atol=0)
+    told = []
+    call = dict(image=goldens.photos(name), generator=generator, told=told, **case["call"])
+    image, steps = run_ours(pipe, **call)
+    torch.testing.assert_close(torch.stack(told), goldens.runs[f"{name}.timesteps"], rtol=0, atol=0)
     assert distance(steps, goldens.runs[f"{name}.latents"]) <= TOLERANCE
     assert_recorded_image(image, goldens.runs[f"{name}.image"])
 
