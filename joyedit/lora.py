@@ -10,16 +10,15 @@ Source: arXiv 2106.09685; diffusers `loaders/lora_base.py`.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import itertools
 import logging
 import numbers
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,11 +36,9 @@ STATE = "lora_adapters"  # the attribute of a network that holds its AdapterStat
 
 Weighted = list[tuple[Delta, float]]  # deltas and their strengths
 
-# What the running call multiplies the adapters of a network with. Each thread has its own: calls in several
-# threads share networks. Not a number of the network, which all of them would see.
-_SCALES: contextvars.ContextVar[Mapping["AdapterState", float]] = contextvars.ContextVar(
-    "scales", default=MappingProxyType({})
-)
+# `_RUNNING.scales`: what the running call multiplies adapters with, by AdapterState. Each thread has its own:
+# calls in several threads share networks. (torch.compile reads and guards this; a ContextVar it does not.)
+_RUNNING = threading.local()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,12 +185,12 @@ class Adapters:
     @contextlib.contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
         """All adapters that are not fused, times `scale` while the block runs, in this thread alone."""
-        scales = {state: state.scale * scale for state in self._states.values()}
-        token = _SCALES.set({**_SCALES.get(), **scales})
+        before = getattr(_RUNNING, "scales", {})
+        _RUNNING.scales = {**before, **{state: state.scale * scale for state in self._states.values()}}
         try:
             yield
         finally:
-            _SCALES.reset(token)
+            _RUNNING.scales = before
 
     def fuse_lora(
         self,
@@ -365,7 +362,7 @@ class AdapterState:
     @property
     def scale(self) -> float:
         """Of the running call."""
-        return _SCALES.get().get(self, 1.0)
+        return getattr(_RUNNING, "scales", {}).get(self, 1.0)
 
     def sync(self, network: nn.Module) -> None:
         """Let the network's modules read the sums that are wanted now."""

@@ -236,7 +236,7 @@ class ChronoEditPipeline(Pipeline):
         self.require("transformer", "vae")  # the latter says what is known of a film, even if that is nothing
         names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if negative_prompt_embeds is None:
-            (negative_prompt,) = self.unless_said(negative_prompt=negative_prompt)
+            negative_prompt = self.unless_said(negative_prompt=negative_prompt)["negative_prompt"]
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         text.check()
         check_embedded(text, image_embeds, self.transformer.config)
@@ -599,9 +599,9 @@ class ChronoEditPipeline(Pipeline):
             scheduler = with_shift(scheduler, chosen.flow_shift)
             steps = chosen.num_inference_steps if isinstance(steps, Unsaid) else steps
             guidance = chosen.guidance_scale if isinstance(guidance, Unsaid) else guidance
-        steps, guidance = self.unless_said(num_inference_steps=steps, guidance_scale=guidance)
-        steps = check_count("num_inference_steps", steps)
-        guidance = check_number("guidance_scale", guidance)
+        said = self.unless_said(num_inference_steps=steps, guidance_scale=guidance)
+        steps = check_count("num_inference_steps", said["num_inference_steps"])
+        guidance = check_number("guidance_scale", said["guidance_scale"])
         adapters = {*self.get_active_adapters(), *self.adapters.fused_loras}
         if self._keeps_distilled or adapters & self._distilled:
             chosen = chosen or PRESETS["distill"]

@@ -18,16 +18,15 @@ Source: Couairon et al., arXiv 2210.11427; diffusers `pipeline_stable_diffusion_
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from joyedit import ops
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.options import LoadOptions
@@ -54,13 +53,21 @@ from joyedit.pipelines.diffedit_request import (
     MaskRun,
     Repaint,
     Run,
+    check_mask_run,
     check_picture,
     check_repaint,
     check_start,
-    mask_run,
     steps_taken,
 )
+from joyedit.pipelines.diffedit_results import (
+    DiffEditInversionPipelineOutput,
+    DiffEditOutput,
+    StableDiffusionPipelineOutput,
+    black_out,
+)
+from joyedit.pipelines.diffedit_steps import AfterStep, after_step, denoiser
 from joyedit.pipelines.diffusers_spellings import ImageProcessor
+from joyedit.pipelines.made_for import words_of
 from joyedit.pipelines.pipeline import Pipeline
 from joyedit.pipelines.regularization import regularize
 from joyedit.pipelines.sd_latents import LatentCoder, draw, with_clean_level
@@ -82,31 +89,6 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 TIMESTEP_SETTINGS = ("num_train_timesteps", "timestep_spacing", "steps_offset")
 
 Picture = Image.Image | np.ndarray | Tensor
-Images = list[Image.Image] | np.ndarray | Tensor
-AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # step, timestep, latents -> the latents to go on with
-
-
-class StableDiffusionPipelineOutput(NamedTuple):
-    images: Images
-    nsfw_content_detected: list[bool] | None
-
-
-class DiffEditInversionPipelineOutput(NamedTuple):
-    """latents (B, T + 1, C, h, w), noisiest first, clean ones last; the pictures decoded from them, or
-    None."""
-
-    latents: Tensor
-    images: Images | None
-
-
-class DiffEditOutput(NamedTuple):
-    """Of `edit`. mask (B, h, w) int64 of 0 and 1; heat_map (B, h, w) in [0, 1] that it was cut from, None for
-    a mask that was given."""
-
-    images: Images
-    nsfw_content_detected: list[bool] | None
-    mask: np.ndarray
-    heat_map: np.ndarray | None
 
 
 class StableDiffusionDiffEditPipeline(Pipeline):
@@ -239,43 +221,35 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         The other arguments are those of the three methods, and so are the errors.
         """
         self = self.for_one_call()  # others may run at the same time
-        num_inference_steps, inpaint_strength, guidance_scale, invert_guidance_scale = self.unless_said(
-            num_inference_steps=num_inference_steps,
-            inpaint_strength=inpaint_strength,
-            guidance_scale=guidance_scale,
-            invert_guidance_scale=invert_guidance_scale,
+        run = self.unless_said(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
+        guidance = self.unless_said(
+            guidance_scale=guidance_scale, invert_guidance_scale=invert_guidance_scale
         )
-        num_maps_per_mask, mask_encode_strength, mask_thresholding_ratio = self.unless_said(
+        mask_settings = self.unless_said(
             num_maps_per_mask=num_maps_per_mask,
             mask_encode_strength=mask_encode_strength,
             mask_thresholding_ratio=mask_thresholding_ratio,
         )
-        negative_prompt, composite = self.unless_said(negative_prompt=negative_prompt, composite=composite)
-        target = Text(target_prompt, source_prompt if negative_prompt is None else negative_prompt)
-        source = Text(source_prompt)
+        said = self.unless_said(negative_prompt=negative_prompt, composite=composite)
+        negatives = source_prompt if said["negative_prompt"] is None else said["negative_prompt"]
+        target, source = Text(target_prompt, negatives), Text(source_prompt)
         batch = self.prompts.check_pair(target, source)
         check_generators(generator, batch)
         pixels = self.coder.pixels(image, batch)
-        check_picture(output_type, composite, pixels)
+        check_picture(output_type, said["composite"], pixels)
         self._require_parts(pixels, output_type != "latent")
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
-        steps = check_count("num_inference_steps", num_inference_steps)
-        taken = steps_taken(steps, "inpaint_strength", inpaint_strength)
+        for name, value in guidance.items():
+            check_number(name, value)
         check_share("eta", eta)
-        check_number("invert_guidance_scale", invert_guidance_scale)
-        guidance_scale = check_number("guidance_scale", guidance_scale)
-        mask_settings = (mask_encode_strength, num_maps_per_mask, mask_thresholding_ratio)
-        mask_run(steps, *mask_settings, guidance_scale, scale)
+        check_mask_run(run["num_inference_steps"], **mask_settings)
+        count, taken = steps_taken(**run)
         size = self.coder.size(pixels)
         mask = None if mask_image is None else to_latent_mask(mask_image, size, batch)  # (B, 1, h, w)
-        self.scheduler.set_timesteps(steps)  # refuses what neither solver has
+        self.scheduler.set_timesteps(count)  # refuses a number that is too large
 
         wanted, known = self._embed((target, source), True, clip_skip, scale)
-        same = {
-            "num_inference_steps": steps,
-            "generator": generator,
-            "cross_attention_kwargs": cross_attention_kwargs,
-        }
+        shared = {"generator": generator, "cross_attention_kwargs": cross_attention_kwargs}
         heat = None
         if mask is None:
             heat = self.generate_mask(
@@ -284,12 +258,11 @@ class StableDiffusionDiffEditPipeline(Pipeline):
                 target_negative_prompt_embeds=known.negative,
                 source_prompt_embeds=known.positive,
                 source_negative_prompt_embeds=known.negative,
-                num_maps_per_mask=num_maps_per_mask,
-                mask_encode_strength=mask_encode_strength,
-                mask_thresholding_ratio=mask_thresholding_ratio,
-                guidance_scale=guidance_scale,
+                num_inference_steps=count,
+                guidance_scale=guidance["guidance_scale"],
                 output_type="heat",
-                **same,
+                **mask_settings,
+                **shared,
             )
             assert isinstance(heat, np.ndarray)
             mask = to_latent_mask(heat > 0.5, size, batch)
@@ -297,27 +270,27 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             image=image,
             prompt_embeds=known.positive,
             negative_prompt_embeds=known.negative,
-            inpaint_strength=inpaint_strength,
-            guidance_scale=invert_guidance_scale,
-            **same,
+            guidance_scale=guidance["invert_guidance_scale"],
+            **run,
+            **shared,
         )[0]
         if self.interrupt:  # then the inversion is short: its noisiest level stands for those above it
             above = levels[:, :1].expand(-1, max(taken + 1 - levels.shape[1], 0), -1, -1, -1)
             levels = torch.cat((above, levels), dim=1)
-        made = self(
+        images, flagged = self(
             mask_image=mask,
             image_latents=levels,
-            image=pixels if composite else None,
+            image=pixels if said["composite"] else None,
             prompt_embeds=wanted.positive,
             negative_prompt_embeds=wanted.negative,
-            inpaint_strength=inpaint_strength,
-            guidance_scale=guidance_scale,
+            guidance_scale=guidance["guidance_scale"],
             eta=eta,
             output_type=output_type,
-            composite=composite,
-            **same,
+            composite=said["composite"],
+            **run,
+            **shared,
         )
-        return DiffEditOutput(made[0], made[1], mask[:, 0].long().numpy(), heat)
+        return DiffEditOutput(images, flagged, mask[:, 0].long().numpy(), heat)
 
     @torch.no_grad()
     def generate_mask(
@@ -355,14 +328,12 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
         self = self.for_one_call()  # others may run at the same time
-        num_maps_per_mask, mask_encode_strength, mask_thresholding_ratio = self.unless_said(
+        mask_settings = self.unless_said(
             num_maps_per_mask=num_maps_per_mask,
             mask_encode_strength=mask_encode_strength,
             mask_thresholding_ratio=mask_thresholding_ratio,
         )
-        num_inference_steps, guidance_scale = self.unless_said(
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-        )
+        said = self.unless_said(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         target = Text(
             target_prompt, target_negative_prompt, target_prompt_embeds, target_negative_prompt_embeds
         )
@@ -371,18 +342,17 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         )
         batch = self.prompts.check_pair(target, source)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
-        num_inference_steps = check_count("num_inference_steps", num_inference_steps)
-        guidance_scale = check_number("guidance_scale", guidance_scale)
-        mask_settings = (mask_encode_strength, num_maps_per_mask, mask_thresholding_ratio)
-        contrast = mask_run(num_inference_steps, *mask_settings, guidance_scale, scale)
+        steps = check_count("num_inference_steps", said["num_inference_steps"])
+        guidance = check_number("guidance_scale", said["guidance_scale"])
+        contrast = MaskRun(*check_mask_run(steps, **mask_settings), guidance, scale)
         check_output_type(output_type, ("np", "pil", "heat"))
         one_each = isinstance(generator, Sequence) and len(generator) == batch
         check_generators(generator, batch if one_each else batch * contrast.maps)
         pixels = self.coder.pixels(image, batch)
         self._require_parts(pixels)
-        self.scheduler.set_timesteps(num_inference_steps)
+        self.scheduler.set_timesteps(steps)
 
-        wanted, known = self._embed((target, source), guidance_scale > 1, clip_skip, scale)
+        wanted, known = self._embed((target, source), guidance > 1, clip_skip, scale)
         heat = self._heat(pixels, wanted, known, contrast, generator)  # (B, h, w)
         if output_type == "heat":
             return heat.cpu().numpy()
@@ -448,19 +418,14 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
         self = self.for_one_call()  # others may run at the same time
-        num_inference_steps, inpaint_strength, guidance_scale = self.unless_said(
-            num_inference_steps=num_inference_steps,
-            inpaint_strength=inpaint_strength,
-            invert_guidance_scale=guidance_scale,
-        )
+        said = self.unless_said(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
+        guidance = self.unless_said(invert_guidance_scale=guidance_scale)["invert_guidance_scale"]
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         batch = self.prompts.check(text)[0]
-        num_inference_steps = check_count("num_inference_steps", num_inference_steps)
-        taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
-        self._guidance_scale = check_number("guidance_scale", guidance_scale)
-        after_step = self._after_step(
-            callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
+        count, taken = steps_taken(**said)
+        self._guidance_scale = check_number("guidance_scale", guidance)
+        named = callback_on_step_end_tensor_inputs
+        call_back = after_step(self, callback, callback_steps, callback_on_step_end, named)
         regular = partial(
             regularize,
             self.inverse_scheduler,
@@ -476,12 +441,12 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         pixels = self.coder.pixels(image, batch)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
         self._require_parts(pixels, decode_latents)
-        self.inverse_scheduler.set_timesteps(num_inference_steps)
+        self.inverse_scheduler.set_timesteps(count)
         steps = self.inverse_scheduler.timesteps[:taken]
 
         (embeds,) = self._embed((text,), self.do_classifier_free_guidance, clip_skip, scale)
         run = Run(steps, embeds, scale)
-        levels = self._invert(pixels, run, generator, partial(regular, generator=generator), after_step)
+        levels = self._invert(pixels, run, generator, partial(regular, generator=generator), call_back)
         pictures = None
         if decode_latents:  # one by one: there are many
             pages = [self._decode(level).cpu() for level in levels.flatten(0, 1).split(1)]
@@ -495,20 +460,20 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         run: Run,
         generator: Generators,
         regular: Callable[[Tensor, Tensor, Tensor], Tensor],
-        after_step: AfterStep,
+        call_back: AfterStep,
     ) -> Tensor:
         """Latents (B, T + 1, C, h, w) from noise to the photograph. regular: (timestep, latents, predicted
         noise) to a better one."""
         drawn = {"sampled": SAMPLED_INVERSION in self.quirks, "generator": generator}
         latents = self._encode(pixels, len(run.embeds.positive), **drawn)
         levels = [latents]
-        with self._denoiser(run, "inverting") as predict:
+        with denoiser(self, run, "inverting") as predict:
             for i, t in enumerate(run.steps):
                 if self.interrupt:
                     break
                 output = regular(t, latents, predict(i, latents))
                 latents = self.inverse_scheduler.step(output, t, latents)[0]
-                latents = after_step(i, t, latents)
+                latents = call_back(i, t, latents)
                 levels.append(latents)
         if LATE_BLEND in self.quirks:
             levels = levels[1:] or levels
@@ -555,41 +520,36 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
         self = self.for_one_call()  # others may run at the same time
-        num_inference_steps, inpaint_strength, guidance_scale = self.unless_said(
-            num_inference_steps=num_inference_steps,
-            inpaint_strength=inpaint_strength,
-            guidance_scale=guidance_scale,
-        )
+        said = self.unless_said(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
+        guidance = self.unless_said(guidance_scale=guidance_scale)["guidance_scale"]
         if negative_prompt_embeds is None:
-            (negative_prompt,) = self.unless_said(negative_prompt=negative_prompt)
+            negative_prompt = self.unless_said(negative_prompt=negative_prompt)["negative_prompt"]
         if image is not None:
-            (composite,) = self.unless_said(composite=composite)
+            composite = self.unless_said(composite=composite)["composite"]
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         batch = self.prompts.check(text)[0]
-        num_inference_steps = check_count("num_inference_steps", num_inference_steps)
-        taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
-        self._guidance_scale = check_number("guidance_scale", guidance_scale)
+        count, taken = steps_taken(**said)
+        self._guidance_scale = check_number("guidance_scale", guidance)
         eta = check_share("eta", eta)
         copies = check_copies("num_images_per_prompt", num_images_per_prompt)
         check_generators(generator, batch * copies)
-        after_step = self._after_step(
-            callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
+        named = callback_on_step_end_tensor_inputs
+        call_back = after_step(self, callback, callback_steps, callback_on_step_end, named)
         pixels = None if image is None else self.coder.pixels(image, batch)
         check_picture(output_type, composite, pixels)
         self._require_parts(pixels, output_type != "latent")
         work = check_repaint(mask_image, image_latents, pixels, batch, taken, self.coder)
         check_start(latents, work.levels.shape[2:], batch, copies)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
-        self.scheduler.set_timesteps(num_inference_steps)
-        steps = self.scheduler.timesteps[num_inference_steps - taken :]
+        self.scheduler.set_timesteps(count)
+        steps = self.scheduler.timesteps[count - taken :]
 
         (embeds,) = self._embed((text,), self.do_classifier_free_guidance, clip_skip, scale)
         work = self._for_copies(work, taken, copies, composite)
         start = work.levels[:, 0]
         if latents is not None:
             start = latents.to(start).repeat_interleave(len(start) // len(latents), dim=0)
-        x = self._repaint(work, start, Run(steps, embeds, scale), eta, generator, after_step)
+        x = self._repaint(work, start, Run(steps, embeds, scale), eta, generator, call_back)
         out = self._finish(x, work, output_type or "pil")
         return out if return_dict else tuple(out)
 
@@ -600,11 +560,11 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         run: Run,
         eta: float,
         generator: Generators,
-        after_step: AfterStep,
+        call_back: AfterStep,
     ) -> Tensor:
         """Latents x (B, C, h, w) at the noisiest level, denoised in the mask, the photograph's outside."""
         late = LATE_BLEND in self.quirks
-        with self._denoiser(run, "denoising") as predict:
+        with denoiser(self, run, "denoising") as predict:
             for i, t in enumerate(run.steps):
                 if self.interrupt:
                     break
@@ -612,7 +572,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
                 noise = draw(x, generator, self.unet.dtype) if eta > 0 else None
                 x = self.scheduler.step(output, t, x, eta=eta, variance_noise=noise)[0]
                 x = torch.where(work.mask, x, work.levels[:, i if late else i + 1])
-                x = after_step(i, t, x)
+                x = call_back(i, t, x)
         return x
 
     def _for_copies(self, work: Repaint, taken: int, copies: int, composite: bool) -> Repaint:
@@ -637,35 +597,6 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             pictures = paste_back(pictures, work.pixels, work.mask)
         pictures, flagged = self._check_safety(pictures)
         return StableDiffusionPipelineOutput(im.to_output(pictures, output_type), flagged)
-
-    @contextlib.contextmanager
-    def _denoiser(self, run: Run, label: str) -> Iterator[Callable[[int, Tensor], Tensor]]:
-        """A function: what the UNet predicts at run.steps[i] for x (B, C, h, w), guided if there are
-        negatives, as long as no callback ends it. A prompt serves B / P samples in a row."""
-        positive, negative = run.embeds
-        pair = None if negative is None or torch.equal(negative, positive) else (negative, positive)
-        self._num_timesteps = len(run.steps)
-        with (
-            self.on_device(self.unet) as unet,
-            self._adapters_scaled(run.adapter_scale),
-            self.progress_bar(len(run.steps), label) as bar,
-        ):
-            times = unet.embed_time(run.steps)
-            both = None if pair is None else unet.embed_context(torch.cat(pair))
-            alone = unet.embed_context(positive) if pair is None else None
-
-            def predict(i: int, x: Tensor) -> Tensor:
-                nonlocal alone
-                bar.update()
-                self._current_timestep = run.steps[i]
-                if both is not None and self.do_classifier_free_guidance:
-                    uncond, cond = unet.predict(x, times[i], both, branches=2).chunk(2)
-                    return ops.guide(cond, uncond, self.guidance_scale)
-                alone = alone or unet.embed_context(positive)
-                return unet.predict(x, times[i], alone)
-
-            yield predict
-        self._current_timestep = None
 
     def _require_parts(self, pixels: Tensor | None, decodes: bool = False) -> None:
         """Raises ValueError for a network that a call needs and the pipeline does not have. pixels: of the
@@ -722,6 +653,11 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         width = part.config.hidden_size if part is self.text_encoder else self.unet.config.context_dim
         return PromptReader(self.tokenizer, self.text_encoder, width, part.dtype)
 
+    def learned_words(self) -> set[str]:
+        if self.tokenizer is None or self.text_encoder is None:
+            return set()
+        return {part for word in self.textual_inversion.words() for part in words_of(word)}
+
     @property
     def textual_inversion(self) -> TextualInversion:
         """The learned words of tokenizer and text encoder."""
@@ -761,23 +697,5 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         """Pixels with flagged pictures black, and which those are."""
         if self.safety_checker is None or self.feature_extractor is None:
             return pixels, None
-        inputs = self.feature_extractor(im.to_output(pixels, "pil"))["pixel_values"]
         with self.on_device(self.safety_checker) as checker:
-            _, flagged = checker(inputs.to(self.device, checker.dtype), pixels)
-        black = torch.tensor(flagged, device=pixels.device)[:, None, None, None]
-        return pixels.masked_fill(black, -1), flagged
-
-    def _after_step(
-        self, legacy: Callable | None, every: Any, on_step_end: Callable | None, names: Sequence[str]
-    ) -> AfterStep:
-        """Calls the callbacks of both kinds."""
-        names = self.check_callback(on_step_end, names)
-        every = check_count("callback_steps", every)
-
-        def run(i: int, t: Tensor, latents: Tensor) -> Tensor:
-            latents = self.call_back(on_step_end, names, i, t, {"latents": latents})["latents"]
-            if legacy is not None and i % every == 0:
-                legacy(i, t, latents)
-            return latents
-
-        return run
+            return black_out(pixels, checker, self.feature_extractor, self.device)

@@ -41,22 +41,25 @@ class Repaint(NamedTuple):
     pixels: Tensor | None  # (I, 3, H, W), I dividing B
 
 
-def steps_taken(steps: Any, name: str, strength: Any) -> int:
-    """How many of `steps` a strength in [0, 1] takes, rounded down. Raises ValueError for others."""
-    steps = check_count("num_inference_steps", steps)
-    return min(int(steps * check_share(name, strength)), steps)
+def steps_taken(num_inference_steps: Any, inpaint_strength: Any) -> tuple[int, int]:
+    """How many steps there are, and how many of them, rounded down, a strength in [0, 1] takes. Raises
+    ValueError for others."""
+    steps = check_count("num_inference_steps", num_inference_steps)
+    return steps, min(int(steps * check_share("inpaint_strength", inpaint_strength)), steps)
 
 
-def mask_run(
-    steps: int, strength: Any, maps: Any, ratio: Any, guidance_scale: float, scale: float | None
-) -> MaskRun:
-    """The noise of a mask is at least one of `steps` from the clean end. Raises ValueError."""
-    noised = max(steps_taken(steps, "mask_encode_strength", strength), 1)
-    maps = check_count("num_maps_per_mask", maps)
-    number = as_number(ratio)
-    if not is_number(number) or not number > 0:
-        raise ValueError(f"mask_thresholding_ratio={ratio!r}: must be above 0")
-    return MaskRun(steps - noised, maps, float(number), guidance_scale, scale)
+def check_mask_run(
+    num_inference_steps: Any, num_maps_per_mask: Any, mask_encode_strength: Any, mask_thresholding_ratio: Any
+) -> tuple[int, int, float]:
+    """`at`, `maps` and `ratio` of a `MaskRun`: the noise is at least one step from the clean end. Raises
+    ValueError."""
+    steps = check_count("num_inference_steps", num_inference_steps)
+    noised = int(steps * check_share("mask_encode_strength", mask_encode_strength))
+    maps = check_count("num_maps_per_mask", num_maps_per_mask)
+    ratio = as_number(mask_thresholding_ratio)
+    if not is_number(ratio) or not ratio > 0:
+        raise ValueError(f"mask_thresholding_ratio={mask_thresholding_ratio!r}: must be above 0")
+    return steps - max(noised, 1), maps, float(ratio)
 
 
 def check_picture(output_type: Any, composite: bool, pixels: Tensor | None) -> None:

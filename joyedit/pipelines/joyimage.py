@@ -210,11 +210,11 @@ class JoyImageEditPipeline(Pipeline):
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
         self = self.for_one_call()  # others may run at the same time
-        num_inference_steps, guidance_scale = self.unless_said(
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-        )
+        said = self.unless_said(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        num_inference_steps = check_count("num_inference_steps", said["num_inference_steps"])
+        guidance_scale = check_number("guidance_scale", said["guidance_scale"])
         if negative_prompt_embeds is None:
-            (negative_prompt,) = self.unless_said(negative_prompt=negative_prompt)
+            negative_prompt = self.unless_said(negative_prompt=negative_prompt)["negative_prompt"]
         names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             prompt,
@@ -227,9 +227,7 @@ class JoyImageEditPipeline(Pipeline):
             negative_prompt_embeds_mask,
             names,
         )
-        num_inference_steps = check_count("num_inference_steps", num_inference_steps)
         max_sequence_length = check_count("max_sequence_length", max_sequence_length)
-        guidance_scale = check_number("guidance_scale", guidance_scale)
         check_output_type(output_type)
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")

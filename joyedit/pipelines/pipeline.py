@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -432,15 +432,27 @@ class Pipeline(DiffusersSpellings):
     def interrupt(self, value: bool) -> None:
         self._interrupt = value
 
-    def unless_said(self, **arguments: Any) -> tuple[Any, ...]:
-        """Arguments of a call, by name: what was passed, else what the checkpoint was made for, else the
-        default. A negative prompt that is None was not passed."""
+    def unless_said(self, **arguments: Any) -> dict[str, Any]:
+        """Arguments of a call: what was passed, else what the checkpoint was made for, else the default. A
+        negative prompt that is None was not passed."""
 
         def settle(name: str, value: Any) -> Any:
             left_open = isinstance(value, Unsaid) or (name == "negative_prompt" and value is None)
             return self.made_for.call.get(name, plain(value)) if left_open else value
 
-        return tuple(settle(name, value) for name, value in arguments.items())
+        return {name: settle(name, value) for name, value in arguments.items()}
+
+    def unknown_words(self, texts: Iterable[str]) -> list[str]:
+        """The words of instructions or captions that a small checkpoint was not trained on; of others none.
+        An adapter does not say what it was trained on: with one loaded, no word is known to be unknown."""
+        if self.made_for.world is None or self.adapters.get_list_adapters():
+            return []
+        learned = self.learned_words()
+        return [word for word in self.made_for.world.unknown(texts) if word not in learned]
+
+    def learned_words(self) -> set[str]:
+        """Words that were added to the vocabulary, in small letters and as `made_for.words_of` reads them."""
+        return set()
 
     def call_back(
         self,
