@@ -17,7 +17,6 @@ T = 1 + (F - 1) / 4 latent frames   h, w latent size (pixels / 8)
 Source: diffusers `pipeline_chronoedit.py`; nv-tlabs/ChronoEdit; arXiv 2510.04290.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -258,7 +257,7 @@ class ChronoEditPipeline(Pipeline):
         positive, negative = self._read(request, max_sequence_length)
         seen = self._see(request)
         latents, condition = self._start(request, latents)
-        with contextlib.nullcontext() if scale is None else self.adapters.scaled(scale):
+        with self.adapters_scaled(scale):
             latents = self._denoise(
                 latents,
                 condition,

@@ -374,7 +374,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             latents = self._encode(pixels, batch, **drawn)  # (B * M, C, h, w)
             noise = draw(latents, generator, (self.vae or self.unet).dtype)
             noisy = self.scheduler.add_noise(latents, noise, timestep)
-            with self.on_device(self.unet) as unet, self._adapters_scaled(run.adapter_scale):
+            with self.on_device(self.unet) as unet, self.adapters_scaled(run.adapter_scale):
                 difference = compare(unet, noisy, timestep, target, source, run.guidance_scale, swapped)
             heat = heat_map(difference, batch, run.ratio, BATCH_THRESHOLD in self.quirks)
         if not heat.flatten(1).any(dim=1).all():
@@ -447,11 +447,10 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         (embeds,) = self._embed((text,), self.do_classifier_free_guidance, clip_skip, scale)
         run = Run(steps, embeds, scale)
         levels = self._invert(pixels, run, generator, partial(regular, generator=generator), call_back)
-        pictures = None
+        out = DiffEditInversionPipelineOutput(levels, None)
         if decode_latents:  # one by one: there are many
             pages = [self._decode(level).cpu() for level in levels.flatten(0, 1).split(1)]
-            pictures = im.to_output(torch.cat(pages), output_type or "pil")
-        out = DiffEditInversionPipelineOutput(levels, pictures)
+            out = out._replace(images=im.to_output(torch.cat(pages), output_type or "pil"))
         return out if return_dict else tuple(out)
 
     def _invert(
@@ -642,7 +641,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         if not idle:
             self.require("text_encoder", "tokenizer")
         encoder = contextlib.nullcontext() if idle else self.on_device(self.text_encoder)
-        with encoder, self._adapters_scaled(scale):
+        with encoder, self.adapters_scaled(scale):
             return self.prompts.read(texts, guided, skips, self.device)
 
     @property
@@ -669,9 +668,6 @@ class StableDiffusionDiffEditPipeline(Pipeline):
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
         self.textual_inversion.unload_textual_inversion(tokens)
-
-    def _adapters_scaled(self, scale: float | None) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if scale is None else self.adapters.scaled(scale)
 
     def _encode(self, pixels: Tensor, batch: int, **how: Any) -> Tensor:
         """Latents (B, C, h, w); see `LatentCoder.encode`."""

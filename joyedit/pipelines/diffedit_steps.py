@@ -24,14 +24,14 @@ AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # step, timestep, latents -
 def denoiser(
     pipe: "StableDiffusionDiffEditPipeline", run: Run, label: str
 ) -> Iterator[Callable[[int, Tensor], Tensor]]:
-    """A function: what the UNet predicts at run.steps[i] for x (B, C, h, w), guided if there are negatives, as
-    long as no callback ends it. A prompt serves B / P samples in a row."""
+    """A function: what the UNet predicts at run.steps[i] for x (B, C, h, w), guided if there are negatives,
+    as long as no callback ends it. A prompt serves B / P samples in a row."""
     positive, negative = run.embeds
     pair = None if negative is None or torch.equal(negative, positive) else (negative, positive)
     pipe._num_timesteps = len(run.steps)
     with (
         pipe.on_device(pipe.unet) as unet,
-        pipe._adapters_scaled(run.adapter_scale),
+        pipe.adapters_scaled(run.adapter_scale),
         pipe.progress_bar(len(run.steps), label) as bar,
     ):
         times = unet.embed_time(run.steps)

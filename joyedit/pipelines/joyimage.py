@@ -457,6 +457,8 @@ class JoyImageEditPipeline(Pipeline):
     ) -> list[Prompt]:
         """Each list of B prompts embedded, with the B pictures if there are any; what they share is run
         once."""
+        if not prompts:  # all came embedded
+            return []
         if pictures is None:
             template, kept = self.prompt_template_encode["image"], slice(None, max_sequence_length)
         else:

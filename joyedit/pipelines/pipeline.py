@@ -391,6 +391,10 @@ class Pipeline(DiffusersSpellings):
         with visit(network, None if BlockStreaming.is_attached(network) else self._offload_device):
             yield network
 
+    def adapters_scaled(self, scale: float | None) -> contextlib.AbstractContextManager[None]:
+        """See `Adapters.scaled`; None leaves them alone."""
+        return contextlib.nullcontext() if scale is None else self.adapters.scaled(scale)
+
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Keyword arguments for every progress bar, as tqdm takes them (`disable=True` turns them off)."""
         self._progress = settings
