@@ -48,7 +48,7 @@ from joyedit.pipelines.checks import (
     check_share,
 )
 from joyedit.pipelines.contrast import compare, heat_map, same_rows
-from joyedit.pipelines.defaults import unsaid
+from joyedit.pipelines.defaults import Unsaid, unsaid
 from joyedit.pipelines.diffedit_request import (
     MaskRun,
     Repaint,
@@ -128,7 +128,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         safety_checker: StableDiffusionSafetyChecker | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
         inverse_scheduler: DDIMInverseScheduler | None = None,
-        requires_safety_checker: bool = True,
+        requires_safety_checker: bool = unsaid(True),
         reference_quirks: bool | Sequence[str] = False,
     ):
         super().__init__(reference_quirks)
@@ -149,6 +149,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
                 )
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs a feature_extractor; pass both, or safety_checker=None")
+        if isinstance(requires_safety_checker, Unsaid):
+            requires_safety_checker = self.came_with_denoiser("requires_safety_checker") is not False
         if safety_checker is None and requires_safety_checker:
             log.warning("this checkpoint is meant to run with its safety_checker, and there is none")
         if scheduler.config.steps_offset != 1:  # an old file: the model was never asked about timestep 0

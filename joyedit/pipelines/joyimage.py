@@ -134,7 +134,8 @@ class JoyImageEditPipeline(Pipeline):
         self.transformer = transformer
         self.processor = processor
         self.text_token_max_length = text_token_max_length
-        self.buckets = im.buckets(DEFAULT_BASE) if buckets is None else [(int(h), int(w)) for h, w in buckets]
+        table = self.came_with_denoiser("buckets") if buckets is None else buckets
+        self.buckets = [(int(h), int(w)) for h, w in table or im.buckets(DEFAULT_BASE)]
         self.vae_scale_factor_spatial = 8 if vae is None else vae.config.scale_factor_spatial
         self.vae_scale_factor_temporal = 4 if vae is None else vae.config.scale_factor_temporal
         self._announced: set[tuple[int, int]] = set()  # sizes whose bucket was said

@@ -37,6 +37,7 @@ log = logging.getLogger("joyedit")
 Part = TypeVar("Part", bound=Network)
 
 ADAPTED = ("transformer", "unet", "text_encoder")  # the prefixes of adapter files
+DENOISERS = ("transformer", "unet")
 
 # What a running call is told from outside, and tells: under these names, which diffusers documents, too.
 STATE_OF_CALLS = frozenset(
@@ -52,7 +53,7 @@ class Pipeline(DiffusersSpellings):
     A subclass lists its parts in `parts`, and assigns each in `__init__`, which checks its class. All but
     schedulers may be None: what needs such a part raises ValueError then, see `require`.
     `reference_quirks`: True reproduces every listed defect of the reference, a collection of names only
-    those. `made_for`: what a small checkpoint says of its use; of others empty.
+    those.
     """
 
     parts: ClassVar[Mapping[str, tuple[type, ...]]]  # part -> the classes it may have, the default first
@@ -68,7 +69,7 @@ class Pipeline(DiffusersSpellings):
         self.quirks = self.quirk_names if reference_quirks is True else frozenset(reference_quirks or ())
         if unknown := self.quirks - self.quirk_names:
             raise ValueError(f"reference_quirks={sorted(unknown)}: known are {sorted(self.quirk_names)}")
-        self.made_for = MadeFor()
+        self._made_for: MadeFor | None = None
         self._guidance_scale: Any = 1.0
         self._interrupt = False
         self._num_timesteps = 0
@@ -196,9 +197,30 @@ class Pipeline(DiffusersSpellings):
         cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
         options.new_parameters.check()
         loaded |= {name: one.read() for name, one in planned.items()}
+        for denoiser in (loaded[name] for name in DENOISERS if name in planned):
+            denoiser.came_with = {**settings, "made_for": made_for}
         pipe = cls(**loaded, **replacements, **settings, reference_quirks=quirks)
         pipe.made_for = made_for
         return pipe
+
+    @property
+    def denoiser(self) -> Network | None:
+        networks = self.networks
+        return next((networks[name] for name in DENOISERS if name in networks), None)
+
+    def came_with_denoiser(self, name: str) -> Any:
+        """A setting of the checkpoint that the denoiser was loaded from. It is about what was trained, and so
+        holds for another pipeline that is made of the parts, too. None, where nothing is known."""
+        return getattr(self.denoiser, "came_with", {}).get(name)
+
+    @property
+    def made_for(self) -> MadeFor:
+        """What a small checkpoint says of its use; of others empty."""
+        return self._made_for or self.came_with_denoiser("made_for") or MadeFor()
+
+    @made_for.setter
+    def made_for(self, made_for: MadeFor) -> None:
+        self._made_for = made_for
 
     @classmethod
     def check_configs(cls, configs: Mapping[str, Any]) -> None:
@@ -264,8 +286,8 @@ class Pipeline(DiffusersSpellings):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts by name. `Pipeline(**other.components)` shares them, and has the settings of none: what
-        keeps them is `from_pipe`."""
+        """The parts by name. `Pipeline(**other.components)` shares them, and has the settings that they were
+        loaded with; what was set since is taken over by `from_pipe`."""
         return {name: getattr(self, name) for name in self.parts}
 
     def require(self, *names: str) -> None:
@@ -287,9 +309,8 @@ class Pipeline(DiffusersSpellings):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the denoiser's weights; where there is none, that of the first network."""
-        networks = self.networks
-        denoisers = [networks[name] for name in ("transformer", "unet") if name in networks]
-        return next((network.dtype for network in (*denoisers, *networks.values())), torch.float32)
+        network = self.denoiser or next(iter(self.networks.values()), None)
+        return torch.float32 if network is None else network.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`.

@@ -1,8 +1,10 @@
 """Parts and settings of pipelines: parts that are None, pipelines made from others, config and other
 spellings of diffusers; a subclass of DiffEdit that has a step of its own."""
 
+import copy
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -153,7 +155,7 @@ def test_what_is_none_stays_so_on_disk(loaded, tmp_path, system):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_pipeline_made_from_another_has_its_settings(loaded, system):
+def test_a_pipeline_made_from_another_has_its_settings(loaded, caplog, system):
     pipe = loaded[system]
     quirk = sorted(pipe.quirk_names)[0]
     first = type(pipe).from_pipe(pipe, reference_quirks=[quirk])
@@ -162,8 +164,13 @@ def test_a_pipeline_made_from_another_has_its_settings(loaded, system):
     assert again.quirks == {quirk} and again.made_for == pipe.made_for != MadeFor()
     assert again.components == pipe.components and again.progress_bar(1).desc.startswith("mine")
     assert again.config == pipe.config
+
+    made = type(pipe)(**pipe.components)  # as diffusers' users do: what the parts were loaded with goes along
+    assert made.made_for == pipe.made_for and made.config == pipe.config and not made.quirks
+    assert not caplog.text
     if system == "joyimage":
-        assert again.buckets == pipe.buckets != type(pipe)(**pipe.components).buckets
+        first.buckets = [(32, 32)]
+        assert type(pipe).from_pipe(first).buckets == [(32, 32)]
         assert type(pipe).from_pipe(pipe, buckets=[(64, 64)]).buckets == [(64, 64)]
     with pytest.raises(TypeError, match="sampler"):
         type(pipe).from_pipe(pipe, sampler=1)
@@ -263,3 +270,20 @@ def test_an_edit_is_the_three_methods_one_after_the_other(loaded):
         **steps,
     )
     assert np.array_equal(whole.heat_map, heat) and torch.equal(whole.images, made.images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_dtype_is_that_of_all_but_what_the_reference_loads_in_fp32(loaded, system, dtype):
+    """diffusers' own `to` casts these too, and warns that `from_pretrained(torch_dtype=)` does not: here both
+    keep them."""
+    pipe = copy.deepcopy(loaded[system])
+    pipe.to(dtype=dtype)
+    assert pipe.dtype == dtype and {network.dtype for network in pipe.networks.values()} == {dtype}
+    for network in pipe.networks.values():
+        theirs = getattr(diffusers, type(network).__name__, None)
+        kept = getattr(theirs, "_keep_in_fp32_modules", None) or ()
+        for name, parameter in network.named_parameters():
+            stays = not set(kept).isdisjoint(name.split("."))
+            assert parameter.dtype == (torch.float32 if stays else dtype), name
+    assert {p.dtype for p in pipe.to(torch.float32).networks["vae"].parameters()} == {torch.float32}
