@@ -129,8 +129,8 @@ class Delta:
     def add_to(self, total: Tensor, strength: float) -> Tensor:
         """total (D_out, D_in) + strength * delta, in the dtype of total."""
         if self.down.device != total.device:
-            self.down = self.down.to(total.device)
             self.up = None if self.up is None else self.up.to(total.device)
+            self.down = self.down.to(total.device)  # last: another thread then finds both there
         factor = strength * self.scale
         if self.up is None:
             return torch.add(total, self.down.to(total.dtype), alpha=factor)

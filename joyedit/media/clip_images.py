@@ -25,7 +25,7 @@ from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.options import LoadOptions
-from joyedit.media.images import to_pil_list
+from joyedit.media.images import on_white, to_pil_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +119,13 @@ class CLIPImageProcessor:
             raise ValueError(f"{path}: {error}") from None
 
     def __call__(self, images: Any, return_tensors: str = "pt") -> dict[str, Tensor]:
-        """Images as in `to_pil_list` -> pixel_values (B, 3, 224, 224) float32, normalised."""
+        """Images as in `to_pil_list`, transparent ones before white -> pixel_values (B, 3, 224, 224) float32,
+        normalised."""
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: must be 'pt'")
         config = self.config
-        squares = np.stack([np.asarray(self.crop(image)) for image in to_pil_list(images, "images")])
+        pictures = [on_white(image) for image in to_pil_list(images, "images", alpha=True)]
+        squares = np.stack([np.asarray(self.crop(picture)) for picture in pictures])
         pixels = rearrange(torch.from_numpy(squares), "b h w c -> b c h w").contiguous()
         pixels = (pixels.double() * config.rescale_factor).float()  # rounded once, as in the reference
         mean, std = (

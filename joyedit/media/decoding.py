@@ -84,15 +84,17 @@ def reason(error: Exception) -> str:
     return said if said and isinstance(error, (OSError, ValueError, SyntaxError)) else f"{error!r}"
 
 
-def to_rgb(image: Image) -> Image:
+def to_rgb(image: Image, alpha: bool = False) -> Image:
     """The picture in mode RGB, turned as its EXIF orientation says; itself when nothing is to be done.
 
-    Transparency is dropped. Modes of wider numbers ("I", "I;16", "F") say nothing of their range, so the
-    largest value in the picture decides what white is: up to 255 it is 255, up to 65535 it is 65535; and of
-    floating point up to 1 it is 1. Raises ValueError for values outside these, NaN and infinity, and for
-    modes that Pillow cannot convert.
+    Transparency is dropped; alpha=True keeps it, where there is any, in mode RGBA. Modes of wider numbers
+    ("I", "I;16", "F") say nothing of their range, so the largest value in the picture decides what white is:
+    up to 255 it is 255, up to 65535 it is 65535; and of floating point up to 1 it is 1. Raises ValueError for
+    values outside these, NaN and infinity, and for modes that Pillow cannot convert.
     """
     image = turned(image)
+    if alpha and ("A" in image.getbands() or image.info.get("transparency") is not None):
+        return image.convert("RGBA")
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode == "I" or image.mode.startswith("I;16"):

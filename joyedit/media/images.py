@@ -108,8 +108,17 @@ def _local_path(source: str | Path) -> Path:
     return path
 
 
-def to_pil_list(images: Any, name: str = "image") -> list[Image]:
-    """What a pipeline was given as images, as RGB PIL images.
+def on_white(image: Image) -> Image:
+    """An RGB picture of an RGBA one before a white ground, which is how encoders that were trained on web
+    pages see it; any other itself. Source: transformers `convert_to_rgb`."""
+    if image.mode != "RGBA":
+        return image
+    ground = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return PIL.Image.alpha_composite(ground, image).convert("RGB")
+
+
+def to_pil_list(images: Any, name: str = "image", alpha: bool = False) -> list[Image]:
+    """What a pipeline was given as images, as RGB PIL images; with alpha, those of transparent ones as RGBA.
 
     Takes PIL images of any mode, numpy (H, W, 3) or (B, H, W, 3), tensors (3, H, W) or (B, 3, H, W), and flat
     lists of these; arrays and tensors are uint8, or floating point in [0, 1], which is rounded to 8 bit.
@@ -118,16 +127,16 @@ def to_pil_list(images: Any, name: str = "image") -> list[Image]:
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError(f"{name} is an empty list")
-        return [one for i, item in enumerate(images) for one in _to_pil(item, f"{name}[{i}]")]
-    return _to_pil(images, name)
+        return [one for i, item in enumerate(images) for one in _to_pil(item, f"{name}[{i}]", alpha)]
+    return _to_pil(images, name, alpha)
 
 
-def _to_pil(image: Any, name: str) -> list[Image]:
+def _to_pil(image: Any, name: str, alpha: bool) -> list[Image]:
     if isinstance(image, Image):
         if 0 in image.size:
             raise ValueError(f"{name} is empty: {image.width} x {image.height} pixels")
         try:
-            return [to_rgb(image)]
+            return [to_rgb(image, alpha)]
         except Exception as error:  # of the decoder, if the file was not read yet
             raise ValueError(f"{name} cannot be read: {reason(error)}") from None
     if isinstance(image, np.ndarray):
@@ -321,12 +330,13 @@ class Qwen2VLImageProcessor:
         self.config = config or Qwen2VLImageConfig()
 
     def __call__(self, images: Any) -> dict[str, Tensor]:
-        """Images as in `to_pil_list` -> pixel_values (sum of gh * gw, 1536) float32 in [-1, 1], a row per
-        patch in the order (c, t, y, x), patches in 2 x 2 blocks; image_grid_thw (B, 3) of (1, gh, gw)."""
+        """Images as in `to_pil_list`, transparent ones before white -> pixel_values (sum of gh * gw, 1536)
+        float32 in [-1, 1], a row per patch in the order (c, t, y, x), patches in 2 x 2 blocks;
+        image_grid_thw (B, 3) of (1, gh, gw)."""
         config = self.config
         rows, grids = [], []
-        for image in to_pil_list(images, "images"):
-            pixels = self.normalize(self.resize(image))
+        for image in to_pil_list(images, "images", alpha=True):
+            pixels = self.normalize(self.resize(on_white(image)))
             rows.append(patchify(pixels, config.patch_size, config.merge_size, config.temporal_patch_size))
             grids.append((1, pixels.shape[1] // config.patch_size, pixels.shape[2] // config.patch_size))
         return {"pixel_values": torch.cat(rows), "image_grid_thw": torch.tensor(grids, device="cpu")}

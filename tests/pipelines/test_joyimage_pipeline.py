@@ -360,8 +360,8 @@ def test_parts_of_another_class(loaded):
     parts = loaded.components
     with pytest.raises(TypeError, match="vae is a JoyImageEditTransformer3DModel: .* takes AutoencoderKLWan"):
         JoyImageEditPipeline(**{**parts, "vae": parts["transformer"]})
-    with pytest.raises(TypeError, match="transformer is a NoneType"):
-        JoyImageEditPipeline(**{**parts, "transformer": None})
+    with pytest.raises(TypeError, match="scheduler is a NoneType"):
+        JoyImageEditPipeline(**{**parts, "scheduler": None})
     made = JoyImageEditPipeline(**parts)
     with pytest.raises(TypeError, match="compile its blocks in place"):
         made.transformer = torch.compile(parts["transformer"])
