@@ -209,8 +209,9 @@ def calls_of(
 
 def warn_of_no_effect(args: argparse.Namespace, system: System, pipe: Any, call: dict[str, Any]) -> None:
     """One line, where a negative prompt is given and guidance, which looks at it, is off."""
-    guidance = system.guidance(pipe, call, args)
-    if (args.negative_prompt or "").strip() and guidance <= 1:
+    if not (args.negative_prompt or "").strip():
+        return
+    if (guidance := system.guidance(pipe, call, args)) <= 1:
         log.warning(
             "--negative-prompt has no effect at guidance %g: give a --guidance-scale above 1", guidance
         )

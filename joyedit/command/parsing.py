@@ -59,7 +59,8 @@ def take_in_words(args: argparse.Namespace, left: Sequence[str]) -> str | None:
         return f"an instruction is missing: {args.prompt} is a photograph"
     strange = next((word for word in words[1:] if not is_photo(word)), None)
     if strange is not None:
-        return f"{visible(strange, 40)!r} is no photograph that is here: an instruction of several words goes in quotes"
+        photograph = f"{visible(strange, 40)!r} is no photograph that is here"
+        return f"{photograph}: an instruction of several words goes in quotes"
     return None
 
 

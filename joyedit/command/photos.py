@@ -6,6 +6,8 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
+from joyedit.checkpoints.places import expanded
+
 if TYPE_CHECKING:
     from PIL.Image import Image, Resampling
 
@@ -33,12 +35,12 @@ def read_photo(source: str) -> Photo:
     """Errors as of `joyedit.load_image`, and IsADirectoryError for a folder."""
     from joyedit.media.images import load_photo
 
-    if not is_url(source) and (path := Path(source).expanduser()).is_dir():
+    if not is_url(source) and (path := expanded(source)).is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the photographs in it, as in {path / '*.png'}")
     try:
         image, digest = load_photo(SCHEME.sub(lambda found: found[0].lower(), source, count=1))
     except ValueError as error:
-        raise ValueError(f"{error}{'' if is_url(source) else mistaken(Path(source).expanduser())}") from None
+        raise ValueError(f"{error}{'' if is_url(source) else mistaken(expanded(source))}") from None
     return Photo(image, {"name": photo_name(source), "sha256": digest}, rgb_profile(image))
 
 

@@ -49,6 +49,8 @@ def numbered(path: Path, seeds: list[int], photo: str | None = None) -> list[Pat
     """`path` itself for one seed, otherwise one path for each with the seed in its name; before it stands the
     name of a photograph that is one of several."""
     path = expanded(path)
+    if len(seeds) == 1 and photo is None:
+        return [path]
     ends = [f"-{seed}{path.suffix}" for seed in seeds] if len(seeds) > 1 else [path.suffix]
     if photo is None:
         return [path.with_name(f"{path.stem}{end}") for end in ends]
