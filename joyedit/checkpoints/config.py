@@ -10,6 +10,9 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
+from joyedit.checkpoints.plain_text import visible
+from joyedit.checkpoints.summary import settings
+
 
 class Config(Mapping):
     """Immutable settings of a network or scheduler, readable as attribute, item and dict.
@@ -53,6 +56,12 @@ class Config(Mapping):
                     )
             elif cls.keeps_unknown:
                 extra[key] = value
+            elif key == "quantization_config":
+                method = value.get("quant_method", key) if isinstance(value, Mapping) else key
+                raise ValueError(
+                    f"{cls.__name__}: the weights are quantized ({visible(str(method))}), which is not read "
+                    "here: take the checkpoint in its own precision"
+                )
             elif not key.startswith("_") and key not in cls.ignored:
                 raise ValueError(
                     f"{cls.__name__} has no {key!r}{nearest(key, known)}; known: {sorted(known)}"
@@ -73,6 +82,14 @@ class Config(Mapping):
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: plain lists and dicts."""
         return {key: _thaw(value) for key, value in self.items()}
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        cls.__repr__ = Config.__repr__  # which a dataclass would replace by its own
+
+    def __repr__(self) -> str:
+        """A setting a line, kept ones included."""
+        return settings(type(self).__name__, self)
 
     def __getitem__(self, key: str) -> Any:
         if key in self._extra:

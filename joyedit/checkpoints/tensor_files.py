@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from joyedit.checkpoints.mistaken import refuse_pointers
 from joyedit.checkpoints.replacing import replacing
 
 
@@ -34,6 +35,7 @@ class TensorFiles(Mapping[str, Tensor]):
         self._where: dict[str, Any] = {}  # name -> function that reads it
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        refuse_pointers(self.files)
         for path in self.files:
             is_pickle = path.suffix != ".safetensors"
             opened = _open_pickle(path, self.numbers) if is_pickle else _open_safetensors(path)

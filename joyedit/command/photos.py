@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
+from joyedit.checkpoints.mistaken import is_pointer
 from joyedit.checkpoints.places import expanded
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ log = logging.getLogger("joyedit")
 SCHEME = re.compile(r"https?://", re.IGNORECASE)
 # What starts a file of these kinds, which Pillow does not read by itself.
 HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
-POINTER = b"version https://git-lfs"
 
 
 class Photo(NamedTuple):
@@ -63,13 +63,13 @@ def photo_name(source: str) -> str:
 
 def mistaken(path: Path) -> str:
     """What a file is that no picture could be read from, where that is known, with what to do."""
+    if is_pointer(path):
+        return ": it is a git-lfs pointer, not the picture itself; `git lfs pull` fetches that"
     try:
         with path.open("rb") as file:
             start = file.read(32)
     except OSError:
         return ""
-    if start.startswith(POINTER):
-        return ": it is a git-lfs pointer, not the picture itself; `git lfs pull` fetches that"
     if HEIC.match(start):
         return (
             ": it is HEIC, as telephones write it; save it as JPEG or PNG, or open it in Python after "

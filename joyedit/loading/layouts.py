@@ -14,15 +14,18 @@ Files without a config beside them have the released one. Nothing of a repositor
 import ast
 import importlib
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from joyedit.checkpoints.config import nearest
 from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
+from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
 from joyedit.checkpoints.network import Network, load_network
 from joyedit.checkpoints.options import LoadOptions, parse_dtype
 from joyedit.checkpoints.replacing import replacing
@@ -121,7 +124,7 @@ def load(
     }
     origin = Origin(name, **origin_options)
     options = LoadOptions(dtype=parse_dtype(dtype), variant=variant, origin=origin_options)
-    listing = [] if Path(name).is_file() else origin.listing()
+    listing = [] if Path(name).is_file() else _listing(origin)
     layout = layout_of(name, listing)
     class_name = pipeline or _pipeline_class(origin, layout)
     if layout != "diffusers" and class_name != (held := _pipeline_class(origin, layout)):
@@ -166,7 +169,15 @@ def pipeline_name(name_or_path: str | Path, **options: Any) -> str:
     files come from, as in `load`. Raises FileNotFoundError or ValueError as `load` does."""
     name = place_of(name_or_path)
     origin = Origin(name, **options)
-    return _pipeline_class(origin, layout_of(name, [] if Path(name).is_file() else origin.listing()))
+    return _pipeline_class(origin, layout_of(name, [] if Path(name).is_file() else _listing(origin)))
+
+
+def _listing(origin: Origin) -> list[str]:
+    """The files of a checkpoint. Raises ValueError where git-lfs left texts in their place."""
+    listing = origin.listing()
+    if origin.is_local:
+        refuse_pointers(Path(origin.name).expanduser() / name for name in listing)
+    return listing
 
 
 def read_made_for(name_or_path: str | Path, **options: Any) -> MadeFor:
@@ -181,9 +192,17 @@ def read_made_for(name_or_path: str | Path, **options: Any) -> MadeFor:
 
 
 def place_of(name_or_path: str | Path) -> str:
-    """The folder of a built-in checkpoint, unless something here has that name; other names as they are."""
+    """The folder of a built-in checkpoint, unless something here has that name; other names as they are.
+
+    Raises FileNotFoundError for a name that is nearly a built-in one.
+    """
     name = str(name_or_path)
-    return str(ASSETS / name) if name in BUILT_IN and not Path(name).exists() else name
+    if not re.fullmatch(r"[\w.-]{1,40}", name) or Path(name).exists():
+        return name
+    if name not in BUILT_IN and (match := nearest(name.lower(), BUILT_IN)):
+        known = ", ".join(BUILT_IN)
+        raise FileNotFoundError(f"{name!r} is no file or folder here, nor built in as {known} are{match}")
+    return str(ASSETS / name) if name in BUILT_IN else name
 
 
 def layout_of(name: str, listing: list[str]) -> str:
@@ -203,7 +222,7 @@ def layout_of(name: str, listing: list[str]) -> str:
     raise ValueError(
         f"{name} is no checkpoint that joyedit knows: no model_index.json (Diffusers), no transformer/ with "
         f"{ORIGINAL_TEXT_ENCODER}/ (original JoyAI), no diffusion_models/ (ComfyUI). "
-        f"It holds: {found or 'nothing'}"
+        f"It holds: {found or 'nothing'}{broken_off(Path(name))}"
     )
 
 
@@ -282,8 +301,14 @@ def _device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device={device!r}: write 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device={str(device)!r}: write 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this PyTorch finds no CUDA or ROCm device")
+        raise ValueError(f"device={str(device)!r}: this PyTorch finds no CUDA or ROCm device")
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={str(device)!r}: there are {count} devices, from cuda:0 on")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={str(device)!r}: this PyTorch finds no Apple GPU")
     return found
 
 
