@@ -44,6 +44,12 @@ class Config(Mapping):
         values, extra = {}, {}
         for key, value in raw.items():
             name = cls.aliases.get(key, key)
+            if key == "quantization_config" and value:
+                method = value.get("quant_method", key) if isinstance(value, Mapping) else key
+                raise ValueError(
+                    f"{cls.__name__}: the weights are quantized ({visible(str(method))}), which is not read "
+                    "here: take the checkpoint in its own precision"
+                )
             if name in known:
                 hint = hints[name]
                 if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
@@ -56,12 +62,6 @@ class Config(Mapping):
                     )
             elif cls.keeps_unknown:
                 extra[key] = value
-            elif key == "quantization_config":
-                method = value.get("quant_method", key) if isinstance(value, Mapping) else key
-                raise ValueError(
-                    f"{cls.__name__}: the weights are quantized ({visible(str(method))}), which is not read "
-                    "here: take the checkpoint in its own precision"
-                )
             elif not key.startswith("_") and key not in cls.ignored:
                 raise ValueError(
                     f"{cls.__name__} has no {key!r}{nearest(key, known)}; known: {sorted(known)}"
