@@ -212,6 +212,7 @@ def image_options() -> Parser:
     add(
         "--prompt-file",
         metavar="FILE",
+        type=place,
         help="take the instruction or prompt from a text file, or from standard input (-)",
     )
     add(

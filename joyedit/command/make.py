@@ -76,6 +76,8 @@ def take_in_prompt(args: argparse.Namespace) -> None:
         path = expanded(args.prompt_file)
         name, opened = str(path), path.open("rb")
     elif "-" in (args.prompt_file, args.prompt):
+        if sys.stdin is None:
+            raise ValueError("there is no standard input to read the instruction from")
         name, opened = "standard input", contextlib.nullcontext(sys.stdin.buffer)
     else:
         return

@@ -55,7 +55,7 @@ def take_in_words(args: argparse.Namespace, left: Sequence[str]) -> str | None:
     if len(words) > 1 and not (told and is_photo(words[-1])):
         args.prompt = words.pop()
     args.photos = words
-    if not told and args.prompt is not None and is_photo(args.prompt):
+    if not told and args.prompt is not None and is_photo_name(args.prompt):
         return f"an instruction is missing: {args.prompt} is a photograph"
     strange = next((word for word in words[1:] if not is_photo(word)), None)
     if strange is not None:
@@ -66,12 +66,16 @@ def take_in_words(args: argparse.Namespace, left: Sequence[str]) -> str | None:
 
 def is_photo(word: str) -> bool:
     """Whether a word of the command line is meant as a photograph, a URL or a path, not as an instruction."""
-    if is_url(word) or Path(word).suffix.lower() in PHOTO_SUFFIXES:
-        return True
     try:
-        return os.path.lexists(os.path.expanduser(word))
+        return is_photo_name(word) or os.path.lexists(os.path.expanduser(word))
     except (OSError, ValueError):  # no file has such a name
         return False
+
+
+def is_photo_name(word: str) -> bool:
+    """Whether it is by its form alone: an instruction that ends in "like logo.png" is not."""
+    known = is_url(word) or Path(word).suffix.lower() in PHOTO_SUFFIXES
+    return known and len(word.split()) == 1
 
 
 def nearest_option(parser: Any, unknown: Sequence[str]) -> str:

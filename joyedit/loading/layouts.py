@@ -301,14 +301,16 @@ def _device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device={device!r}: write 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
-    if found.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device={str(device)!r}: write 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: this PyTorch finds no CUDA or ROCm device")
     if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"device={str(device)!r}: there are {count} devices, from cuda:0 on")
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={str(device)!r}: this PyTorch finds no Apple GPU")
+    try:
+        torch.empty(1, device=found).tolist()
+    except (RuntimeError, AssertionError, ImportError):  # "meta" and devices of other makes
+        raise ValueError(f"device={str(device)!r}: nothing can be computed there by this PyTorch") from None
     return found
 
 

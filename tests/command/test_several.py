@@ -166,6 +166,7 @@ def test_a_missing_instruction_is_not_taken_from_the_photographs(capsys, no_work
     assert "an instruction of several words goes in quotes" in wrong(
         capsys, "edit", "red.png", "Make", "it", "red"
     )
+    assert "an instruction is missing" in wrong(capsys, "edit", "red.png", "https://example.org/cat")
     assert "not both" in wrong(capsys, "edit", "red.png", "x", "--source", "a", "--target", "b")
 
 
@@ -188,6 +189,12 @@ def test_each_photograph_is_named_where_the_model_knows_it_not(run, quick):
 
 
 # The instruction.
+
+
+@pytest.mark.parametrize("words", ["Make it like logo.png", "folder", "https://example.org is the text"])
+def test_an_instruction_may_look_a_little_like_a_photograph(run, quick, words):
+    Path("folder").mkdir()
+    assert run("edit", "red.png", words, "--force")[0] == 0 and quick[-1]["prompt"] == words
 
 
 @pytest.mark.parametrize("option", [("--prompt-file", "-"), ("-",)])

@@ -300,7 +300,9 @@ def test_generating_with_a_small_model_is_said_to_be_beyond_it(run, quick):
         (["info", "Tiny-DiffEdit"], "did you mean 'tiny-diffedit'?"),
         (["convert", "tinychronoedit", "new"], "did you mean 'tiny-chronoedit'?"),
         (["edit", "photo.png", "x", "--device", "mps"], "device='mps': this PyTorch finds no Apple GPU"),
-        (["edit", "photo.png", "x", "--device", "meta"], "device='meta': write 'auto', 'cpu'"),
+        (["edit", "photo.png", "x", "--device", "xpu:3"], "device='xpu:3': nothing can be computed there"),
+        (["edit", "photo.png", "x", "--device", "gpu"], "device='gpu': write 'auto', 'cpu'"),
+        (["edit", "photo.png", "x", "--device", "meta"], "device='meta': nothing can be computed there"),
     ],
 )
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="an Apple GPU is there")
@@ -462,6 +464,7 @@ def test_a_url_is_one_in_any_case_and_its_key_goes_nowhere(run, quick, monkeypat
 @pytest.mark.parametrize(
     "words",
     [
+        "edit photo.png --prompt-file {}",
         "edit photo.png x -m {}",
         "edit photo.png x --lora {}",
         "edit photo.png x --part vae={}",
