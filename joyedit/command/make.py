@@ -205,7 +205,6 @@ def calls_of(
         if len(photos) > 1:
             log.info("photograph %s", photo.name)
         calls.append(system.call(pipe, image, args))
-        system.seen(pipe, calls[-1])
     return calls
 
 
