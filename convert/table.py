@@ -8,7 +8,7 @@ along an axis, fuse several, reshape, or drop with a reason; each but the last c
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,37 +164,52 @@ def prefixed(layout: Layout, prefix: str, name: str | None = None) -> Layout:
     return Layout(name or layout.name, rules)
 
 
+class DoesNotFitError(ValueError):
+    """Tensors of other names than wanted: under the closest layout, our names that nothing gives, and foreign
+    names that nothing takes."""
+
+    def __init__(self, layout: str, wanted: int, missing: Sequence[str], unexpected: Sequence[str]):
+        super().__init__(
+            f"closest layout {layout!r}: {len(missing)} of {wanted} tensors missing{_sample(missing)}, "
+            f"{len(unexpected)} unknown{_sample(unexpected)}"
+        )
+        self.missing, self.unexpected = missing, unexpected
+
+
 def plan_conversion(
-    layouts: Sequence[Layout], found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+    layouts: Sequence[Layout],
+    found: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    may_lack: Collection[str] = (),
 ) -> Plan:
     """The layout under which `found` gives exactly `wanted` (names to shapes).
 
-    Raises ValueError with the two-sided difference under the closest layout, or with the shapes that differ.
+    may_lack: wanted names that `found` need not give; the plan has a step for those that it gives.
+    Raises DoesNotFitError with the two-sided difference under the closest layout, or ValueError with the
+    shapes that differ.
     """
-    closest: tuple[int, Layout, list[str], list[str]] | None = None
+    refusals = []
     for layout in layouts:
         steps, dropped, unmatched = layout.plan(list(found))
-        missing = [name for name in wanted if name not in steps]
+        missing = [name for name in wanted if name not in steps and name not in may_lack]
         unexpected = unmatched + [
             s for name, step in steps.items() if name not in wanted for s in step.sources
         ]
         if not missing and not unexpected:
             _check_shapes(steps, found, wanted)
-            return Plan(layout, {name: steps[name] for name in wanted}, dropped)
-        if closest is None or len(missing) + len(unexpected) < closest[0]:
-            closest = (len(missing) + len(unexpected), layout, missing, unexpected)
-    assert closest is not None
-    _, layout, missing, unexpected = closest
-    raise ValueError(
-        f"closest layout {layout.name!r}: {len(missing)} of {len(wanted)} tensors missing{_sample(missing)}, "
-        f"{len(unexpected)} unknown{_sample(unexpected)}"
-    )
+            return Plan(layout, {name: steps[name] for name in wanted if name in steps}, dropped)
+        refusals.append(DoesNotFitError(layout.name, len(wanted), missing, unexpected))
+    raise min(refusals, key=lambda one: len(one.missing) + len(one.unexpected))
 
 
 def _check_shapes(steps: Mapping[str, Step], found: Mapping, wanted: Mapping) -> None:
     for name, step in steps.items():
         sources = [torch.empty(found[s], device="meta") for s in step.sources]
-        shape = tuple(step.transform(sources)[step.index].shape)
+        try:
+            shape = tuple(step.transform(sources)[step.index].shape)
+        except (IndexError, RuntimeError):  # too few axes, or parts that are not equal
+            shapes = ", ".join(f"{s} {tuple(found[s])}" for s in step.sources)
+            raise ValueError(f"{shapes} cannot become {name}, wanted {tuple(wanted[name])}") from None
         if shape != tuple(wanted[name]):
             raise ValueError(
                 f"{', '.join(step.sources)} gives shape {shape} for {name}, wanted {tuple(wanted[name])}"

@@ -157,6 +157,7 @@ def test_wheel_imports_from_anywhere(wheel, tmp_path):
     assert all(Path(file).is_relative_to(tmp_path / "unpacked") for file in files)
 
 
+@pytest.mark.slow
 def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
     again = build("wheel", sdist, tmp_path)
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
@@ -208,7 +209,7 @@ def install(environment: Path, *what: str | Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+@pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.slow)])
 def test_install_elsewhere(kind, environment, tmp_path, request):
     install(environment, request.getfixturevalue(kind))
     version = run(environment.with_name("joyedit"), "--version", cwd=tmp_path)

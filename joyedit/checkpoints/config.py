@@ -10,7 +10,8 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
-from joyedit.checkpoints.plain_text import visible
+from joyedit.checkpoints.bounds import as_value_errors, check_value
+from joyedit.checkpoints.plain_text import shown, visible
 from joyedit.checkpoints.summary import settings
 
 
@@ -33,12 +34,13 @@ class Config(Mapping):
             if self[name] not in allowed:
                 wanted = " or ".join(repr(value) for value in allowed)
                 raise ValueError(
-                    f"{type(self).__name__}: {name}={self[name]!r} is not supported, only {wanted}"
+                    f"{type(self).__name__}: {name}={shown(self[name])} is not supported, only {wanted}"
                 )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read a published JSON mapping. Raises ValueError for a key that no field knows."""
+        """Read a published JSON mapping. Raises ValueError for a key that no field knows, and for a value of
+        another type or beyond its bound (`bounds.py`)."""
         hints = typing.get_type_hints(cls)
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         values, extra = {}, {}
@@ -58,15 +60,20 @@ class Config(Mapping):
                 if not _fits(values[name], hint):
                     kind = _spelled(hint)
                     raise ValueError(
-                        f"{cls.__name__}: {key}={value!r} is not supported: must be of type {kind}"
+                        f"{cls.__name__}: {key}={shown(value)} is not supported: must be of type {kind}"
                     )
+                try:
+                    check_value(name, values[name])
+                except ValueError as error:
+                    raise ValueError(f"{cls.__name__}: {error}") from None
             elif cls.keeps_unknown:
                 extra[key] = value
             elif not key.startswith("_") and key not in cls.ignored:
                 raise ValueError(
-                    f"{cls.__name__} has no {key!r}{nearest(key, known)}; known: {sorted(known)}"
+                    f"{cls.__name__} has no {shown(key)}{nearest(key, known)}; known: {sorted(known)}"
                 )
-        config = cls(**values)
+        with as_value_errors(f"{cls.__name__}: the settings do not fit one another"):
+            config = cls(**values)
         object.__setattr__(config, "_extra", types.MappingProxyType(extra))
         return config
 

@@ -17,12 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from joyedit.checkpoints.bounds import MOST_TENSORS, as_value_errors, most_tensors
 from joyedit.checkpoints.config import Config
-from joyedit.checkpoints.hub import Origin, choose_weight_files, shards_of
+from joyedit.checkpoints.hub import Origin, choose_weight_files
 from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.new_parameters import NewParameters, WithoutInit, initial_values, without_numbers
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.shard_index import shards_of
+from joyedit.checkpoints.stored_dtypes import FP8, refuse_integers, refuse_quantised, widened
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
-from joyedit.convert.table import Layout, Plan, plan_conversion
+from joyedit.convert.table import DoesNotFitError, Layout, Plan, plan_conversion
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -61,12 +65,15 @@ class Network(nn.Module):
         """Load from a Diffusers folder or Hub repository.
 
         Options: dtype (or torch_dtype), variant, use_safetensors, revision, token, cache_dir,
-        local_files_only, force_download. Raises FileNotFoundError when files are missing, ValueError when
-        they do not fit.
+        local_files_only, force_download; new_parameters: patterns of names ("*.temperature") that the files
+        need not hold, and that keep the value that `__init__` gives them. Raises FileNotFoundError when files
+        are missing, ValueError when they do not fit, or a pattern names nothing that they lack.
         """
         parsed = LoadOptions.parse(options)
         origin = Origin(str(name_or_path), **parsed.origin)
-        return plan_folder(cls, origin, subfolder or "", parsed).read()
+        planned = plan_folder(cls, origin, subfolder or "", parsed)
+        parsed.new_parameters.check()
+        return planned.read()
 
     def save_pretrained(
         self,
@@ -152,16 +159,24 @@ def open_weights(
 
 @dataclasses.dataclass(frozen=True)
 class PlannedNetwork:
-    """A network that its files are known to fit, before its tensors are read: `network` is on meta."""
+    """A network that its files are known to fit, before its tensors are read: `network` is on meta.
+
+    new: names that the files lack and need not hold.
+    """
 
     network: Network
     files: TensorFiles
     plan: Plan
     dtypes: Mapping[str, torch.dtype]
+    new: Sequence[str] = ()
 
     def read(self) -> Any:
         """The network, filled. To be called once."""
         state = dict(read_planned(self.plan, self.files, self.dtypes))
+        if self.new:
+            cls, config = type(self.network), self.network.config
+            values = initial_values(lambda: cls(config), self.new)
+            state |= {name: value.to(self.dtypes[name]) for name, value in values.items()}
         self.network.load_state_dict(state, strict=True, assign=True)
         left = [name for name, tensor in self.network.state_dict().items() if tensor.is_meta]
         if left:
@@ -170,7 +185,8 @@ class PlannedNetwork:
 
 
 def plan_folder(cls: type[Network], origin: Origin, subfolder: str, options: LoadOptions) -> PlannedNetwork:
-    """Open one network of a folder of a local or Hub checkpoint. Errors as in `from_pretrained`."""
+    """Open one network of a folder of a local or Hub checkpoint. Errors as in `from_pretrained`, but for
+    patterns that name nothing, see `NewParameters.check`."""
     folder = origin.fetch_network(subfolder, cls.weights_stem, options.variant, options.use_safetensors)
     config_path = folder / "config.json"
     if not config_path.is_file():
@@ -180,48 +196,90 @@ def plan_folder(cls: type[Network], origin: Origin, subfolder: str, options: Loa
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path}: {error}") from None
     files = open_weights(folder, cls.weights_stem, options.variant, options.use_safetensors)
-    return plan_network(cls, config, files, options.dtype)
+    return plan_network(cls, config, files, options.dtype, options.new_parameters)
 
 
 def plan_network(
-    cls: type[Network], config: Config, files: TensorFiles, dtype: torch.dtype | None = None
+    cls: type[Network],
+    config: Config,
+    files: TensorFiles,
+    dtype: torch.dtype | None = None,
+    new_parameters: NewParameters | None = None,
 ) -> PlannedNetwork:
     """Build `cls` on the meta device and find out how `files`, in whatever layout, fill it.
 
     dtype None keeps what is stored, except that fp32 files above 4 GB become bf16; parameters that a network
     declares as fp32 stay so. Raises ValueError with the two-sided key difference when the files do not fit.
     """
-    network = build_on_meta(cls, config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    patterns = new_parameters or NewParameters()
     try:
-        plan = plan_conversion(network.layouts(), files.shapes, wanted)
+        refuse_quantised(files)
+        network = build_on_meta(cls, config, most_tensors(len(files)))
     except ValueError as error:
-        raise ValueError(f"{files}: not the weights of this {cls.__name__}: {error}") from None
-    return PlannedNetwork(network, files, plan, target_dtypes(cls, plan, files, dtype))
+        raise ValueError(f"{files}: {error}") from None
+    tensors = network.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        plan = plan_conversion(network.layouts(), files.shapes, wanted, set(patterns.among(wanted)))
+        refuse_integers({n: s.sources for n, s in plan.steps.items()}, files.dtypes, tensors)
+    except ValueError as error:
+        advice = _advice(error) if isinstance(error, DoesNotFitError) else ""
+        raise ValueError(f"{files}: not the weights of this {cls.__name__}: {error}{advice}") from None
+    new = [name for name in tensors if name not in plan.steps]
+    patterns.note(cls.__name__, plan.steps, new)
+    dtypes = target_dtypes(cls, plan, files, dtype)
+    others = next((kind for name, kind in dtypes.items() if not cls.stays_fp32(name)), torch.float32)
+    for name in new:
+        floats = tensors[name].is_floating_point()
+        dtypes[name] = _allowed(cls, name, others) if floats else tensors[name].dtype
+    return PlannedNetwork(network, files, plan, dtypes, new)
+
+
+def _advice(error: DoesNotFitError) -> str:
+    """How to load files that lack something and have nothing else in its place."""
+    if error.unexpected or not error.missing:
+        return ""
+    patterns = without_numbers(error.missing)[:4]
+    return f"; for parameters that your code adds to the published ones, pass new_parameters={patterns!r}"
 
 
 def load_network(
-    cls: type[Network], config: Config, files: TensorFiles, dtype: torch.dtype | None = None
+    cls: type[Network],
+    config: Config,
+    files: TensorFiles,
+    dtype: torch.dtype | None = None,
+    new_parameters: Sequence[str] = (),
 ) -> Any:
-    """`plan_network`, read."""
-    return plan_network(cls, config, files, dtype).read()
+    """`plan_network`, read. new_parameters: as in `from_pretrained`."""
+    patterns = NewParameters(new_parameters)
+    planned = plan_network(cls, config, files, dtype, patterns)
+    patterns.check()
+    return planned.read()
 
 
-def build_on_meta(cls: type[Network], config: Config) -> Any:
-    """A network of the right names and shapes that takes no memory. Nothing is initialised."""
-    with torch.device("meta"), _WithoutInit():
+def build_on_meta(cls: type[Network], config: Config, most: int = MOST_TENSORS) -> Any:
+    """A network of the right names and shapes that takes no memory. Nothing is initialised.
+
+    Raises ValueError for settings that do not fit one another, and for a network of more than `most` tensors.
+    """
+    unfit = as_value_errors(f"{type(config).__name__}: the settings do not fit one another")
+    with unfit, torch.device("meta"), WithoutInit(), _AtMost(type(config).__name__, most):
         return cls(config)
 
 
-class _WithoutInit(TorchFunctionMode):
-    """Skips `torch.nn.init`. On the meta device it does nothing, but `normal_` imports torch._dynamo: a
-    second and 120 MB."""
+class _AtMost(TorchFunctionMode):
+    """Counts the tensors that are made, and stops a network that does not end."""
+
+    def __init__(self, settings: str, most: int):
+        super().__init__()
+        self.settings, self.left, self.most = settings, most, most
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+        if func in (torch.empty, torch.ones, torch.zeros, torch.randn):
+            self.left -= 1
+            if self.left < 0:
+                raise ValueError(f"{self.settings} is of a network of more than {self.most} tensors")
+        return func(*args, **(kwargs or {}))
 
 
 def target_dtypes(
@@ -231,12 +289,17 @@ def target_dtypes(
     if dtype is None and files.nbytes() > AUTO_BF16_BYTES:
         floats = {d for d in files.dtypes.values() if d.is_floating_point}
         dtype = torch.bfloat16 if floats == {torch.float32} else None
+    if dtype is None and not FP8.isdisjoint(files.dtypes.values()):
+        dtype = torch.bfloat16  # all of it: what is not in fp8 is often in another half precision
     dtypes = {}
     for name, step in plan.steps.items():
-        stored = files.dtypes[step.sources[0]]
-        wanted = dtype or stored
-        dtypes[name] = torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
+        dtypes[name] = _allowed(cls, name, dtype or files.dtypes[step.sources[0]])
     return dtypes
+
+
+def _allowed(cls: type[Network], name: str, wanted: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter in a network that is held in `wanted`."""
+    return torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
 
 
 def read_planned(
@@ -247,4 +310,4 @@ def read_planned(
     for name, step in plan.steps.items():
         as_stored = all(files.dtypes[source] == dtypes[name] for source in step.sources)
         read = files.__getitem__ if as_stored else files.read_once
-        yield name, step.read({source: read(source) for source in step.sources}).to(dtypes[name])
+        yield name, step.read({source: widened(read(source)) for source in step.sources}).to(dtypes[name])

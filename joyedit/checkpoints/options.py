@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from joyedit.checkpoints.config import nearest
+from joyedit.checkpoints.new_parameters import NewParameters
 
 log = logging.getLogger("joyedit")
 
@@ -20,6 +21,7 @@ class LoadOptions:
     variant: str | None = None
     use_safetensors: bool | None = None
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    new_parameters: NewParameters = dataclasses.field(default_factory=NewParameters)
 
     ORIGIN: ClassVar[tuple[str, ...]] = (
         "revision",
@@ -41,7 +43,8 @@ class LoadOptions:
 
         Raises TypeError for an unknown name, ValueError for two different dtypes.
         """
-        accepted = {*cls.ORIGIN, *cls.DTYPES, *cls.WITHOUT_EFFECT, "variant", "use_safetensors"}
+        accepted = {*cls.ORIGIN, *cls.DTYPES, *cls.WITHOUT_EFFECT}
+        accepted |= {"variant", "use_safetensors", "new_parameters"}
         for name in given:
             if name not in accepted:
                 known = accepted | set(also)
@@ -56,6 +59,7 @@ class LoadOptions:
             variant=given.get("variant"),
             use_safetensors=given.get("use_safetensors"),
             origin={name: given[name] for name in cls.ORIGIN if name in given},
+            new_parameters=NewParameters(given.get("new_parameters", ())),
         )
 
 

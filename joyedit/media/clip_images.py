@@ -115,7 +115,7 @@ class CLIPImageProcessor:
         path = folder / "preprocessor_config.json"
         try:
             return cls(CLIPImageConfig.from_dict(read_json(path)))
-        except (TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def __call__(self, images: Any, return_tensors: str = "pt") -> dict[str, Tensor]:
@@ -126,7 +126,10 @@ class CLIPImageProcessor:
         squares = np.stack([np.asarray(self.crop(image)) for image in to_pil_list(images, "images")])
         pixels = rearrange(torch.from_numpy(squares), "b h w c -> b c h w").contiguous()
         pixels = (pixels.double() * config.rescale_factor).float()  # rounded once, as in the reference
-        mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=pixels.device)
+            for values in (config.image_mean, config.image_std)
+        )
         return {"pixel_values": (pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)}
 
     def crop(self, image: Image) -> Image:

@@ -456,7 +456,7 @@ class ChronoEditPipeline(Pipeline):
         if self._is_raw(image):
             config = self.image_processor.config
             mean, std = (
-                rearrange(torch.tensor(values), "c -> c 1 1").to(pixels)
+                rearrange(torch.tensor(values, dtype=torch.float32, device="cpu"), "c -> c 1 1").to(pixels)
                 for values in (config.image_mean, config.image_std)
             )
             pixels = ((pixels * std + mean) * config.rescale_factor - mean) / std
@@ -496,7 +496,7 @@ class ChronoEditPipeline(Pipeline):
         latents = latents.to(self.device, torch.float32)
         known = pixels is not None
         if pixels is None:
-            pixels = torch.zeros(1, 3, 1, height, width, device=self.device)
+            pixels = torch.zeros(1, 3, 1, height, width, dtype=torch.float32, device=self.device)
         with self.on_device(self.vae) as vae:
             condition = FrameCoder(vae).condition(pixels, frames, known)
         return latents, for_all(condition[list(order) or [0]], batch, copies)

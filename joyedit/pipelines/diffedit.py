@@ -162,11 +162,11 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         if safety_checker is None and requires_safety_checker:
             log.warning("this checkpoint is meant to run with its safety_checker, and there is none")
         if scheduler.config.steps_offset != 1:  # an old file: the model was never asked about timestep 0
-            self.scheduler = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
+            self.scheduler = type(scheduler).from_config(scheduler.config, steps_offset=1)
         ours, theirs = self.scheduler.config, inverse_scheduler.config if inverse_scheduler else {}
         fits = all(theirs.get(key) == ours[key] for key in TIMESTEP_SETTINGS)
         if not fits or ours.timestep_spacing == "linspace":
-            self.scheduler, self.inverse_scheduler = ddim_pair(ours)
+            self.scheduler, self.inverse_scheduler = ddim_pair(ours, type(scheduler))
         self.requires_safety_checker = requires_safety_checker
         self.vae_scale_factor = vae.config.factor
 
@@ -334,7 +334,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         same, swapped = same_rows(target, source), SWAPPED_GUIDANCE in self.quirks
         batch = len(same)
         if same.all():
-            heat = torch.zeros(batch, *self.coder.size(pixels))
+            heat = torch.zeros(batch, *self.coder.size(pixels), dtype=torch.float32, device="cpu")
         else:
             timestep = self.scheduler.timesteps[run.at]
             drawn = {"copies": run.maps, "sampled": True, "generator": generator}

@@ -525,7 +525,10 @@ class JoyImageEditPipeline(Pipeline):
 
     def _statistics(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae.config
-        mean, std = (torch.tensor(v).to(latent) for v in (config.latents_mean, config.latents_std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu").to(latent)
+            for values in (config.latents_mean, config.latents_std)
+        )
         return rearrange(mean, "c -> 1 c 1 1 1"), rearrange(std, "c -> 1 c 1 1 1")
 
     def choose_size(

@@ -21,12 +21,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
+from joyedit.checkpoints.bounds import check_value
 from joyedit.checkpoints.plain_text import shown, visible
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-LARGEST_SIDE = 8192  # pixels; above it basesize is a mistake
 
 # What `call` may hold, and how.
 CALL: dict[str, type | tuple[type, ...]] = {
@@ -55,9 +54,10 @@ class World:
     def from_dict(cls, raw: Any) -> Self:
         """Raises ValueError for what is not of the form above."""
         try:
-            about, words, psnr = str(raw["about"]), tuple(map(str, raw["words"])), float(raw["psnr"])
-            begins, ends = tuple(map(str, raw.get("begins", ()))), str(raw.get("ends", ""))
-        except (AttributeError, KeyError, TypeError, ValueError):
+            about, ends = visible(raw["about"], None), str(raw.get("ends", ""))
+            words, psnr = tuple(map(str, raw["words"])), float(raw["psnr"])
+            begins = tuple(map(str, raw.get("begins", ())))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise ValueError(f"made_for: world is damaged: {shown(raw)}") from None
         known = ("about", "words", "psnr", "begins", "ends")
         return cls(about, words, psnr, begins, ends, _without(raw, known))
@@ -120,8 +120,10 @@ class MadeFor:
         for name, value in call.items():
             if not _is(value, CALL.get(name, ())):
                 raise ValueError(f"made_for: call has {visible(name)}={shown(value)}")
-        if basesize is not None and (not _is(basesize, int) or not 1 <= basesize <= LARGEST_SIDE):
+            check_value(name, value)
+        if basesize is not None and (not _is(basesize, int) or basesize < 1):
             raise ValueError(f"made_for: basesize={shown(basesize)} is no number of pixels")
+        check_value("basesize", basesize)
         read = None if world is None else World.from_dict(world)
         return cls(dict(call), basesize, read, _without(raw, ("call", "basesize", "world")))
 

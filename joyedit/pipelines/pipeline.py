@@ -5,6 +5,7 @@ a `model_index.json` that lists them. The algorithm itself is in the pipeline's 
 """
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.network import Network, plan_folder
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.summary import parts
 from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming
@@ -117,7 +119,9 @@ class Pipeline:
         if set(cls.parts) - set(replacements):
             index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
             if index.get("_class_name") not in {cls.__name__, *cls.relatives}:
-                raise ValueError(f"{origin.name} holds a {index.get('_class_name')}, not a {cls.__name__}")
+                raise ValueError(
+                    f"{origin.name} holds a {visible(index.get('_class_name'))}, not a {cls.__name__}"
+                )
             listed = {name: _class_of(cls, name, index) for name in cls.parts if name not in replacements}
             classes = {name: kind for name, kind in listed.items() if kind is not None}
             settings = {key: index[key] for key in cls.settings() if key in index}
@@ -135,12 +139,13 @@ class Pipeline:
         for name, kind in classes.items():
             if name in stems:
                 dtype = options.dtype or cls.auto_dtypes.get(name)
-                chosen = LoadOptions(dtype, variants[name], options.use_safetensors)
+                chosen = dataclasses.replace(options, dtype=dtype, variant=variants[name])
                 planned[name] = plan_folder(kind, Origin(str(root)), name, chosen)
             else:
                 loaded[name] = kind.from_pretrained(root, subfolder=name)
         configs = {name: part.config for name, part in replacements.items() if isinstance(part, Network)}
         cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
+        options.new_parameters.check()
         loaded |= {name: one.read() for name, one in planned.items()}
         pipe = cls(**loaded, **replacements, **settings, reference_quirks=quirks)
         pipe.made_for = made_for
@@ -456,4 +461,7 @@ def _class_of(cls: type[Pipeline], name: str, index: Mapping[str, Any]) -> type 
         if is_called(kind, entry[1]):
             return kind
     wanted = " or ".join(kind.__name__ for kind in kinds)
-    raise ValueError(f"model_index.json: {name} is a {entry[1]}; {cls.__name__} takes {wanted}")
+    raise ValueError(
+        f"model_index.json: {name} is a {visible(entry[1])}; {cls.__name__} takes {wanted}. For a class of "
+        f"your own, pass {name}= with an object of it"
+    )

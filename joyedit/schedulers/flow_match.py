@@ -12,6 +12,9 @@ in fp32.
 Defaults are those of the class in Diffusers (shift 1): a scheduler serves many checkpoints, each of which
 brings its own file (JoyAI-Image-Edit: shift 1.5).
 
+Another solver is a subclass with a `set_timesteps` and a `step` of its own, which asks `count_step` for the
+number of the step and reads `sigmas`; docs/changing-the-code.md has one of second order.
+
 Source: diffusers `scheduling_flow_match_euler_discrete.py`; arXiv 2403.03206, section 5.3.2; JoyAI-Image
 `FlowMatchDiscreteScheduler`.
 """
@@ -27,9 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.bounds import MOST_STEPS
 from joyedit.noise import Generators, draw_noise
 from joyedit.schedulers.scheduler import (
-    Scheduler,
+    CountingScheduler,
     SchedulerConfig,
     beta_sigmas,
     exponential_sigmas,
@@ -80,11 +84,11 @@ class FlowMatchEulerDiscreteSchedulerOutput(NamedTuple):
     prev_sample: Tensor
 
 
-class FlowMatchEulerDiscreteScheduler(Scheduler):
+class FlowMatchEulerDiscreteScheduler(CountingScheduler):
     """Euler steps along the flow; see the module for the settings' meaning.
 
-    `sigmas` (N + 1,) and `timesteps` (N,) are fp32 tensors; before `set_timesteps` they hold the training
-    levels, without a final 0.
+    `sigmas` (N + 1,), `timesteps` (N,) and `step_lengths` (N,), the differences of the sigmas, are fp32
+    tensors; before `set_timesteps` they hold the training levels, without a final 0.
     """
 
     Config = FlowMatchEulerConfig
@@ -93,19 +97,22 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
         super().__init__(config, **settings)
         count = self.config.num_train_timesteps
-        levels = torch.arange(count, 0, -1, dtype=torch.float32) / count
+        levels = torch.arange(count, 0, -1, dtype=torch.float32, device="cpu") / count
         self._shift = self.config.shift
         self.sigmas = levels if self.config.use_dynamic_shifting else shift_sigmas(levels, self.shift)
         self.timesteps = self.sigmas * count
         self.sigma_max, self.sigma_min = self.sigmas[0].item(), self.sigmas[-1].item()
         self.num_inference_steps: int | None = None
-        self._start()
 
-    def _start(self) -> None:
-        """Prepare for the first step of the current table."""
-        self._deltas = self.sigmas.diff()  # once per schedule, not per step
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+    @property
+    def sigmas(self) -> Tensor:
+        """(N + 1,) the noise levels. Another table may be assigned, and `step_lengths` follow."""
+        return self._sigmas
+
+    @sigmas.setter
+    def sigmas(self, sigmas: Tensor) -> None:
+        self._sigmas = sigmas
+        self.step_lengths = sigmas.diff()  # once per schedule, not per step
 
     def set_timesteps(
         self,
@@ -125,9 +132,9 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         Raises ValueError for lengths that do not match, values that are not finite, or a missing `mu`.
         """
         settings = self.config
-        given = {"sigmas": sigmas, "timesteps": timesteps}
-        given = {name: _levels(name, values) for name, values in given.items() if values is not None}
-        lengths = {name: len(values) for name, values in given.items()}
+        tables = {"sigmas": sigmas, "timesteps": timesteps}
+        tables = {name: _levels(name, values) for name, values in tables.items() if values is not None}
+        lengths = {name: len(values) for name, values in tables.items()}
         if num_inference_steps is not None:
             lengths["num_inference_steps"] = num_inference_steps
         if not lengths:
@@ -135,14 +142,14 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         if len(set(lengths.values())) > 1:
             raise ValueError(f"these must agree: {lengths}")
         steps = next(iter(lengths.values()))
-        if steps < 1:
-            raise ValueError(f"num_inference_steps={steps}: must be at least 1")
+        if not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"num_inference_steps={steps}: must be at least 1, and at most {MOST_STEPS:,}")
 
-        if "sigmas" in given:
-            levels = given["sigmas"]
-        elif "timesteps" in given:
+        if "sigmas" in tables:
+            levels = tables["sigmas"]
+        elif "timesteps" in tables:
             _warn_timesteps_alone()
-            levels = given["timesteps"] / settings.num_train_timesteps
+            levels = tables["timesteps"] / settings.num_train_timesteps
         elif settings.joyai_original:
             levels = np.linspace(1, 0, steps + 1)[:-1]
         else:
@@ -172,11 +179,11 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         if settings.invert_sigmas:
             table = 1 - table
         self.timesteps = table * settings.num_train_timesteps
-        if "timesteps" in given and not settings.invert_sigmas:
-            self.timesteps = torch.from_numpy(given["timesteps"]).to(device)
+        if "timesteps" in tables and not settings.invert_sigmas:
+            self.timesteps = torch.from_numpy(tables["timesteps"]).to(device)
         self.sigmas = torch.cat([table, table.new_full((1,), float(settings.invert_sigmas))])
         self.num_inference_steps = steps
-        self._start()
+        self.begin_run()
 
     def step(
         self,
@@ -201,12 +208,12 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         Raises ValueError for an integer timestep or one that is not in the table, IndexError after the last
         step.
         """
-        i = self._count_step(timestep)
+        i = self.count_step(timestep)
         sample = sample.to(torch.float32)
         if self.config.joyai_original:
             model_output = model_output.to(torch.float32)  # before the product, and so is the result
         if per_token_timesteps is None:
-            sigma, sigma_next, delta = self.sigmas[i], self.sigmas[i + 1], self._deltas[i]
+            sigma, sigma_next, delta = self.sigmas[i], self.sigmas[i + 1], self.step_lengths[i]
         else:
             sigma = (per_token_timesteps / self.config.num_train_timesteps)[..., None]
             levels = self.sigmas.reshape(-1, *[1] * sigma.ndim)
@@ -228,50 +235,28 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         """What `step` multiplies the velocity by, for a caller who takes the step himself, in one pass with
         other work: sample + length * velocity, in the dtype of the sample. A number; the step is counted.
 
-        None, and nothing is counted, where a step is more than that: it draws noise, or its result is fp32.
-        Raises as `step` does.
+        None, and nothing is counted, where a step is more than that: it draws noise, its result is fp32, or a
+        subclass has a `step` of its own. Raises as `step` does.
         """
-        if self.config.stochastic_sampling or self.config.joyai_original:
+        euler = getattr(self.step, "__func__", None) is FlowMatchEulerDiscreteScheduler.step
+        if not euler or self.config.stochastic_sampling or self.config.joyai_original:
             return None
-        return self._deltas[self._count_step(timestep)]
+        return self.step_lengths[self.count_step(timestep)]
 
-    def _count_step(self, timestep: float | Tensor) -> int:
-        """The number of the step from this timestep; the next one has the number after it."""
+    def current_step(self, timestep: float | Tensor) -> int:
+        """As everywhere; a ValueError also for an integer, which would be the index of a timestep."""
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
             raise ValueError(f"timestep={timestep!r}: pass one of scheduler.timesteps, not its index")
-        if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
-        i, count = self._step_index, len(self._deltas)
-        if i >= count:
-            raise IndexError(f"all {count} steps were taken; call set_timesteps before another run")
-        self._step_index += 1
-        return i
+        return super().current_step(timestep)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Noise a clean sample: sigma * noise + (1 - sigma) * sample, in the sample's dtype.
 
         timestep: (B,) of `timesteps`; during a run the level of the current step is taken instead.
         """
-        if self._begin_index is None:
-            indices = [self.index_for_timestep(t) for t in timestep.reshape(-1)]
-        else:
-            current = self._begin_index if self._step_index is None else self._step_index
-            indices = [current] * timestep.numel()
-        sigma = self.sigmas.to(sample.device, sample.dtype)[indices]
+        sigma = self.sigmas.to(sample.device, sample.dtype)[self.level_indices(timestep)]
         sigma = sigma.reshape(-1, *[1] * (sample.ndim - 1))
         return sigma * noise + (1 - sigma) * sample
-
-    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """Where a timestep stands in the table; the second place if it is there more than once, so that a run
-        that starts in the middle skips nothing. Raises ValueError when it is not there."""
-        table = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        if isinstance(timestep, Tensor):
-            timestep = timestep.to(table.device)
-        found = (table == timestep).nonzero()[:2]
-        if len(found) == 0:
-            raise ValueError(f"timestep {float(timestep)} is not one of scheduler.timesteps")
-        return int(found[-1])
 
     @property
     def shift(self) -> float:
@@ -282,19 +267,6 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         if not shift > 0:
             raise ValueError(f"shift={shift!r}: must be positive")
         self._shift = shift
-
-    @property
-    def step_index(self) -> int | None:
-        """The number of the next step; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start the run at this step, whatever timestep the first `step` is given."""
-        self._begin_index = begin_index
 
     def config_to_save(self) -> dict[str, Any]:
         saved = super().config_to_save()

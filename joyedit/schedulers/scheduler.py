@@ -1,4 +1,4 @@
-"""What the solvers share: configs that survive a change of solver, levels of noise.
+"""What the solvers share: configs that survive a change of solver, the count of steps, levels of noise.
 
 A scheduler holds a table, built by `set_timesteps`, and takes one step per call of `step`. Unlike a network
 it is constructed with keywords, and a config is handed from one class to another, as in
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.bounds import as_value_errors
 from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
@@ -91,10 +92,15 @@ class Scheduler:
 
         Raises TypeError for a change that the class does not know, ValueError for a config that none does.
         """
+        where = cls.__name__
         if isinstance(config, (str, Path)):
-            path = Path(config)
-            config = read_json(path / FILE if path.is_dir() else path)
-        return cls(config, **changes)
+            path = Path(config) / FILE if Path(config).is_dir() else Path(config)
+            config, where = read_json(path), str(path)
+        try:
+            with as_value_errors("the settings do not fit one another"):
+                return cls(config, **changes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
     @classmethod
     def from_pretrained(
@@ -126,6 +132,80 @@ class Scheduler:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+class CountingScheduler(Scheduler):
+    """A solver whose steps follow each other along a table: it is told where a run starts, and counts from
+    there.
+
+    A subclass builds `timesteps` (N,), what the network is told before each step, and `sigmas` (N + 1,), the
+    levels before each step and after the last, and calls `begin_run`. Its `step` asks `count_step` which step
+    it is: from `sigmas[i]` to `sigmas[i + 1]`.
+    """
+
+    timesteps: Tensor
+    sigmas: Tensor
+    _step_index: int | None = None
+    _begin_index: int | None = None
+
+    def begin_run(self) -> None:
+        """Forget how far the previous run came: the next step may be any of the table."""
+        self._step_index = self._begin_index = None
+
+    def current_step(self, timestep: float | Tensor) -> int:
+        """The number of the step that comes next. timestep: one of `timesteps`; it says where a run starts,
+        and nothing after that. Raises ValueError for a first one that is not in the table, IndexError after
+        the last step."""
+        if self._step_index is None:
+            begin = self._begin_index
+            self._step_index = self.first_step(timestep) if begin is None else begin
+        count = len(self.sigmas) - 1
+        if self._step_index >= count:
+            raise IndexError(f"all {count} steps were taken; call set_timesteps before another run")
+        return self._step_index
+
+    def count_step(self, timestep: float | Tensor) -> int:
+        """`current_step`, and the step counts as taken: the next call returns the number after it."""
+        i = self.current_step(timestep)
+        self._step_index = i + 1
+        return i
+
+    def first_step(self, timestep: float | Tensor) -> int:
+        """The number of the step that a run starts with at this timestep."""
+        return self.index_for_timestep(timestep)
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Where a timestep stands in the table; the second place if it is there more than once, so that a run
+        that starts in the middle skips nothing. Raises ValueError when it is not there."""
+        table = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        if isinstance(timestep, Tensor):
+            timestep = timestep.to(table.device)
+        found = (table == timestep).nonzero()[:2]
+        if len(found) == 0:
+            value = timestep.item() if isinstance(timestep, Tensor) else timestep
+            raise ValueError(f"timestep {value} is not one of scheduler.timesteps")
+        return int(found[-1])
+
+    def level_indices(self, timesteps: Tensor) -> list[int]:
+        """Where the levels of (B,) timesteps stand in `sigmas`; in a run with a begin index, which starts
+        from a noised picture, that of the current step instead."""
+        if self._begin_index is None:
+            return [self.index_for_timestep(timestep) for timestep in timesteps.reshape(-1)]
+        current = self._begin_index if self._step_index is None else self._step_index
+        return [current] * timesteps.numel()
+
+    @property
+    def step_index(self) -> int | None:
+        """The number of the next step; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the run at this step, whatever timestep the first `step` is given."""
+        self._begin_index = begin_index
 
 
 def shift_sigmas(sigmas: Any, shift: float) -> Any:
@@ -180,15 +260,15 @@ def cumulative_alphas(config: SchedulerConfig) -> Tensor:
     """abar: the product of 1 - beta up to and including each training timestep. (N,) float32, falling."""
     count, low, high = config.num_train_timesteps, config.beta_start, config.beta_end
     if config.trained_betas is not None:
-        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
+        betas = torch.tensor(config.trained_betas, dtype=torch.float32, device="cpu")
     elif config.beta_schedule == "linear":
-        betas = torch.linspace(low, high, count, dtype=torch.float32)
+        betas = torch.linspace(low, high, count, dtype=torch.float32, device="cpu")
     elif config.beta_schedule == "scaled_linear":
-        betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float32) ** 2
+        betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float32, device="cpu") ** 2
     else:
         abar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
         ratios = [min(1 - after / before, 0.999) for before, after in zip(abar, abar[1:], strict=False)]
-        betas = torch.tensor(ratios, dtype=torch.float32)
+        betas = torch.tensor(ratios, dtype=torch.float32, device="cpu")
     if config.rescale_betas_zero_snr:
         betas = without_final_signal(betas)
     return (1 - betas).cumprod(dim=0)

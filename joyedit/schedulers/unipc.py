@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.bounds import MOST_STEPS
 from joyedit.schedulers.scheduler import (
-    Scheduler,
+    CountingScheduler,
     SchedulerConfig,
     beta_sigmas,
     cumulative_alphas,
@@ -134,7 +135,7 @@ class UniPCMultistepSchedulerOutput(NamedTuple):
     prev_sample: Tensor
 
 
-class UniPCMultistepScheduler(Scheduler):
+class UniPCMultistepScheduler(CountingScheduler):
     """Predictor and corrector; see the module for what a step is and the config for the settings.
 
     `sigmas` (S + 1,) are fp32 on the CPU, `timesteps` (S,) int64: what the network is told is the level's
@@ -153,7 +154,9 @@ class UniPCMultistepScheduler(Scheduler):
             self.alphas_cumprod[-1] = 2**-24  # so that the first sigma is finite
         self.solver_p = solver_p
         self.sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
-        self.timesteps = torch.arange(self.config.num_train_timesteps, dtype=torch.float32).flip(0)
+        self.timesteps = torch.arange(
+            self.config.num_train_timesteps, dtype=torch.float32, device="cpu"
+        ).flip(0)
         self._training_sigmas = self.sigmas.numpy()
         self.num_inference_steps: int | None = None
         self._intervals: list[list[Interval]] = []
@@ -164,8 +167,7 @@ class UniPCMultistepScheduler(Scheduler):
         self.model_outputs: list[Tensor] = []  # x0 (or eps) of the last steps, the newest last
         self.last_sample: Tensor | None = None  # where the predictor started from
         self._last_order = 0
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self.begin_run()
 
     def set_timesteps(
         self,
@@ -184,19 +186,21 @@ class UniPCMultistepScheduler(Scheduler):
         settings = self.config
         if settings.use_dynamic_shifting and mu is None:
             raise ValueError("mu must be given: this scheduler has use_dynamic_shifting=True")
-        given = None if sigmas is None else self._read_sigmas(sigmas)
-        steps = num_inference_steps if given is None else len(given)
+        levels = None if sigmas is None else self._read_sigmas(sigmas)
+        steps = num_inference_steps if levels is None else len(levels)
         if num_inference_steps not in (None, steps):
             raise ValueError(f"num_inference_steps={num_inference_steps}, but {steps} sigmas")
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
             raise ValueError(f"num_inference_steps={steps!r}: must be an integer of at least 1")
+        if steps > MOST_STEPS:
+            raise ValueError(f"num_inference_steps={steps}: {MOST_STEPS:,} are the most that is supported")
 
         if any(settings[name] for name in SPACINGS):
             levels, timesteps = self._spaced_levels(steps)
         elif settings.use_flow_sigmas:
-            if given is None:
-                given = np.linspace(1, 1 / settings.num_train_timesteps, steps + 1)[:-1]
-            levels = self._shifted(given, mu)
+            if levels is None:
+                levels = np.linspace(1, 1 / settings.num_train_timesteps, steps + 1)[:-1]
+            levels = self._shifted(levels, mu)
             timesteps = levels * settings.num_train_timesteps
         else:
             timesteps = self._spaced_timesteps(steps)
@@ -307,12 +311,7 @@ class UniPCMultistepScheduler(Scheduler):
         """
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
-        if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self._first_index(timestep) if begin is None else begin
-        i, count = self._step_index, self.num_inference_steps
-        if i >= count:
-            raise IndexError(f"all {count} steps were taken; call set_timesteps before another run")
+        i = self.current_step(timestep)
         before = sample.shape if self.last_sample is None else self.last_sample.shape
         if not before == sample.shape == model_output.shape:
             shapes = f"sample {tuple(sample.shape)}, model_output {tuple(model_output.shape)}"
@@ -331,7 +330,7 @@ class UniPCMultistepScheduler(Scheduler):
             x = self._cross(ahead, ahead.predict, x)
         else:
             x = self.solver_p.step(model_output, timestep, x.to(sample.dtype)).prev_sample
-        self._step_index += 1
+        self.count_step(timestep)
         x = x.to(sample.dtype)
         return UniPCMultistepSchedulerOutput(x) if return_dict else (x,)
 
@@ -409,12 +408,7 @@ class UniPCMultistepScheduler(Scheduler):
 
         timesteps: (B,) of `timesteps`; in a run with a begin index the level of the current step is taken.
         """
-        if self._begin_index is None:
-            indices = [self.index_for_timestep(t) for t in timesteps.reshape(-1)]
-        else:
-            current = self._begin_index if self._step_index is None else self._step_index
-            indices = [current] * timesteps.numel()
-        sigma = self.sigmas[indices].to(original_samples.device)
+        sigma = self.sigmas[self.level_indices(timesteps)].to(original_samples.device)
         signal, amount = self._signal_and_noise(sigma.reshape(-1, *[1] * (original_samples.ndim - 1)))
         mixed = signal * to_fp32(original_samples) + amount * to_fp32(noise)
         return mixed.to(original_samples.dtype)
@@ -424,30 +418,12 @@ class UniPCMultistepScheduler(Scheduler):
         return self.add_noise(sample, noise, timestep)
 
     def index_for_timestep(self, timestep: int | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """Where a timestep stands in the table; the second place if it is there more than once. Raises
-        ValueError when it is not there."""
-        table = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        found = (table == int(timestep)).nonzero()[:2]
-        if len(found) == 0:
-            raise ValueError(f"timestep {int(timestep)} is not one of scheduler.timesteps")
-        return int(found[-1])
+        """As everywhere, without the timestep's fraction: the table has none."""
+        return super().index_for_timestep(int(timestep), schedule_timesteps)
 
-    def _first_index(self, timestep: int | Tensor) -> int:
-        """Where a run starts. The first timestep may be there twice: many steps share a whole number."""
+    def first_step(self, timestep: int | Tensor) -> int:
+        """The first timestep may be there twice, since many steps share a whole number: it is the first."""
         return 0 if int(timestep) == int(self.timesteps[0]) else self.index_for_timestep(timestep)
-
-    @property
-    def step_index(self) -> int | None:
-        """The number of the next step; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start the run at this step, whatever timestep the first `step` is given."""
-        self._begin_index = begin_index
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

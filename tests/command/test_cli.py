@@ -152,7 +152,7 @@ def test_output_folder_suffixes_and_no_metadata(photo, run):
 
 def test_photograph_from_a_url(photo, run, monkeypatch):
     content = Path(photo).read_bytes()
-    monkeypatch.setattr(images, "_download", lambda url, timeout, max_bytes: content)
+    monkeypatch.setattr(images, "download", lambda url, timeout, max_bytes: content)
     url = "https://example.org/a/my%20cat.png?token=secret"
     assert run("edit", url, "x", "--seed", 2, *QUICK)[1] == "my cat-edit-2.png\n"
     digest = hashlib.sha256(content).hexdigest()

@@ -195,6 +195,26 @@ def test_parts_can_be_replaced_and_given_parts_are_not_cast(diffusers_folder):
     assert direct.vae is vae and direct.dtype is torch.float32
 
 
+class Own(joyedit.FlowMatchEulerDiscreteScheduler):
+    """A solver of the user's."""
+
+
+def test_a_scheduler_of_ones_own(diffusers_folder, tmp_path):
+    own = Own(shift=2.5)
+    pipe = joyedit.load(diffusers_folder, device="cpu", scheduler=own)
+    assert pipe.scheduler is own
+    pipe.scheduler = Own.from_config(own.config, shift=3.5)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="scheduler is a Own; JoyImageEditPipeline takes .* pass scheduler= "
+    ):
+        joyedit.load(tmp_path, device="cpu")
+    saved = Own.from_pretrained(tmp_path, subfolder="scheduler")
+    for load in (joyedit.load, joyedit.JoyImageEditPipeline.from_pretrained):
+        again = load(tmp_path, scheduler=saved)
+        assert type(again.scheduler) is Own and again.scheduler.shift == 3.5
+
+
 def test_built_in_names_are_folders_of_the_package(diffusers_folder, monkeypatch, tmp_path, caplog):
     folder = Path(joyedit.__file__).parent / "assets"
     for name in BUILT_IN:

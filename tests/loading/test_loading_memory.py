@@ -94,9 +94,11 @@ def in_process(code, *arguments):
         from pathlib import Path
         import torch
         torch.set_num_threads(1)
-        from joyedit.checkpoints.network import *
-        from joyedit.checkpoints.options import *
-        from joyedit.checkpoints.tensor_files import *
+        from joyedit.checkpoints.hub import Origin
+        from joyedit.checkpoints.json_files import read_json
+        from joyedit.checkpoints.network import build_on_meta, load_network, open_weights
+        from joyedit.checkpoints.network import plan_folder, read_planned
+        from joyedit.checkpoints.options import LoadOptions, parse_dtype
         from joyedit.models.chronoedit_dit import *
 
         def peak():
@@ -240,7 +242,7 @@ def test_two_shards_of_the_released_size(tmp_path):
     assert kept == {name for name in state if network.stays_fp32(name)}
     print(json.dumps({**found, "holes": holes}))
     """
-    found = in_process(LOAD + check, folder, layers, "bfloat16", Path(__file__).parents[1])
+    found = in_process(LOAD + check, folder, layers, "bfloat16", Path(__file__).parent)
     print(found)
     assert found["holes"] == ["proj_out.weight", "proj_out.bias"]
     assert found["stored"] > 8.5e9 and found["largest"] == 4 * 30720 * 5120

@@ -138,6 +138,22 @@ def test_both_schedulers_come_from_whatever_file_is_there(folder, kind):
     assert pipe.scheduler.timesteps.tolist() == pipe.inverse_scheduler.timesteps.tolist()[::-1]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"steps_offset": 1}, {"steps_offset": 0}, {"timestep_spacing": "linspace"}]
+)
+def test_a_scheduler_of_ones_own_stays_one(tiny, settings):
+    """Also where its settings have no inverse, and it is built again with others."""
+
+    class Own(joyedit.DDIMScheduler):
+        pass
+
+    pipe = joyedit.load(tiny, device="cpu", scheduler=Own(clip_sample=False, **settings))
+    assert type(pipe.scheduler) is Own and pipe.scheduler.config.steps_offset == 1
+    for scheduler in (pipe.scheduler, pipe.inverse_scheduler):
+        scheduler.set_timesteps(4)
+    assert pipe.scheduler.timesteps.tolist() == pipe.inverse_scheduler.timesteps.tolist()[::-1]
+
+
 def test_safety_checker_is_loaded_or_left_out(tmp_path):
     write_random_diffedit_checkpoint(tmp_path / "sd", safety_checker=True)
     pipe = joyedit.load(tmp_path / "sd", device="cpu")
@@ -266,7 +282,7 @@ RELEASES = {  # UNet, VAE, text encoder; what the scheduler says; the tokenizer'
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_published_folders_at_their_own_size(shared_data, sd_released, tmp_path, name):
+def test_published_folders_at_their_own_size(shared_data, sd_released, write_zeros, tmp_path, name):
     counts, prediction_type, padding = RELEASES[name]
     root = tmp_path / name
     shutil.copytree(shared_data / name, root)
@@ -274,8 +290,8 @@ def test_published_folders_at_their_own_size(shared_data, sd_released, tmp_path,
         shutil.copy(shared_data / "clip-tokenizer" / file, root / "tokenizer" / file)
     networks = sd_released(name)
     for part, state in networks.items():
-        stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "pytorch_model"
-        torch.save(state, root / part / f"{stem}.bin")
+        stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
+        write_zeros(root / part / f"{stem}.safetensors", state)
     pipe = joyedit.load(root, device="cpu")
     assert type(pipe) is joyedit.StableDiffusionDiffEditPipeline
     assert tuple(len(getattr(pipe, part).state_dict()) for part in STEMS) == counts

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+import re
 from pathlib import Path
 
 import diffusers
@@ -110,7 +111,6 @@ def test_tables_and_steps_for_every_option(option, n):
         theirs.set_timesteps(n, **arguments)
         if not exactly:
             ours.timesteps, ours.sigmas = theirs.timesteps, theirs.sigmas
-            ours._deltas = ours.sigmas.diff()
         assert_same_trajectory(ours, theirs, dtype)
 
 
@@ -245,6 +245,84 @@ def test_the_target_alone_steps_as_in_the_whole():
         target = sample[:, 1:]
         sample = whole.step(velocity, t, sample)[0]
         assert torch.equal(part.step(velocity[:, 1:], t, target)[0], sample[:, 1:])
+
+
+# Subclasses.
+
+
+@pytest.fixture(scope="module")
+def heun():
+    """The solver of docs/changing-the-code.md."""
+    page = (Path(__file__).resolve().parents[2] / "docs/changing-the-code.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n((?:(?!```).)*?class .*?)^pipe = ", page, re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(source, names)
+    return names["FlowMatchHeunDiscreteScheduler"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_a_subclass_of_second_order_equals_the_references(n, heun):
+    ours, theirs = heun(shift=1.5), diffusers.FlowMatchHeunDiscreteScheduler(shift=1.5)
+    sample, weights = torch.randn(2, 3, 5), torch.randn(5, 5)
+    for _ in range(2):  # a run leaves nothing behind
+        ours.set_timesteps(n)
+        theirs.set_timesteps(n)
+        assert ours.timesteps.shape == (2 * n - 1,) and ours.sigmas.shape == (2 * n,)
+        torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-6, atol=0)
+        mine, wanted = sample, sample
+        for t, their_t in zip(ours.timesteps, theirs.timesteps, strict=True):
+            assert ours.step_length(t) is None
+            mine = ours.step((mine @ weights).tanh(), t, mine).prev_sample
+            wanted = theirs.step((wanted @ weights).tanh(), their_t, wanted).prev_sample
+            assert ours.step_index == theirs.step_index
+            torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+        with pytest.raises(IndexError, match=f"all {2 * n - 1} steps were taken"):
+            ours.count_step(ours.timesteps[-1])
+    assert (mine - sample).abs().max() > 0.1
+
+
+def test_a_run_of_second_order_that_starts_in_the_middle(heun):
+    whole, part = heun(shift=1.5), heun(shift=1.5)
+    for scheduler in (whole, part):
+        scheduler.set_timesteps(4)
+    sample, weights = torch.randn(2, 3, 5), torch.randn(5, 5)
+    for i, t in enumerate(whole.timesteps):
+        if i == 4:
+            middle = sample
+        sample = whole.step((sample @ weights).tanh(), t, sample).prev_sample
+    for t in part.timesteps[4:]:  # its timestep is there twice: the second is where a step begins
+        middle = part.step((middle @ weights).tanh(), t, middle).prev_sample
+    assert torch.equal(middle, sample)
+
+
+def test_an_own_step_is_not_passed_over():
+    class Twice(Ours):
+        def step(self, model_output, timestep, sample, return_dict=True):
+            return super().step(2 * model_output, timestep, sample, return_dict=return_dict)
+
+    class TwiceAtOnce(Twice):
+        def step_length(self, timestep):
+            return 2 * self.step_lengths[self.count_step(timestep)]
+
+    class Even(Ours):
+        def set_timesteps(self, *args, **kwargs):
+            super().set_timesteps(*args, **kwargs)
+            self.sigmas = torch.linspace(1, 0, len(self.sigmas))
+            self.timesteps = 1000 * self.sigmas[:-1]
+
+    made = [kind(shift=1.5) for kind in (Twice, TwiceAtOnce, Even, Ours)]
+    for scheduler in made:
+        scheduler.set_timesteps(4)
+    twice, at_once, even, plain = made
+    assert twice.step_length(twice.timesteps[0]) is None and twice.step_index is None
+    first = plain.sigmas[1] - plain.sigmas[0]
+    assert plain.step_length(plain.timesteps[0]) == first
+    assert at_once.step_length(at_once.timesteps[0]) == 2 * first and at_once.step_index == 1
+    assert even.step_length(even.timesteps[0]) == even.step_lengths[3] == -0.25
+    assert even.step(torch.ones(1, 2), even.timesteps[1], torch.ones(1, 2))[0].tolist() == [[0.75, 0.75]]
+    plain.step = twice.step  # of one object alone
+    assert plain.step_length(plain.timesteps[1]) is None and plain.step_index == 1
 
 
 # The original repository's schedule: specification 6.1.
