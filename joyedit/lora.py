@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from joyedit.checkpoints.lora_files import WEIGHT_NAME, Changes, Delta, open_lora, read_lora
 from joyedit.checkpoints.network import Network
 from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.summary import adapters
 
 log = logging.getLogger("joyedit")
 
@@ -96,6 +97,10 @@ class Adapters:
     def __init__(self, networks: Mapping[str, Network]):
         """`networks`: by the name that files use as prefix: "unet", "transformer", "text_encoder"."""
         self.networks = dict(networks)
+
+    def __repr__(self) -> str:
+        """An adapter a line: where it is, in use or not, and with which weight."""
+        return adapters(self._states)
 
     def load_lora_weights(
         self,

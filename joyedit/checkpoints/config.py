@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from joyedit.checkpoints.bounds import as_value_errors, check_value
-from joyedit.checkpoints.plain_text import shown
+from joyedit.checkpoints.plain_text import shown, visible
+from joyedit.checkpoints.summary import settings
 
 
 class Config(Mapping):
@@ -45,6 +46,12 @@ class Config(Mapping):
         values, extra = {}, {}
         for key, value in raw.items():
             name = cls.aliases.get(key, key)
+            if key == "quantization_config" and value:
+                method = value.get("quant_method", key) if isinstance(value, Mapping) else key
+                raise ValueError(
+                    f"{cls.__name__}: the weights are quantized ({visible(str(method))}), which is not read "
+                    "here: take the checkpoint in its own precision"
+                )
             if name in known:
                 hint = hints[name]
                 if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
@@ -82,6 +89,14 @@ class Config(Mapping):
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: plain lists and dicts."""
         return {key: _thaw(value) for key, value in self.items()}
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        cls.__repr__ = Config.__repr__  # which a dataclass would replace by its own
+
+    def __repr__(self) -> str:
+        """A setting a line, kept ones included."""
+        return settings(type(self).__name__, self)
 
     def __getitem__(self, key: str) -> Any:
         if key in self._extra:

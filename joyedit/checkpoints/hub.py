@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from joyedit.checkpoints.mistaken import broken_off
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.shard_index import shards_of
 
@@ -133,7 +134,10 @@ class Origin:
         """A network's config.json and the weight files that will be read; of a sharded one the index is
         fetched."""
         where = f"{self.name}/{subfolder}".rstrip("/")
-        chosen = choose_weight_files(self._inside(subfolder), stem, variant, use_safetensors, where)
+        try:
+            chosen = choose_weight_files(self._inside(subfolder), stem, variant, use_safetensors, where)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}{self._broken_off}") from None
         names = ["config.json", *chosen]
         if chosen[0].endswith(".json"):
             index = posixpath.join(subfolder, chosen[0])
@@ -344,8 +348,16 @@ class Origin:
 
     def _has_no(self, name: str) -> str:
         if self._offline and not self.is_local:
-            return f"the cache has no {name} of {self._at} (run once online to complete it)"
-        return f"{self._at} has no {name}"
+            return f"the cache has no {name} of {self._at} (run once online to complete it){self._broken_off}"
+        return f"{self._at} has no {name}{self._broken_off}"
+
+    @property
+    def _broken_off(self) -> str:
+        """Words on a download that did not come to its end, where the files are those on this disk."""
+        if not self._offline:
+            return ""
+        cached = self._cache / f"models--{self.name.replace('/', '--')}"
+        return broken_off(self._path if self.is_local else cached)
 
     def _instead_of(self, name: str) -> str:
         namesakes = [other for other in self._files if posixpath.basename(other) == posixpath.basename(name)]

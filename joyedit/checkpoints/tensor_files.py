@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from joyedit.checkpoints.mistaken import refuse_pointers
 from joyedit.checkpoints.pickles import state_dict_of
 from joyedit.checkpoints.replacing import replacing_all
 from joyedit.checkpoints.safetensors_files import check_name, open_safetensors
@@ -34,6 +35,7 @@ class TensorFiles(Mapping[str, Tensor]):
         self._where: dict[str, Any] = {}  # name -> function that reads it
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        refuse_pointers(self.files)
         for path in self.files:
             is_pickle = path.suffix != ".safetensors"
             opened = _open_pickle(path, self.numbers) if is_pickle else open_safetensors(path)

@@ -15,15 +15,18 @@ import ast
 import dataclasses
 import importlib
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from joyedit.checkpoints.config import nearest
 from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
+from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
 from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
 from joyedit.checkpoints.new_parameters import NewParameters
 from joyedit.checkpoints.options import LoadOptions, parse_dtype
@@ -187,6 +190,8 @@ def find_checkpoint(name_or_path: str | Path, pipeline: str | None = None, **opt
     name = place_of(name_or_path)
     origin = Origin(name, **options)
     listing = [] if Path(name).is_file() else origin.listing()
+    if origin.is_local:  # git-lfs may have left texts in the place of large files
+        refuse_pointers(Path(name).expanduser() / file for file in listing)
     layout = layout_of(name, listing)
     if pipeline is not None and layout == "diffusers":
         return Checkpoint(origin, listing, layout, pipeline)
@@ -214,9 +219,17 @@ def read_made_for(name_or_path: str | Path, **options: Any) -> MadeFor:
 
 
 def place_of(name_or_path: str | Path) -> str:
-    """The folder of a built-in checkpoint, unless something here has that name; other names as they are."""
+    """The folder of a built-in checkpoint, unless something here has that name; other names as they are.
+
+    Raises FileNotFoundError for a name that is nearly a built-in one.
+    """
     name = str(name_or_path)
-    return str(ASSETS / name) if name in BUILT_IN and not Path(name).exists() else name
+    if not re.fullmatch(r"[\w.-]{1,40}", name) or Path(name).exists():
+        return name
+    if name not in BUILT_IN and (match := nearest(name.lower(), BUILT_IN)):
+        known = ", ".join(BUILT_IN)
+        raise FileNotFoundError(f"{name!r} is no file or folder here, nor built in as {known} are{match}")
+    return str(ASSETS / name) if name in BUILT_IN else name
 
 
 def layout_of(name: str, listing: list[str]) -> str:
@@ -236,7 +249,7 @@ def layout_of(name: str, listing: list[str]) -> str:
     raise ValueError(
         f"{name} is no checkpoint that joyedit knows: no model_index.json (Diffusers), no transformer/ with "
         f"{ORIGINAL_TEXT_ENCODER}/ (original JoyAI), no diffusion_models/ (ComfyUI). "
-        f"It holds: {found or 'nothing'}"
+        f"It holds: {found or 'nothing'}{broken_off(Path(name))}"
     )
 
 
@@ -316,7 +329,15 @@ def _device(device: str | torch.device) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device={device!r}: write 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this PyTorch finds no CUDA or ROCm device")
+        raise ValueError(f"device={str(device)!r}: this PyTorch finds no CUDA or ROCm device")
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={str(device)!r}: there are {count} devices, from cuda:0 on")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={str(device)!r}: this PyTorch finds no Apple GPU")
+    try:
+        torch.empty(1, device=found).tolist()
+    except (RuntimeError, AssertionError, ImportError):  # "meta" and devices of other makes
+        raise ValueError(f"device={str(device)!r}: nothing can be computed there by this PyTorch") from None
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.plain_text import shown
 from joyedit.media.images import OUTPUT_TYPES
 from joyedit.noise import Generators
 
@@ -40,6 +41,10 @@ class Text(NamedTuple):
         if self.negative is not None and self.negative_embeds is not None:
             raise ValueError(f"give {name}negative_prompt or {name}negative_prompt_embeds, not both")
         check_text(f"{name}negative_prompt", self.negative)
+        for kind, embeds in (("", self.embeds), ("negative_", self.negative_embeds)):
+            if embeds is not None and not (isinstance(embeds, Tensor) and embeds.ndim):
+                form = "has no axes" if isinstance(embeds, Tensor) else f"is a {type(embeds).__name__}"
+                raise TypeError(f"{name}{kind}prompt_embeds {form}: must be a tensor (B, L, D)")
 
     def check_negatives(self, batch: int) -> None:
         """Raises ValueError for embedded negative prompts of another number than `batch`."""
@@ -60,7 +65,7 @@ def check_prompts(name: str, prompt: Any, embeds_name: str, embeds: Tensor | Non
 def check_text(name: str, text: Any) -> None:
     if text is not None and not isinstance(text, str):
         if not isinstance(text, list) or not text or not all(isinstance(t, str) for t in text):
-            raise TypeError(f"{name} must be a string or a non-empty list of strings, not {text!r}")
+            raise TypeError(f"{name} must be a string or a non-empty list of strings, not {shown(text)}")
 
 
 def as_list(text: str | list[str] | None, batch: int, name: str) -> list[str]:

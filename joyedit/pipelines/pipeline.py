@@ -26,6 +26,7 @@ from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.network import Network, plan_folder
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import visible
+from joyedit.checkpoints.summary import parts
 from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming, at_rest, visit
 from joyedit.pipelines.defaults import Unsaid, plain
@@ -126,8 +127,12 @@ class Pipeline(DiffusersSpellings):
         needed = any(issubclass(kind, Scheduler) for kind in kinds or ()) and name not in cls.optional_parts
         if kinds and not isinstance(value, kinds) and (needed or value is not None):
             wanted = " or ".join(kind.__name__ for kind in kinds)
-            advice = ""
-            if hasattr(value, "_orig_mod"):
+            advice, home = "", type(value).__module__.partition(".")[0]
+            if home in ("diffusers", "transformers"):
+                advice = f" of joyedit, not of {home}"
+                if hasattr(value, "config") and hasattr(value, "set_timesteps"):
+                    advice += f": {kinds[0].__name__}.from_config({name}.config) makes one of it"
+            elif hasattr(value, "_orig_mod"):
                 advice = "; compile its blocks in place instead: `for block in blocks: block.compile()`"
             raise TypeError(f"{name} is a {type(value).__name__}: {cls.__name__} takes {wanted}{advice}")
 
@@ -302,6 +307,14 @@ class Pipeline(DiffusersSpellings):
     @property
     def networks(self) -> dict[str, Network]:
         return {name: part for name, part in self.components.items() if isinstance(part, Network)}
+
+    def __repr__(self) -> str:
+        """A part a line, and what is set for all of them."""
+        adapters = repr(self.adapters) if self.get_list_adapters() else ""
+        facts = {"reference_quirks": ", ".join(sorted(self.quirks)), "adapters": adapters}
+        if self._offload_device is not None:
+            facts["offloaded from"] = str(self._offload_device)
+        return parts(type(self).__name__, self.components, facts)
 
     @property
     def device(self) -> torch.device:

@@ -301,7 +301,7 @@ MASK = torch.ones(1, 3)
         (dict(guidance_scale="4"), "guidance_scale='4'"),
         (dict(guidance_scale=None), "guidance_scale=None"),
         (dict(latents=np.zeros(3)), "latents is a ndarray"),
-        (dict(prompt=None, prompt_embeds=EMBEDS.numpy(), prompt_embeds_mask=MASK), "must be tensors"),
+        (dict(prompt=None, prompt_embeds=EMBEDS.numpy(), prompt_embeds_mask=MASK), "embeds is a ndarray"),
         (dict(prompt=None, prompt_embeds=EMBEDS / 0, prompt_embeds_mask=MASK), "prompt_embeds hold NaN"),
         (
             dict(prompt=["a", "b"], negative_prompt_embeds=EMBEDS, negative_prompt_embeds_mask=MASK),
