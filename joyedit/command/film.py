@@ -104,10 +104,6 @@ class Film:
 
     def contradiction(self, args: argparse.Namespace) -> str | None:
         frames, reasoning, preset = args.num_frames, args.num_temporal_reasoning_steps, args.preset
-        typed = {"--steps": args.num_inference_steps, "--guidance-scale": args.guidance_scale}
-        for (option, value), usual in zip(typed.items(), PRESETS[None], strict=True):
-            if preset is not None and value == usual:  # the pipeline cannot tell it from its default
-                return f"{option} {value:g} is what --preset {preset} replaces: leave out one of them"
         steps = args.num_inference_steps or PRESETS.get(preset, PRESETS[None])[0]
         if frames is not None and frames != FRAMES and reasoning is None:
             return (
