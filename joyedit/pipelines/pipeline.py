@@ -489,7 +489,7 @@ class Pipeline(DiffusersSpellings):
         if self.made_for.world is None or self.adapters.get_list_adapters():
             return []
         learned = self.learned_words()
-        return [word for word in self.made_for.world.unknown(texts) if word not in learned]
+        return [word for word in self.made_for.world.unknown(texts) if word.lower() not in learned]
 
     def learned_words(self) -> set[str]:
         """Words that were added to the vocabulary, in small letters and as `made_for.words_of` reads them."""

@@ -334,7 +334,7 @@ def test_preset_takes_adapter_steps_and_guidance(photo, run, untouched):
     assert (found["preset"], found["model"]) == ("distill", "tiny-chronoedit")
     assert (found["num_inference_steps"], found["guidance_scale"]) == (8, 1.0)
     distilled = joyedit.load("tiny-chronoedit", device="cpu", preset="distill")
-    assert np.array_equal(pixels("a.png"), film(distilled, photo, steps=50)[-1])
+    assert np.array_equal(pixels("a.png"), film(distilled, photo, steps=8)[-1])
     assert run("edit", photo, "--config-from", "a.png", "-o", "again.png")[0] == 0
     assert Path("again.png").read_bytes() == Path("a.png").read_bytes()
     plain = ("--guidance-scale", 2, "--seed", 1, "-o", "plain.png")
@@ -364,9 +364,9 @@ def test_an_adapter_joins_the_one_of_a_preset(photo, run, checkpoint):
     words = ("--preset", "distill", "--lora", "mine.safetensors", *SIZE, "--seed", 1, "-q", "-o", "a.png")
     assert run("edit", photo, "Make it red.", *words)[0] == 0
     both = joyedit.load("tiny-chronoedit", device="cpu", preset="distill")
-    alone = film(both, photo, steps=50)[-1]
+    alone = film(both, photo, steps=8)[-1]
     both.load_lora_weights("mine.safetensors")
-    wanted = film(both, photo, steps=50)[-1].astype(int)
+    wanted = film(both, photo, steps=8)[-1].astype(int)
     assert np.abs(pixels("a.png") - wanted).max() <= 1 and np.abs(alone - wanted).max() > 1
 
 
