@@ -46,7 +46,8 @@ STATE_OF_CALLS = frozenset(
     {"_guidance_scale", "_interrupt", "_num_timesteps", "_current_timestep", "_attention_kwargs"}
 )
 
-REGISTERING = threading.Lock()  # over the sets of running calls, which pickling a pipeline must not meet
+# Over the sets of running calls of all pipelines: one that had a lock of its own could not be pickled.
+REGISTERING = threading.Lock()
 
 
 class Pipeline(DiffusersSpellings):
