@@ -46,7 +46,8 @@ STATE_OF_CALLS = frozenset(
     {"_guidance_scale", "_interrupt", "_num_timesteps", "_current_timestep", "_attention_kwargs"}
 )
 
-REGISTERING = threading.Lock()  # over the sets of running calls, which pickling a pipeline must not meet
+# Over the sets of running calls of all pipelines: one that had a lock of its own could not be pickled.
+REGISTERING = threading.Lock()
 
 
 class Pipeline(DiffusersSpellings):
@@ -489,7 +490,7 @@ class Pipeline(DiffusersSpellings):
         if self.made_for.world is None or self.adapters.get_list_adapters():
             return []
         learned = self.learned_words()
-        return [word for word in self.made_for.world.unknown(texts) if word not in learned]
+        return [word for word in self.made_for.world.unknown(texts) if word.lower() not in learned]
 
     def learned_words(self) -> set[str]:
         """Words that were added to the vocabulary, in small letters and as `made_for.words_of` reads them."""
