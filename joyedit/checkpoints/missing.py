@@ -167,7 +167,11 @@ NETWORKS: Mapping[str, str] = {
 
 SCHEDULERS: Mapping[str, str] = {
     **CONFIGS,
-    **_all("betas alphas alphas_cumprod", "flow matching has no betas: its levels are `sigmas`"),
+    **_all("betas alphas_cumprod", "flow matching has no betas: its levels are `sigmas`"),
+    "alphas": "1 - betas, where there are any; the levels of a flow are `sigmas`",
+    **_all("alpha_t sigma_t lambda_t", "from `alphas_cumprod`: its root, that of what it leaves of 1, log of both"),
+    **_all("lower_order_nums this_order timestep_list", "`model_outputs` are those that are remembered"),
+    **_all("predict_x0 disable_corrector", "settings are `.config`"),
     **_all("time_shift stretch_shift_to_terminal", "set_timesteps shifts the levels: see `sigmas`"),
     **_all("multistep_uni_p_bh_update multistep_uni_c_bh_update", "step predicts and corrects"),
 }
