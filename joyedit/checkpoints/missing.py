@@ -169,7 +169,9 @@ SCHEDULERS: Mapping[str, str] = {
     **CONFIGS,
     **_all("betas alphas_cumprod", "flow matching has no betas: its levels are `sigmas`"),
     "alphas": "1 - betas, where there are any; the levels of a flow are `sigmas`",
-    **_all("alpha_t sigma_t lambda_t", "from `alphas_cumprod`: its root, that of what it leaves of 1, log of both"),
+    **_all(
+        "alpha_t sigma_t lambda_t", "from `alphas_cumprod` a: sqrt(a), sqrt(1 - a) and the log of their ratio"
+    ),
     **_all("lower_order_nums this_order timestep_list", "`model_outputs` are those that are remembered"),
     **_all("predict_x0 disable_corrector", "settings are `.config`"),
     **_all("time_shift stretch_shift_to_terminal", "set_timesteps shifts the levels: see `sigmas`"),
