@@ -209,6 +209,18 @@ TOKENIZERS: Mapping[str, str] = {
     **_all("save_vocabulary save_chat_templates", "save_pretrained writes the vocabulary and the template"),
     **_all("is_fast model_input_names pad_token_type_id", "there are input_ids and attention_mask"),
     **_all(
+        """add_prefix_space clean_up_tokenization_spaces files_loaded init_inputs init_kwargs
+        split_special_tokens""",
+        "what the folder says is `settings`",
+    ),
+    **_all("name_or_path", "where it came from is not kept"),
+    **_all("chat_control_tokens response_template", "no chat is held here"),
+    **_all(
+        """clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output deprecation_warnings
+        verbose""",
+        INSIDE_TRANSFORMERS,
+    ),
+    **_all(
         """SPECIAL_TOKENS_ATTRIBUTES add_bos_token add_eos_token can_save_slow_tokenizer convert_added_tokens
         convert_to_native_format pretrained_vocab_files_map register_for_auto_class slow_tokenizer_class
         update_post_processor vocab_files_names""",
@@ -226,6 +238,11 @@ PROCESSORS: Mapping[str, str] = {
     **_all("preprocess process_image fetch_images", "call the processor with the images"),
     **_all("resize center_crop", "crop(image) scales and crops"),
     **_all("rescale normalize convert_to_rgb pad", "call the processor, which does it"),
+    **_all(
+        """data_format device disable_grouping do_pad image_seq_length input_data_format pad_size
+        return_tensors""",
+        INSIDE_TRANSFORMERS,
+    ),
     **_all("from_dict from_json_file get_image_processor_dict", "from_pretrained(folder) reads the settings"),
     **_all("apply_chat_template", "pipelines write their own template"),
     **_all("decode batch_decode", "`.tokenizer` has decode and batch_decode"),

@@ -134,7 +134,7 @@ class TextualInversion:
                 raise ValueError(
                     f"token {word!r} would be read as a vector of {stem!r}: give it another name"
                 )
-        self.tokenizer.add_tokens([token for tokens in chains.values() for token in tokens])
+        self.tokenizer.append_tokens([token for tokens in chains.values() for token in tokens])
         added = torch.cat(list(found.values())).to(weight.device, weight.dtype)
         self._set_embedding(torch.cat((weight, added)))
 
