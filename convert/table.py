@@ -205,7 +205,11 @@ def plan_conversion(
 def _check_shapes(steps: Mapping[str, Step], found: Mapping, wanted: Mapping) -> None:
     for name, step in steps.items():
         sources = [torch.empty(found[s], device="meta") for s in step.sources]
-        shape = tuple(step.transform(sources)[step.index].shape)
+        try:
+            shape = tuple(step.transform(sources)[step.index].shape)
+        except (IndexError, RuntimeError):  # too few axes, or parts that are not equal
+            shapes = ", ".join(f"{s} {tuple(found[s])}" for s in step.sources)
+            raise ValueError(f"{shapes} cannot become {name}, wanted {tuple(wanted[name])}") from None
         if shape != tuple(wanted[name]):
             raise ValueError(
                 f"{', '.join(step.sources)} gives shape {shape} for {name}, wanted {tuple(wanted[name])}"

@@ -14,11 +14,14 @@ import dataclasses
 import functools
 import itertools
 import logging
+import numbers
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,12 +37,17 @@ from joyedit.checkpoints.lora_spellings import (
 )
 from joyedit.checkpoints.network import Network
 from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.summary import adapters
 
 log = logging.getLogger("joyedit")
 
 STATE = "lora_adapters"  # the attribute of a network that holds its AdapterState
 
 Weighted = list[tuple[Delta, float]]  # deltas and their strengths
+
+# `_RUNNING.scales`: what the running call multiplies adapters with, by AdapterState. Each thread has its own:
+# calls in several threads share networks. (torch.compile reads and guards this; a ContextVar it does not.)
+_RUNNING = threading.local()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +106,10 @@ class Adapters:
         """`networks`: by the name that files use as prefix: "unet", "transformer", "text_encoder"."""
         self.networks = dict(networks)
 
+    def __repr__(self) -> str:
+        """An adapter a line: where it is, in use or not, and with which weight."""
+        return adapters(self._states)
+
     def load_lora_weights(
         self,
         source: str | Path | Mapping[str, Tensor],
@@ -146,9 +158,10 @@ class Adapters:
         ValueError for unknown names.
         """
         names = self._known([adapter_names] if isinstance(adapter_names, str) else adapter_names)
-        weights = (
-            adapter_weights if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
-        )
+        weights: Any = adapter_weights
+        if isinstance(weights, (np.ndarray, Tensor)):
+            weights = weights.tolist()
+        weights = weights if isinstance(weights, (list, tuple)) else [weights] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"adapter_weights has {len(weights)} values for {len(names)} adapters {names}")
         tables = [self._weight_table(weight) for weight in weights]
@@ -186,16 +199,13 @@ class Adapters:
 
     @contextlib.contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
-        """All adapters that are not fused, times `scale` while the block runs."""
-        states = self._states
-        before = {network: state.scale for network, state in states.items()}
+        """All adapters that are not fused, times `scale` while the block runs, in this thread alone."""
+        before = getattr(_RUNNING, "scales", {})
+        _RUNNING.scales = {**before, **{state: state.scale * scale for state in self._states.values()}}
         try:
-            for network, state in states.items():
-                state.set_scale(before[network] * scale, self.networks[network])
             yield
         finally:
-            for network, state in states.items():
-                state.set_scale(before[network], self.networks[network])
+            _RUNNING.scales = before
 
     def fuse_lora(
         self,
@@ -318,9 +328,10 @@ class Adapters:
             raise ValueError(f"adapter_weights names {sorted(unknown)}; known are {sorted(self.networks)}")
         table = {network: self._read_blocks(network, number) for network, number in table.items()}
         for network, number in table.items():
-            if number is not None and not isinstance(number, (int, float, BlockWeights)):
+            if number is not None and not isinstance(number, BlockWeights) and not _is_number(number):
                 raise ValueError(f"adapter_weights: {number!r} for {network} is not a number")
-        return {network: 1.0 if table.get(network) is None else table[network] for network in self.networks}
+        given = {network: number for network, number in table.items() if number is not None}
+        return {network: _as_strength(given.get(network, 1.0)) for network in self.networks}
 
     def _read_blocks(self, network: str, weight: Any) -> Any:
         """A weight by block with what it means in the network; other weights as they are."""
@@ -348,6 +359,16 @@ def write_lora(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     return path
 
 
+def _as_strength(weight: Any) -> Strength:
+    return weight if isinstance(weight, BlockWeights) else float(weight)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number, of Python, numpy or torch; True and False are none."""
+    value = value.item() if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0 else value
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def merge(base: Tensor, deltas: Weighted) -> Tensor:
     """The sum of a parameter and its deltas, in fp32, rounded once to the dtype of the parameter, whose
     memory layout it keeps."""
@@ -365,7 +386,6 @@ class AdapterState:
         self.weights: dict[str, Strength] = {}
         self.active: list[str] = []
         self.enabled = True
-        self.scale = 1.0  # of the running call
         self.fused: dict[str, Strength] = {}  # adapter -> the strength with which it is in the weights
         self.originals: dict[str, Tensor] = {}  # tensor -> what it was before the first fuse
         self.reversible = True
@@ -375,22 +395,20 @@ class AdapterState:
         self.active = list(names)
         self.sync(network)
 
-    def set_scale(self, scale: float, network: nn.Module) -> None:
-        if scale != self.scale:
-            self.scale = scale
-            self.sync(network)
+    @property
+    def scale(self) -> float:
+        """Of the running call."""
+        return getattr(_RUNNING, "scales", {}).get(self, 1.0)
 
     def sync(self, network: nn.Module) -> None:
         """Let the network's modules read the sums that are wanted now."""
-        running = {
-            n: self.weights[n] * self.scale for n in self.active if self.enabled and n not in self.fused
-        }
+        running = {n: self.weights[n] for n in self.active if self.enabled and n not in self.fused}
         live: dict[str, dict[str, Weighted]] = {}
         for tensor, deltas in self.collect(running).items():
             path, _, leaf = tensor.rpartition(".")
             live.setdefault(path, {})[leaf] = deltas
         for path in self.adapted | live.keys():
-            read_with_deltas(network.get_submodule(path), live.get(path, {}))
+            read_with_deltas(network.get_submodule(path), live.get(path, {}), self)
         self.adapted = set(live)
 
     def collect(self, strengths: Mapping[str, Strength]) -> dict[str, Weighted]:
@@ -450,18 +468,20 @@ def _parameter(network: nn.Module, tensor: str) -> nn.Parameter:
     return parameter
 
 
-def read_with_deltas(module: nn.Module, deltas: dict[str, Weighted]) -> None:
-    """From now on, reading these parameters as attributes of `module` gives them with the deltas added.
+def read_with_deltas(module: nn.Module, deltas: dict[str, Weighted], state: AdapterState) -> None:
+    """From now on, reading these parameters as attributes of `module` gives them with the deltas added, times
+    the scale that `state` has for the running call.
 
     The class of this one object becomes a subclass in which the parameters are properties. `_parameters`, and
     so everything that walks over parameters, is untouched.
     """
     plain = getattr(type(module), "plain_class", type(module))
     if deltas:
-        module.__dict__["lora_deltas"] = deltas
+        module.__dict__["lora_deltas"], module.__dict__["lora_state"] = deltas, state
         module.__class__ = _reading_class(plain, frozenset(deltas))
     else:
-        module.__dict__.pop("lora_deltas", None)
+        for name in ("lora_deltas", "lora_state"):
+            module.__dict__.pop(name, None)
         module.__class__ = plain
 
 
@@ -471,11 +491,27 @@ def _reading_class(plain: type[nn.Module], leaves: frozenset[str]) -> type[nn.Mo
         def read(module: nn.Module) -> Tensor:
             parameter = module._parameters[leaf]
             assert parameter is not None
-            return merge(parameter, module.__dict__["lora_deltas"][leaf])
+            scale = module.__dict__["lora_state"].scale
+            deltas = module.__dict__["lora_deltas"][leaf]
+            return (
+                merge(parameter, [(delta, strength * scale) for delta, strength in deltas])
+                if scale
+                else parameter
+            )
 
         return property(read)
 
-    return type(plain.__name__, (plain,), {"plain_class": plain, **{leaf: reading(leaf) for leaf in leaves}})
+    def reduce(module: nn.Module, protocol: Any) -> tuple:
+        """For pickle, which finds classes by name, and this one has none."""
+        return _new_reading, (plain, leaves), dict(module.__dict__)
+
+    made = {"plain_class": plain, "__reduce_ex__": reduce, **{leaf: reading(leaf) for leaf in leaves}}
+    return type(plain.__name__, (plain,), made)
+
+
+def _new_reading(plain: type[nn.Module], leaves: frozenset[str]) -> nn.Module:
+    kind = _reading_class(plain, leaves)
+    return kind.__new__(kind)
 
 
 def keys_to_save(

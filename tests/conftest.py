@@ -1,24 +1,60 @@
-"""What every test shares: few threads, a fixed seed, and the place of the recorded data."""
+"""What every test shares: the cores, few threads, a fixed seed, and the place of the recorded data."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import joyedit
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which acts on the options
+def pytest_cmdline_main(config):
+    """With pytest-xdist, the tests are spread over the cores, unless the command line says otherwise or would
+    lose by it: tests that share one GPU, a debugger, output as it comes, or files named one by one (each
+    process needs seconds to begin)."""
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    chosen = option.numprocesses is not None or option.dist != "no" or option.tx or option.distload
+    looking = ("usepdb", "trace", "collectonly", "showfixtures", "show_fixtures_per_test", "setupplan")
+    looks = option.capture == "no" or any(config.getoption(name, False) for name in looking)
+    named = all(Path(argument.partition("::")[0]).is_file() for argument in config.args)
+    on_gpu = "gpu" in option.markexpr.replace("not gpu", "")
+    if not (chosen or looks or named or on_gpu) and (workers := usable_cores()) > 1:
+        option.numprocesses, option.dist = workers, "worksteal"
+        # Read when torch is loaded, so by the workers: with more threads than cores, waiting ones take time.
+        os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    return usable_cores()
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, at most eight: each worker needs 1 GB, and ten seconds to begin."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    import torch  # here: the process that only hands out tests does without
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -39,6 +75,8 @@ def goldens(tmp_path_factory) -> SimpleNamespace:
     described and encoders: the same of the processor and the prompt encoder. photos(case): the `image`
     argument.
     """
+    from safetensors.torch import load_file
+
     checkpoint = tmp_path_factory.mktemp("goldens") / "tiny-joyimage-edit"
     shutil.copytree(GOLDENS / checkpoint.name, checkpoint)
     shutil.copytree(checkpoint / "tokenizer", checkpoint / "processor", dirs_exist_ok=True)
@@ -63,6 +101,7 @@ def sd_reference() -> dict:
     """Tiny networks of Stable Diffusion 1.x and 2.x in the reference, with the four levels and the layers of
     the released ones: release -> part -> network."""
     import diffusers
+    import torch
     import transformers
 
     def networks(release):
@@ -114,6 +153,8 @@ def sd_states(sd_reference) -> dict:
 def sd_released(shared_data):
     """A function: name of a published checkpoint -> part -> its tensors at their own size, each a single zero
     that takes no memory."""
+    import torch
+
     kinds = {
         "unet": "UNet2DConditionModel",
         "vae": "AutoencoderKL",
@@ -132,6 +173,24 @@ def sd_released(shared_data):
         return found
 
     return zeros
+
+
+@pytest.fixture
+def write_zeros():
+    """A function: path, tensors (names to fp16) -> a safetensors file of these names and shapes, all zeros,
+    which takes no place on the disk."""
+
+    def write(path, tensors):
+        header, end = {}, 0
+        for name, tensor in tensors.items():
+            start, end = end, end + 2 * tensor.numel()
+            header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        encoded = json.dumps(header).encode()
+        with path.open("wb") as out:
+            out.write(len(encoded).to_bytes(8, "little") + encoded)
+            out.truncate(8 + len(encoded) + end)
+
+    return write
 
 
 @pytest.fixture

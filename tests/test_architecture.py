@@ -1,6 +1,7 @@
 """Which module may import which, and the other rules that keep each file readable on its own."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -66,6 +67,7 @@ SOURCES = sources()
 every_module = pytest.mark.parametrize("name", SOURCES)
 
 
+@functools.cache
 def tree(name: str) -> ast.Module:
     return ast.parse(SOURCES[name].read_text(encoding="utf-8"))
 

@@ -129,7 +129,7 @@ CHECKS = {
         type(pipe.transformer).predict_target = counted
         np.save("changed", edited(pipe))
         assert len(calls) == 2 * 3, calls  # with guidance
-        assert type(pipe.scheduler) is FlowMatchHeunDiscreteScheduler and pipe.scheduler.step_index == 3
+        assert type(pipe.scheduler) is FlowMatchHeunDiscreteScheduler
         pipe.scheduler = joyedit.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
         np.save("published", edited(pipe))
         try:

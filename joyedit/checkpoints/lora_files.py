@@ -8,14 +8,15 @@ key ends in tells its role:
     down up      lora_A lora_B, lora_down lora_up, lora.down lora.up, lora_linear_layer.down, to_q_lora.down
     alpha        a number; the strength is alpha / r, and 1 where there is none
     diff diff_b  a whole weight or bias, to be added as it is; lora_B.bias likewise, times alpha / r
+    diff_m       the same for the modulation of a block or head of WAN
+    w_norm b_norm  the same for a norm, as LyCORIS writes them
 
 D_in, D_out widths of a layer; a convolution's channels and kernel count as one   r rank
-Source: diffusers `loaders/lora_conversion_utils.py`; kohya-ss sd-scripts; PEFT; the published files.
+Source: diffusers `loaders/lora_conversion_utils.py`; kohya-ss sd-scripts; PEFT; LyCORIS `modules/full.py`,
+`modules/norms.py`; the published files.
 """
 
 import dataclasses
-import json
-import math
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,9 +28,12 @@ from torch import Tensor
 
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json
+from joyedit.checkpoints.lora_settings import Settings, is_number
 from joyedit.checkpoints.network import Network
 from joyedit.checkpoints.options import LoadOptions
-from joyedit.checkpoints.tensor_files import TensorFiles, safetensors_header
+from joyedit.checkpoints.plain_text import shown
+from joyedit.checkpoints.safetensors_files import metadata_json
+from joyedit.checkpoints.tensor_files import TensorFiles
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 USUAL_NAMES = (WEIGHT_NAME, "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
@@ -41,13 +45,19 @@ TEXT = ("text_encoder",)
 # Prefix of a layer's name -> the networks that it may mean; None: any.
 PREFIXES: Mapping[str, tuple[str, ...] | None] = {
     "base_model.model.": None,
-    "unet.": ("unet",),
+    "module.": None,  # of distributed training
+    "_orig_mod.": None,  # of torch.compile
+    "unet.": DENOISERS,
     "transformer.": ("transformer",),
+    "pipe.dit.": ("transformer",),
+    "dit.": ("transformer",),
     "text_encoder.": TEXT,
     "model.diffusion_model.": DENOISERS,
     "diffusion_model.": DENOISERS,
     "cond_stage_model.transformer.": TEXT,
+    "lora_unet__": DENOISERS,
     "lora_unet_": DENOISERS,
+    "lycoris_": DENOISERS,
     "lora_transformer_": ("transformer",),
     "lora_te_": TEXT,
     "lora_te1_": TEXT,
@@ -65,10 +75,15 @@ ROLES = tuple(
         (r"\.alpha", "alpha"),
         (r"\.diff", "diff"),
         (r"\.diff_b", "diff_b"),
+        (r"\.w_norm", "diff"),
+        (r"\.b_norm", "diff_b"),
     )
 )
 # The first LoRAs named the attention processor's layers, not the network's.
 PROCESSOR = re.compile(r"(?P<path>.+?)(\.processor)?\.to_(?P<part>[qkv]|out)_lora\.(?P<role>down|up)\.weight")
+
+# A block's modulation is a parameter of its own: what it is called where `.diff_m` is written for it.
+MODULATIONS = ("modulation", "scale_shift_table")
 
 REFUSED = {
     "dora_scale": "DoRA",
@@ -114,8 +129,8 @@ class Delta:
     def add_to(self, total: Tensor, strength: float) -> Tensor:
         """total (D_out, D_in) + strength * delta, in the dtype of total."""
         if self.down.device != total.device:
-            self.down = self.down.to(total.device)
             self.up = None if self.up is None else self.up.to(total.device)
+            self.down = self.down.to(total.device)  # last: another thread then finds both there
         factor = strength * self.scale
         if self.up is None:
             return torch.add(total, self.down.to(total.dtype), alpha=factor)
@@ -142,12 +157,7 @@ def open_lora(
             origin.fetch_file(subfolder, name, ())
         beside = path.with_name(name)
         return files, read_json(beside) if beside.is_file() else {}
-    header = safetensors_header(path) if path.suffix == ".safetensors" else {}
-    text = header.get("__metadata__", {}).get(METADATA_KEY)
-    try:
-        return files, json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: {METADATA_KEY} in its header is not valid JSON: {error}") from None
+    return files, metadata_json(path, METADATA_KEY) if path.suffix == ".safetensors" else {}
 
 
 def read_lora(
@@ -177,7 +187,7 @@ def read_lora(
             raise ValueError(f"{roles[role]} and {key} are both the {role} of {'.'.join(layer)}")
         roles[role] = key
     parameters = {network: dict(module.named_parameters()) for network, module in networks.items()}
-    settings = {network: _settings(metadata, network) for network in networks}
+    settings = {network: Settings.of(metadata, network) for network in networks}
     changes: dict[str, Changes] = {}
     for (network, layer), roles in layers.items():
         if set(roles) == {"alpha"}:
@@ -242,17 +252,21 @@ def parse_key(key: str) -> Iterator[tuple[str, str]]:
     if match := PROCESSOR.fullmatch(key):
         for leaf in (f"to_{match['part']}", f"to_{match['part']}.0", f"{match['part']}_proj"):
             yield f"{match['path']}.{leaf}", match["role"]
+    if key.endswith(".diff_m"):
+        for leaf in MODULATIONS:
+            for dot in "._":
+                yield f"{key.removesuffix('.diff_m')}{dot}{leaf}", "diff"
     for pattern, role in ROLES:
         match = pattern.search(key)
         if match and match.end() == len(key):
-            yield key[: match.start()].replace(".processor.", "."), role
+            yield key[: match.start()].replace(".processor.", ".").replace("._orig_mod.", "."), role
 
 
 def deltas_of(
     layer: str,
     parts: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
-    settings: Mapping[str, Any],
+    settings: Settings,
 ) -> Iterator[tuple[str, Delta]]:
     """The tensors of a layer that change, and by what. `parts`: role -> tensor. Raises ValueError, its text
     starting with the layer's name, for shapes that do not fit and factors that lack the other one."""
@@ -260,22 +274,39 @@ def deltas_of(
     weight, bias = parameters.get(name), parameters.get(f"{layer}.bias")
     if ("down" in parts) != ("up" in parts) or ("up_bias" in parts and "up" not in parts):
         raise ValueError(f"{layer}: the other factor is missing")
+    for role, part in parts.items():
+        if role != "alpha" and not part.is_floating_point():
+            raise ValueError(f"{layer}: its {role} is of {part.dtype}, not of floating point")
     scale = 1.0
     if "down" in parts:
         up, down = parts["up"], parts["down"]
-        rank = down.shape[0]
-        shape = () if weight is None else tuple(weight.shape)
+        if weight is None:
+            raise ValueError(f"{name} does not exist, and factors are for it")
+        if down.ndim < 2 or up.ndim < 2 or 0 in (*down.shape, *up.shape):
+            raise ValueError(
+                f"{layer}: up {tuple(up.shape)} and down {tuple(down.shape)} are no two matrices"
+            )
+        rank, shape = down.shape[0], tuple(weight.shape)
         if _trim(up.shape) != _trim((*shape[:1], rank)) or _trim(down.shape[1:]) != _trim(shape[1:]):
             raise ValueError(
                 f"{name} is {shape}, and up {tuple(up.shape)} @ down {tuple(down.shape)} does not fit"
             )
-        scale = parts["alpha"].item() / rank if "alpha" in parts else _strength(settings, layer, rank)
+        scale = _alpha(layer, parts["alpha"]) / rank if "alpha" in parts else settings.strength(layer, rank)
         yield name, Delta(down.reshape(rank, -1), up.reshape(-1, rank), scale)
     if "diff" in parts:
         yield name, _whole(name, parts["diff"], weight, 1.0)
     for role, factor in (("up_bias", scale), ("diff_b", 1.0)):
         if role in parts:
             yield f"{layer}.bias", _whole(f"{layer}.bias", parts[role], bias, factor)
+
+
+def _alpha(layer: str, alpha: Tensor) -> float:
+    if alpha.numel() != 1:
+        raise ValueError(f"{layer}: its alpha has the shape {tuple(alpha.shape)}, must be one number")
+    value = alpha.reshape(()).item()
+    if not is_number(value):
+        raise ValueError(f"{layer}: its alpha is {shown(value)}, must be a finite number")
+    return value
 
 
 def _whole(name: str, diff: Tensor, parameter: Tensor | None, scale: float) -> Delta:
@@ -294,27 +325,6 @@ def _trim(shape: Sequence[int]) -> tuple[int, ...]:
     while sizes and sizes[-1] == 1:
         sizes.pop()
     return tuple(sizes)
-
-
-def _settings(metadata: Mapping[str, Any], network: str) -> dict[str, Any]:
-    """PEFT's settings of one network: Diffusers writes its name before each key, PEFT itself does not."""
-    named = {k.removeprefix(f"{network}."): v for k, v in metadata.items() if k.startswith(f"{network}.")}
-    settings = named or {key: value for key, value in metadata.items() if "." not in key}
-    if settings.get("use_dora"):
-        raise ValueError("this is DoRA (use_dora in its settings), which is not supported")
-    return settings
-
-
-def _strength(settings: Mapping[str, Any], layer: str, rank: int) -> float:
-    """alpha / r from PEFT's settings, by its rule: a pattern ends the layer's name at a dot."""
-    alpha = settings.get("lora_alpha")
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-            alpha = value
-            break
-    if alpha is None:
-        return 1.0
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
 def is_lora(keys: Iterable[str]) -> bool:

@@ -15,14 +15,18 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from joyedit.checkpoints.bounds import MOST_TENSORS, as_value_errors, most_tensors
 from joyedit.checkpoints.config import Config
-from joyedit.checkpoints.hub import Origin, choose_weight_files, shards_of
+from joyedit.checkpoints.hub import Origin, choose_weight_files
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.network_spellings import NetworkSpellings, local_file, tensors_of_one
 from joyedit.checkpoints.new_parameters import NewParameters, WithoutInit, initial_values, without_numbers
 from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.shard_index import shards_of
+from joyedit.checkpoints.stored_dtypes import FP8, refuse_integers, refuse_quantised, widened
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.convert.table import DoesNotFitError, Layout, Plan, plan_conversion
 
@@ -253,11 +257,16 @@ def plan_network(
     declares as fp32 stay so. Raises ValueError with the two-sided key difference when the files do not fit.
     """
     patterns = new_parameters or NewParameters()
-    network = build_on_meta(cls, config)
+    try:
+        refuse_quantised(files)
+        network = build_on_meta(cls, config, most_tensors(len(files)))
+    except ValueError as error:
+        raise ValueError(f"{files}: {error}") from None
     tensors = network.state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         plan = plan_conversion(network.layouts(), files.shapes, wanted, set(patterns.among(wanted)))
+        refuse_integers({n: s.sources for n, s in plan.steps.items()}, files.dtypes, tensors)
     except ValueError as error:
         advice = _advice(error) if isinstance(error, DoesNotFitError) else ""
         raise ValueError(f"{files}: not the weights of this {cls.__name__}: {error}{advice}") from None
@@ -293,10 +302,29 @@ def load_network(
     return planned.read()
 
 
-def build_on_meta(cls: type[Network], config: Config) -> Any:
-    """A network of the right names and shapes that takes no memory. Nothing is initialised."""
-    with torch.device("meta"), WithoutInit():
+def build_on_meta(cls: type[Network], config: Config, most: int = MOST_TENSORS) -> Any:
+    """A network of the right names and shapes that takes no memory. Nothing is initialised.
+
+    Raises ValueError for settings that do not fit one another, and for a network of more than `most` tensors.
+    """
+    unfit = as_value_errors(f"{type(config).__name__}: the settings do not fit one another")
+    with unfit, torch.device("meta"), WithoutInit(), _AtMost(type(config).__name__, most):
         return cls(config)
+
+
+class _AtMost(TorchFunctionMode):
+    """Counts the tensors that are made, and stops a network that does not end."""
+
+    def __init__(self, settings: str, most: int):
+        super().__init__()
+        self.settings, self.left, self.most = settings, most, most
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.empty, torch.ones, torch.zeros, torch.randn):
+            self.left -= 1
+            if self.left < 0:
+                raise ValueError(f"{self.settings} is of a network of more than {self.most} tensors")
+        return func(*args, **(kwargs or {}))
 
 
 def target_dtypes(
@@ -306,6 +334,8 @@ def target_dtypes(
     if dtype is None and files.nbytes() > AUTO_BF16_BYTES:
         floats = {d for d in files.dtypes.values() if d.is_floating_point}
         dtype = torch.bfloat16 if floats == {torch.float32} else None
+    if dtype is None and not FP8.isdisjoint(files.dtypes.values()):
+        dtype = torch.bfloat16  # all of it: what is not in fp8 is often in another half precision
     dtypes = {}
     for name, step in plan.steps.items():
         dtypes[name] = _allowed(cls, name, dtype or files.dtypes[step.sources[0]])
@@ -325,4 +355,4 @@ def read_planned(
     for name, step in plan.steps.items():
         as_stored = all(files.dtypes[source] == dtypes[name] for source in step.sources)
         read = files.__getitem__ if as_stored else files.read_once
-        yield name, step.read({source: read(source) for source in step.sources}).to(dtypes[name])
+        yield name, step.read({source: widened(read(source)) for source in step.sources}).to(dtypes[name])

@@ -198,12 +198,13 @@ def _locked_folder(parent: Path) -> tuple[Path, int | None]:
         place = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
         if fcntl is None:
             return place, None
-        lock = os.open(place, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # some network file systems know no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if place.exists():  # else another process took it for remains before it was locked
-            return place, lock
-        os.close(lock)
+        with contextlib.suppress(FileNotFoundError):  # taken for remains before it was locked
+            lock = os.open(place, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # some network file systems know no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if place.exists():
+                return place, lock
+            os.close(lock)
 
 
 def clear_remains(parent: Path) -> None:

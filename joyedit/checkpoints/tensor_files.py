@@ -5,8 +5,6 @@ Opening reads headers alone; a tensor is read when it is asked for.
 Source: safetensors; the Diffusers and transformers folder formats (shards and index).
 """
 
-import contextlib
-import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.mistaken import refuse_pointers
+from joyedit.checkpoints.pickles import state_dict_of
+from joyedit.checkpoints.replacing import replacing_all
+from joyedit.checkpoints.safetensors_files import check_name, open_safetensors
+from joyedit.checkpoints.safetensors_files import safetensors_header as safetensors_header
 
 
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of one or several weight files by name, read when asked for.
 
-    safetensors files are mapped, pickles are opened with `weights_only=True` and mapped where their format
-    allows. `numbers` are what a training program notes in a pickle beside the tensors ("global_step", ...).
+    safetensors files are mapped, pickles are mapped where their form allows. `numbers` are what a training
+    program notes in a pickle beside the tensors ("global_step", ...). Raises ValueError for damaged files.
     """
 
     def __init__(self, files: Sequence[Path], prefix: str = ""):
@@ -34,9 +35,10 @@ class TensorFiles(Mapping[str, Tensor]):
         self._where: dict[str, Any] = {}  # name -> function that reads it
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        refuse_pointers(self.files)
         for path in self.files:
             is_pickle = path.suffix != ".safetensors"
-            opened = _open_pickle(path, self.numbers) if is_pickle else _open_safetensors(path)
+            opened = _open_pickle(path, self.numbers) if is_pickle else open_safetensors(path)
             for key, shape, dtype, read in opened:
                 name = key.removeprefix(prefix)
                 if name in self._where:
@@ -95,96 +97,10 @@ class TensorFiles(Mapping[str, Tensor]):
         return sum(torch.Size(s).numel() * self._dtypes[n].itemsize for n, s in self._shapes.items())
 
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file. Raises ValueError when the file is truncated or not one."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size, 100_000_000):
-            raise ValueError(f"{path} is not a safetensors file, or was cut off ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise ValueError(f"{path} is not a safetensors file: its header is unreadable") from None
-    try:
-        end = max(
-            (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0
-        )
-    except (AttributeError, KeyError, TypeError, IndexError):
-        raise ValueError(f"{path} is not a safetensors file: its header lists no tensors") from None
-    if 8 + length + end != size:
-        raise ValueError(
-            f"{path} was cut off or damaged: {size} bytes, its header promises {8 + length + end}"
-        )
-    return header
-
-
-def _open_safetensors(path: Path):
-    header = safetensors_header(path)
-    try:
-        opened = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
-
-    def read(key: str, once: bool = False) -> Tensor:
-        # Pages of a mapping count as memory in use for as long as it lives: a copied tensor gets its own.
-        return (safe_open(path, framework="pt") if once else opened).get_tensor(key)
-
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not supported")
-        dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-        yield key, tuple(entry["shape"]), dtype, functools.partial(read, key)
-
-
-# Checkpoints that Lightning wrote, Stable Diffusion's among them, name this class; an empty one stands in.
-_CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
-
-
-def _unpickle(path: Path, mmap: bool) -> Any:
-    with torch.serialization.safe_globals([_CALLBACK]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
 def _open_pickle(path: Path, numbers: dict[str, float]):
-    """The tensors of a pickle; the numbers beside them go into `numbers`."""
-    try:
-        state = _unpickle(path, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):  # the legacy format cannot be mapped, everything else is damage
-            raise ValueError(f"{path} is not a readable PyTorch file: {error}") from None
-        try:
-            state = _unpickle(path, mmap=False)
-        except Exception as damage:
-            raise ValueError(f"{path} cannot be opened as weights only: {damage}") from None
-    except Exception as error:  # the unpickler raises half a dozen types, for damage and for code alike
-        raise ValueError(f"{path} cannot be opened as weights only: {error}") from None
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            numbers.update({key: value for key, value in state.items() if isinstance(value, (int, float))})
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict (names to tensors)")
-    for key, tensor in state.items():
-        yield key, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor, once=False: tensor
+    for key, tensor in state_dict_of(path, numbers).items():
+        name = check_name(path, key)
+        yield name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor, once=False: tensor.detach()
 
 
 def parse_size(size: int | str) -> int:
@@ -222,17 +138,17 @@ def save_tensors(
     if count == 1:
         names = [f"{stem}{tag}.safetensors"]
     index = folder / f"{stem}.safetensors.index{tag}.json"
-    with contextlib.ExitStack() as files:  # all are moved into place together, when the last one is written
-        for name, shard in zip(names, shards, strict=True):
+    written = [*names, index.name] if count > 1 else names
+    stale = re.compile(re.escape(stem + tag) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    old = [path for path in folder.glob("*") if path.name not in written]
+    removing = [path for path in old if stale.fullmatch(path.name) or path == index]
+    # All appear together, when the last one is written; the index, which promises the others, after them.
+    with replacing_all([folder / name for name in written], removing=removing) as made:
+        for place, shard in zip(made, shards, strict=False):
             tensors = {key: tensor.detach().contiguous() for key, tensor in shard.items()}
-            header = {"format": "pt", **(metadata or {})}
-            save_file(tensors, files.enter_context(replacing(folder / name)), header)
+            save_file(tensors, place, {"format": "pt", **(metadata or {})})
         if count > 1:
             where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
             total = sum(tensor.nbytes for tensor in state.values())
             content = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
-            files.enter_context(replacing(index)).write_text(content + "\n", encoding="utf-8")
-    stale = re.compile(re.escape(stem + tag) + r"(-\d{5}-of-\d{5})?\.safetensors")
-    for path in folder.iterdir():
-        if path.name not in names and stale.fullmatch(path.name) or (count == 1 and path == index):
-            path.unlink()
+            made[-1].write_text(content + "\n", encoding="utf-8")

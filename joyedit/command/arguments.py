@@ -12,9 +12,11 @@ from typing import Any
 
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
+from joyedit.checkpoints.plain_text import shown
+from joyedit.command.parsing import Parser, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
-from joyedit.command.values import finite, pixels, positive, seed_number
+from joyedit.command.values import LIMITS, MOST_PIXELS, beyond, finite, pixels, place, whole
 
 DEMO_FOLDER = "joyedit-demo"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
@@ -27,10 +29,8 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Any]) -> argparse.N
     Raises SystemExit(2), with the reason on standard error, for wrong ones.
     """
     args, left = build_parser(commands).parse_known_args(argv)
-    if len(left) == 1 and not left[0].startswith("-") and getattr(args, "prompt", "") is None:
-        args.prompt = left.pop()  # before Python 3.12.7 argparse loses it when an option follows PHOTO
-    if left:
-        args.parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if wrong := take_in_words(args, left):
+        args.parser.error(wrong)
     if args.command in MAKING and (wrong := misuse(args)):
         args.parser.error(wrong)
     return args
@@ -39,9 +39,14 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Any]) -> argparse.N
 def misuse(args: argparse.Namespace) -> str | None:
     """What is wrong with the options of `edit` and `generate` as they stand on the command line."""
     texts = {name for system in SYSTEMS for name in system.texts}
-    if args.config_from is None and all(getattr(args, name) is None for name in texts):
+    told = any(getattr(args, name) is not None for name in texts) or args.prompt_file is not None
+    if args.config_from is None and not told:
         hint = "" if args.command == "generate" else " (Stable Diffusion takes --source and --target)"
         return f"say what to do: an instruction or prompt is missing{hint}, and there is no --config-from"
+    if args.prompt_file is not None and any(getattr(args, name) is not None for name in texts):
+        return "--prompt-file holds what to do: give no instruction, --source or --target beside it"
+    if wrong := blank(args):
+        return wrong
     for system in SYSTEMS:
         if wrong := system.misuse(args):
             return wrong
@@ -65,31 +70,49 @@ def misuse(args: argparse.Namespace) -> str | None:
             choice = "is neither a folder nor ends" if name == "output" else "does not end"
             if Path(path).name.lower() in OUTPUT_SUFFIXES:
                 choice = "has no name before its ending: a file's name ends"
-            return f"argument {option}: {path!r} {choice} in {', '.join(OUTPUT_SUFFIXES)}"
+            return f"argument {option}: {shown(path, 80)} {choice} in {', '.join(OUTPUT_SUFFIXES)}"
     return None
 
 
 def contradiction(args: argparse.Namespace) -> str | None:
-    """What is wrong with options together, once all are known."""
+    """What is wrong with options together, or with numbers, once all are known."""
+    for name in LIMITS:
+        value = getattr(args, name, None)
+        if value is not None and (wrong := beyond(name, value)):
+            return wrong
+    if args.height and args.width and args.height * args.width > MOST_PIXELS:
+        return f"a size of {args.width} x {args.height} pixels is more than {MOST_PIXELS:,} in all"
     for system in SYSTEMS:
         if wrong := system.contradiction(args):
             return wrong
     if args.lora_scale is not None and args.lora is None:
         return "--lora-scale is for the adapter that --lora names"
+    if args.lora_scale is not None and len(args.lora_scale) not in (1, len(args.lora)):
+        counts = f"{len(args.lora_scale)} times --lora-scale for {len(args.lora)} times --lora"
+        return f"{counts}: give one scale for all adapters, or one for each"
     return None
 
 
-def build_parser(functions: Mapping[str, Any]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="joyedit", description="Edit images by instruction.")
+def blank(args: argparse.Namespace) -> str | None:
+    """What is wrong with a text that says nothing. A source may be empty: everything is compared with it."""
+    for name in ("prompt", "target_prompt"):
+        text = getattr(args, name)
+        if text is not None and not any(letter.isprintable() and not letter.isspace() for letter in text):
+            return f"{'--target' if name == 'target_prompt' else 'the instruction'} is empty: say what to do"
+    return None
+
+
+def build_parser(functions: Mapping[str, Any]) -> Parser:
+    parser = Parser(prog="joyedit", description="Edit images by instruction.")
     parser.add_argument("--version", action="version", version=f"joyedit {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def command(name: str, text: str, *parents: Parser) -> Parser:
         made = commands.add_parser(name, help=text, description=text, parents=[*parents, verbosity_options()])
         made.set_defaults(run=functions[name], command=name, parser=made)
         return made
 
-    def making(name: str, text: str) -> argparse.ArgumentParser:
+    def making(name: str, text: str) -> Parser:
         """A command that makes pictures: what one system alone knows is None where it has no such command."""
         others = [system for system in SYSTEMS if name not in system.commands]
         made = command(name, text, *system_options(name), image_options(), *part_options())
@@ -97,22 +120,31 @@ def build_parser(functions: Mapping[str, Any]) -> argparse.ArgumentParser:
         return made
 
     made = making("edit", "edit a photograph as an instruction says, or from one caption to another")
-    made.add_argument("photo", metavar="PHOTO", help="path or http(s) URL of the photograph")
-    made.add_argument("prompt", metavar="INSTRUCTION", nargs="?", help="what to change")
+    made.add_argument("photos", metavar="PHOTO", nargs="+", help="path or http(s) URL of the photograph")
+    made.add_argument(
+        "prompt", metavar="INSTRUCTION", nargs="?", help="what to change; - reads it from standard input"
+    )
 
     made = making("generate", "make an image from text")
-    made.add_argument("prompt", metavar="PROMPT", nargs="?", help="what to show")
-    made.set_defaults(photo=None)
+    made.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="what to show; - reads it from standard input"
+    )
+    made.set_defaults(photos=None)
 
     made = command("demo", "edit drawn scenes with the built-in models, and show it in one picture")
     made.add_argument(
-        "--out", metavar="FOLDER", default=DEMO_FOLDER, help=f"folder to write, default: {DEMO_FOLDER}"
+        "--out",
+        type=place,
+        metavar="FOLDER",
+        help=f"folder to write, default: {DEMO_FOLDER}, or {DEMO_FOLDER}-2 and so on where that is there",
     )
     made.add_argument("--force", action="store_true", help="replace files that are there already")
 
     made = command("convert", "write a checkpoint in another layout or dtype", *part_options())
-    made.add_argument("source", metavar="SRC", help="folder, weight file or Hub name of the checkpoint")
-    made.add_argument("target", metavar="DST", help="folder to write")
+    made.add_argument(
+        "source", metavar="SRC", type=place, help="folder, weight file or Hub name of the checkpoint"
+    )
+    made.add_argument("target", metavar="DST", type=place, help="folder to write")
     made.add_argument(
         "--to", choices=("diffusers", "original", "comfyui"), default="diffusers", help="default: diffusers"
     )
@@ -125,41 +157,47 @@ def build_parser(functions: Mapping[str, Any]) -> argparse.ArgumentParser:
         file_options(),
     )
     made.add_argument(
-        "target", metavar="TARGET", nargs="?", help="folder, weight file, Hub name, or a PNG made here"
+        "target",
+        metavar="TARGET",
+        nargs="?",
+        type=place,
+        help="folder, weight file, Hub name, or a PNG made here",
     )
     made.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
-def system_options(command: str) -> list[argparse.ArgumentParser]:
+def system_options(command: str) -> list[Parser]:
     """What each system alone knows, of those that have the command."""
     parsers = []
     for system in SYSTEMS:
         if command in system.commands:
-            parsers.append(argparse.ArgumentParser(add_help=False))
+            parsers.append(Parser(add_help=False))
             system.add_options(parsers[-1])
     return parsers
 
 
-def image_options() -> argparse.ArgumentParser:
+def image_options() -> Parser:
     """Options of the commands that make images. Those of the picture default to what the pipeline says."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     add = parser.add_argument_group("the image").add_argument
     add(
         "-o",
         "--output",
         metavar="OUT",
-        help="file to write (.png, .jpg, .webp) or a folder; default: PHOTO-edit-SEED.png",
+        type=place,
+        help="file to write (.png, .jpg, .webp) or a folder; default: PHOTO-edit-SEED.png. Of several "
+        "photographs or images the names say which",
     )
     add(
         "--seed",
-        type=seed_number,
+        type=whole("seed"),
         help="seed of the first image, the next ones count up; default: a random one",
     )
-    add("--num-images", type=positive, metavar="N", help="how many images, default 1")
+    add("--num-images", type=whole("num_images"), metavar="N", help="how many images, default 1")
     add(
         "--steps",
-        type=positive,
+        type=whole("num_inference_steps"),
         metavar="N",
         dest="num_inference_steps",
         help="denoising steps; default: what the model was made for",
@@ -170,7 +208,13 @@ def image_options() -> argparse.ArgumentParser:
         metavar="G",
         help="how closely to follow the text; 1 turns guidance off",
     )
-    add("--negative-prompt", metavar="TEXT", help="what to avoid")
+    add("--negative-prompt", metavar="TEXT", help="what to avoid; without guidance it has no effect")
+    add(
+        "--prompt-file",
+        metavar="FILE",
+        type=place,
+        help="take the instruction or prompt from a text file, or from standard input (-)",
+    )
     add(
         "--height",
         type=pixels,
@@ -186,7 +230,12 @@ def image_options() -> argparse.ArgumentParser:
         "ChronoEdit takes as many pixels as 1280 x 720 have, an edit between captions the photograph's own "
         "size up to that of the model's training (Stable Diffusion 1.x 512 squared, 2.x 768 squared)",
     )
-    add("--config-from", metavar="PNG", help="take every option that is not given from an image made here")
+    add(
+        "--config-from",
+        metavar="PNG",
+        type=place,
+        help="take every option that is not given from an image made here",
+    )
     add(
         "--no-metadata", action="store_false", dest="metadata", help="do not record the parameters in the PNG"
     )
@@ -198,10 +247,23 @@ def image_options() -> argparse.ArgumentParser:
         "-m",
         "--model",
         metavar="NAME",
+        type=place,
         help=f"folder, weight file or Hub name; default: {models}",
     )
-    add("--lora", metavar="NAME", help="adapter to run with: file, folder or Hub name")
-    add("--lora-scale", type=finite, metavar="S", help="strength of the adapter, default 1")
+    add(
+        "--lora",
+        metavar="NAME",
+        action="append",
+        type=place,
+        help="adapter to run with: file, folder or Hub name; may be repeated",
+    )
+    add(
+        "--lora-scale",
+        metavar="S",
+        action="append",
+        type=finite,
+        help="strength of the adapter, default 1; of several one for all, or one for each in their order",
+    )
     add("--device", metavar="DEVICE", help="auto (an accelerator if there is one), cpu, cuda, cuda:1, mps")
     add(
         "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES[:4])}; default: auto (as stored)"
@@ -219,9 +281,9 @@ def image_options() -> argparse.ArgumentParser:
     return parser
 
 
-def file_options() -> argparse.ArgumentParser:
+def file_options() -> Parser:
     """Where a checkpoint's files are."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     add = parser.add_argument_group("its files").add_argument
     add("--revision", help="branch, tag or commit of a Hub repository")
     add("--variant", help="files of this variant, such as fp16")
@@ -230,9 +292,9 @@ def file_options() -> argparse.ArgumentParser:
     return parser
 
 
-def part_options() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def part_options() -> tuple[Parser, Parser]:
     """`file_options`, and parts from elsewhere."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     parser.add_argument(
         "--part",
         action=PartAction,
@@ -248,8 +310,8 @@ def part_options() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     return file_options(), parser
 
 
-def verbosity_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
+def verbosity_options() -> Parser:
+    parser = Parser(add_help=False)
     parser.set_defaults(verbosity=0)
     parser.add_argument(
         "-q", "--quiet", action="store_const", const=-1, dest="verbosity", help="show errors only"
@@ -271,5 +333,9 @@ class PartAction(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         name, found, path = values.partition("=")
         if not found or not name.isidentifier() or not path:
-            raise argparse.ArgumentError(self, f"{values!r} is not of the form NAME=PATH")
+            raise argparse.ArgumentError(self, f"{shown(values, 80)} is not of the form NAME=PATH")
+        try:
+            place(path)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
         setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), name: path})

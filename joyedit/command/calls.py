@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from joyedit.pipelines.defaults import plain
+
 # What the call of every pipeline takes, whatever the system.
 EVERY_CALL = ("negative_prompt", "num_inference_steps", "guidance_scale")
 
@@ -27,7 +29,7 @@ def in_effect(function: Callable[..., Any], call: Mapping[str, Any], names: Iter
     """What `function` works with for each of `names`, when called with `call`: its default where that is
     silent."""
     parameters = inspect.signature(function).parameters
-    return {name: call.get(name, parameters[name].default) for name in names}
+    return {name: call.get(name, plain(parameters[name].default)) for name in names}
 
 
 def origin_options(args: argparse.Namespace) -> dict[str, Any]:

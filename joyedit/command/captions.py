@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from joyedit.command.calls import EVERY_CALL, in_effect, said, spelt
 from joyedit.command.photos import resized
-from joyedit.command.values import above_zero, finite, positive, share
+from joyedit.command.values import above_zero, finite, place, share, whole
 from joyedit.pipelines.made_for import CALL
 
 if TYPE_CHECKING:
@@ -48,8 +48,18 @@ class Captions:
         add = parser.add_argument_group("instead of an INSTRUCTION, for Stable Diffusion").add_argument
         add("--source", dest="source_prompt", metavar="TEXT", help="what the photograph shows")
         add("--target", dest="target_prompt", metavar="TEXT", help="what it shall show")
-        add("--mask-out", metavar="FILE", help="write where the change is allowed: white is repainted")
-        add("--grid", metavar="FILE", help="write photograph, mask in red on it, and result side by side")
+        add(
+            "--mask-out",
+            metavar="FILE",
+            type=place,
+            help="write where the change is allowed: white is repainted",
+        )
+        add(
+            "--grid",
+            metavar="FILE",
+            type=place,
+            help="write photograph, mask in red on it, and result side by side",
+        )
         add("--inpaint-strength", type=share, metavar="S", help="how much noise to repaint from, 0 to 1")
         add(
             "--mask-encode-strength",
@@ -63,7 +73,12 @@ class Captions:
             metavar="R",
             help="how far above the mean a change must be: larger, and the mask is smaller",
         )
-        add("--num-maps-per-mask", type=positive, metavar="N", help="noises that the mask is averaged over")
+        add(
+            "--num-maps-per-mask",
+            type=whole("num_maps_per_mask"),
+            metavar="N",
+            help="noises that the mask is averaged over",
+        )
         add(
             "--invert-guidance-scale",
             type=finite,
@@ -125,6 +140,10 @@ class Captions:
             made.append({"output": result, "mask_out": white, "grid": make_image_grid(shown, 1, 3)})
         return made
 
+    def guidance(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> float:
+        names = ("guidance_scale", "invert_guidance_scale")
+        return max(in_effect(pipe.edit, call, names).values())
+
     def facts(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         return in_effect(pipe.edit, call, ("num_inference_steps", "guidance_scale", *self.settings))
 
@@ -140,10 +159,15 @@ def working_copy(photo: "Image", args: argparse.Namespace, side: int) -> "Image"
     squared."""
     import PIL.Image
 
-    size = (args.width, args.height)
-    if args.height is None:
-        scale = (args.basesize or side) / (photo.width * photo.height) ** 0.5
-        scale = scale if args.basesize else min(scale, 1)
-        width, height = (max(int(side * scale) // 8 * 8, 8) for side in photo.size)
-        size = (width, height)
-    return resized(photo, size, PIL.Image.Resampling.LANCZOS)
+    own = own_size(photo, args.basesize, side)
+    size = own if args.height is None else (args.width, args.height)
+    return resized(photo, size, PIL.Image.Resampling.LANCZOS, own)
+
+
+def own_size(photo: "Image", basesize: int | None, side: int) -> tuple[int, int]:
+    """Width and height of about the photograph's shape: its own, up to `side` squared, or about `basesize`
+    squared."""
+    scale = (basesize or side) / (photo.width * photo.height) ** 0.5
+    scale = scale if basesize else min(scale, 1)
+    width, height = (max(int(edge * scale) // 8 * 8, 8) for edge in photo.size)
+    return width, height

@@ -13,7 +13,7 @@ else it stays None down to the pipeline, whose own defaults then hold.
 import argparse
 import contextlib
 import io
-import json
+import itertools
 import logging
 import os
 import signal
@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from joyedit.checkpoints.places import expanded
+from joyedit.checkpoints.plain_text import visible
 from joyedit.command import convert as conversion
-from joyedit.command.arguments import parse
+from joyedit.command.arguments import DEMO_FOLDER, parse
 from joyedit.command.calls import source_options
 from joyedit.command.make import make
+from joyedit.command.parsing import one_line
 from joyedit.command.results import OUTPUT_SUFFIXES
 
 log = logging.getLogger("joyedit")
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if message is None:
                 raise
             if args.verbosity > 0:
-                traceback.print_exc()
+                print(plain(traceback.format_exc()), end="", file=sys.stderr)
             print(f"joyedit: error: {message}", file=sys.stderr)
             return 1
     return 0
@@ -93,7 +95,7 @@ def signals_raise() -> Iterator[None]:
 
 def known_error(error: Exception) -> str | None:
     """One line that says what went wrong; None for a failure that is a defect and deserves its traceback."""
-    line = " ".join(str(error).split())
+    line = one_line(str(error), 2000)
     gpu_is_full = type(error).__name__ == "OutOfMemoryError"
     if gpu_is_full or "can't allocate memory" in line or isinstance(error, MemoryError):
         return f"out of memory: try --offload model, a smaller --basesize, fewer --num-images ({line[:200]})"
@@ -102,11 +104,23 @@ def known_error(error: Exception) -> str | None:
     return line or type(error).__name__
 
 
+class PlainText(logging.Formatter):
+    """What is logged, as `plain` shows it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+def plain(text: str) -> str:
+    """Lines with escapes for what a terminal would obey, whoever wrote it."""
+    return "\n".join(visible(line, None) for line in text.split("\n"))
+
+
 @contextlib.contextmanager
 def log_to_stderr(verbosity: int) -> Iterator[None]:
     """Show the library's log: errors alone with -q, everything with -v."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(PlainText("%(message)s"))
     before = log.level
     log.addHandler(handler)
     log.setLevel({-1: logging.ERROR, 0: logging.INFO}.get(verbosity, logging.DEBUG))
@@ -134,7 +148,17 @@ def demo(args: argparse.Namespace) -> None:
     from joyedit.command.demo import run
 
     disable = {-1: True, 0: None}.get(args.verbosity, False)
-    print(run(expanded(args.out), force=args.force, disable_progress=disable), flush=True)
+    folder = expanded(args.out or (DEMO_FOLDER if args.force else free_folder(DEMO_FOLDER)))
+    print(run(folder, force=args.force, disable_progress=disable), flush=True)
+
+
+def free_folder(name: str) -> str:
+    """That name or, where such a thing is there already, the first of name-2, name-3, ... that is not."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    free = next(name for name in names if not os.path.lexists(name))
+    if free != name:
+        log.info("%s is there already: this goes to %s", name, free)
+    return free
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -156,4 +180,4 @@ def info(args: argparse.Namespace) -> None:
     else:
         checkpoint = facts.describe(args.target, **source_options(args))
         found, shown = checkpoint.to_dict(), checkpoint.lines()
-    print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else "\n".join(shown))
+    print(facts.json_text(found) if args.json else "\n".join(shown))

@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from joyedit.checkpoints.plain_text import shown
 from joyedit.command.calls import EVERY_CALL, said, spelt
 from joyedit.command.captions import TEXTS as CAPTIONS
 from joyedit.command.instruction import UNTOLD
 from joyedit.command.photos import resized
 from joyedit.command.results import Frames
-from joyedit.command.values import count, finite, positive
+from joyedit.command.values import finite, place, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,7 +60,7 @@ class Film:
         add = parser.add_argument_group("for ChronoEdit, whose edit is the last frame of a film").add_argument
         add(
             "--frames",
-            type=positive,
+            type=whole("num_frames"),
             metavar="N",
             dest="num_frames",
             help=f"with --reasoning-steps: length of the film, 1 + 4 k; default {REASONING_FRAMES}, "
@@ -67,7 +68,7 @@ class Film:
         )
         add(
             "--reasoning-steps",
-            type=count,
+            type=whole("num_temporal_reasoning_steps"),
             metavar="K",
             dest="num_temporal_reasoning_steps",
             help="denoise the whole film for K steps, then its first and last frame alone; as many as "
@@ -76,6 +77,7 @@ class Film:
         add(
             "--video",
             metavar="FILE",
+            type=place,
             help=f"write the film too: {', '.join(VIDEO_SUFFIXES)}, or without a suffix a folder of PNG "
             "files; all but the last two need `pip install joyedit[video]`",
         )
@@ -95,7 +97,7 @@ class Film:
         if args.video is not None and Path(args.video).suffix.lower() not in ("", *VIDEO_SUFFIXES):
             known = ", ".join(VIDEO_SUFFIXES)
             ends = f"does not end in {known}, or in nothing for a folder of PNG files"
-            return f"argument --video: {args.video!r} {ends}"
+            return f"argument --video: {shown(args.video, 80)} {ends}"
         if args.fps is not None and args.video is None:
             return "--fps is for the film that --video names"
         return None
@@ -130,17 +132,18 @@ class Film:
         a basesize that of ChronoEdit's own examples, which resize it as here."""
         import PIL.Image
 
-        from joyedit.media.images import STRETCH, size_of_area, stretch
+        from joyedit.media.images import size_of_area
 
-        height, width = args.height, args.width
-        if height is None:
-            side = args.basesize or made_for.basesize
-            area = {} if side is None else {"area": side**2}
+        side = args.basesize or made_for.basesize
+        area = {} if side is None else {"area": side**2}
+        try:
             height, width = size_of_area(photo.height, photo.width, **area)
-        copy = resized(photo, (width, height), PIL.Image.Resampling.BICUBIC)
-        if stretch((photo.height, photo.width), (height, width)) > STRETCH:
-            log.warning("this stretches the photograph: without --height and --width it keeps its shape")
-        return copy
+        except ValueError:  # too narrow for any size of that area
+            if args.height is None:
+                raise
+            height, width = args.height, args.width
+        size = (width, height) if args.height is None else (args.width, args.height)
+        return resized(photo, size, PIL.Image.Resampling.BICUBIC, (width, height))
 
     def call(self, pipe: Any, photo: "Image | None", args: argparse.Namespace) -> dict[str, Any]:
         assert photo is not None
@@ -173,6 +176,10 @@ class Film:
         ).frames
         fps = args.fps or FPS
         return [{"output": frames[-1], "video": Frames(frames, fps)} for frames in films]
+
+    def guidance(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> float:
+        usual = PRESETS.get(args.preset, PRESETS[None])[1]
+        return call.get("guidance_scale", usual)
 
     def facts(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         """Steps and guidance are the pipeline's: a preset has other defaults than its call."""

@@ -26,6 +26,7 @@ from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.network import AUTO_BF16_BYTES, Network, build_on_meta
 from joyedit.checkpoints.options import parse_dtype
 from joyedit.checkpoints.places import expanded
+from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.tensor_files import TensorFiles, safetensors_header
 from joyedit.convert.table import plan_conversion
 from joyedit.loading.layouts import (
@@ -398,10 +399,19 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, value in facts.items():
         if value is not None and value != "":
-            lines.append(
-                f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
-            )
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            lines.append(f"{visible(name, None)}: {visible(text, None)}")
     return lines
+
+
+def json_text(found: Mapping[str, Any]) -> str:
+    """JSON for people to read, with escapes for what a terminal would obey."""
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    escapes = {}
+    for letter in {letter for letter in text if not letter.isprintable() and letter != "\n"}:
+        beyond_ascii = json.dumps(letter)[1:-1]  # a pair of escapes above U+FFFF
+        escapes[ord(letter)] = beyond_ascii if letter > "\x7f" else f"\\u{ord(letter):04x}"
+    return text.translate(escapes)
 
 
 def key_settings(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -417,6 +427,7 @@ def key_settings(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str,
 
 def columns(table: Sequence[Sequence[str]]) -> list[str]:
     """Text in columns, numbers to the right."""
+    table = [[visible(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(

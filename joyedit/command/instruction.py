@@ -4,15 +4,19 @@ The model has sizes of its own, and its pipeline brings the photograph to the ne
 """
 
 import argparse
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from joyedit.command.calls import EVERY_CALL, in_effect, said
+from joyedit.command.photos import working_at
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from joyedit.pipelines.made_for import MadeFor
+
+log = logging.getLogger("joyedit")
 
 # Of every model that takes an instruction.
 UNTOLD = (
@@ -55,8 +59,17 @@ class Instruction:
         return photo
 
     def call(self, pipe: Any, photo: "Image | None", args: argparse.Namespace) -> dict[str, Any]:
+        from joyedit.media.images import fit_cover
+
         call = said(args, (*self.texts, *EVERY_CALL, "height", "width"))
-        return call if photo is None else {**call, "image": photo}
+        if photo is None:
+            return call
+        height, width = pipe.choose_size([photo], call.get("height"), call.get("width"))
+        if (width, height) != photo.size:
+            fit = fit_cover((photo.height, photo.width), (height, width))
+            cropped = ", cropped" if (fit.height, fit.width) != (height, width) else ""
+            log.info("%s%s", working_at((width, height), photo.size), cropped)
+        return {**call, "image": photo}
 
     def seen(self, pipe: Any, call: Mapping[str, Any]) -> "Image":
         from joyedit.media.images import resize_center_crop
@@ -74,6 +87,9 @@ class Instruction:
         torch.manual_seed(seeds[0])  # some of the reference's defects draw from the global generator
         images = pipe(**call, generator=generators, num_images_per_prompt=len(seeds)).images
         return [{"output": image} for image in images]
+
+    def guidance(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> float:
+        return in_effect(pipe.__call__, call, ("guidance_scale",))["guidance_scale"]
 
     def facts(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         return in_effect(pipe.__call__, call, ("num_inference_steps", "guidance_scale"))

@@ -4,79 +4,124 @@ What differs between the systems is in their own files (`systems.py`).
 """
 
 import argparse
+import contextlib
 import logging
 import secrets
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from joyedit.command.arguments import contradiction
+from joyedit.checkpoints.places import expanded
+from joyedit.checkpoints.plain_text import shown
+from joyedit.command.arguments import blank, contradiction
 from joyedit.command.calls import origin_options, said, source_options, spelt
 from joyedit.command.photos import Photo, read_photo
 from joyedit.command.recorded import facts_of_run, fill_from_image
 from joyedit.command.results import numbered, output_paths, refuse_files, write_results
 from joyedit.command.systems import SYSTEMS, System, system_of
-from joyedit.command.values import LARGEST_SEED
 
 if TYPE_CHECKING:
     from joyedit.pipelines.made_for import MadeFor
 
 log = logging.getLogger("joyedit")
 
+LONGEST_PROMPT = 100_000  # bytes
+
 
 def make(args: argparse.Namespace) -> Iterator[list[Path]]:
-    """Make images from what `args` say and, unless `args.photo` is None, the photograph at that path or URL.
+    """Make images from what `args` say and, unless `args.photos` is None, the photographs there.
 
-    Yields what was written for each seed. Everything that can be refused is refused before the model is
-    loaded. What nobody says is filled in: from the image of `--config-from`, then by the checkpoint.
+    Yields what was written for each photograph and seed. Everything that can be refused is refused before the
+    model is loaded, and what only the model can refuse before the first run. What nobody says is filled in:
+    from the image of `--config-from`, then by the checkpoint.
     """
-    photo = None if args.photo is None else read_photo(args.photo)
+    take_in_prompt(args)
+    photos = [read_photo(source) for source in args.photos or ()]
     if args.config_from is not None:
-        fill_from_image(args, photo)
+        fill_from_image(args, photos)
         refuse_contradictions(args)
     seeds = seeds_of(args)
-    paths = paths_of(args, photo, seeds)
+    paths = paths_of(args, photos, seeds)
 
     system = system_for(args)
-    refuse_adapter(args)
+    refuse_adapters(args)
     made_for = fill_from_checkpoint(args, system)
-    image = None if photo is None else system.prepare(photo.image, args, made_for)
+    images = [system.prepare(photo.image, args, made_for) for photo in photos]
 
     pipe = open_pipeline(args)
     log.info("seed %s", " ".join(map(str, seeds)))
-    call = system.call(pipe, image, args)
-    warn_of_the_unknown(args, system, pipe, call, made_for)
+    calls = calls_of(args, system, pipe, photos, images)
+    warn_of_no_effect(args, system, pipe, calls[0])
+    warn_of_the_unknown(args, system, pipe, photos, calls, made_for)
 
-    for seed, files, results in zip(seeds, paths, system.run(pipe, call, seeds, args), strict=True):
-        metadata = None
-        if args.metadata:
-            size = {"height": results["output"].height, "width": results["output"].width}
-            metadata = {**facts_of_run(args, system, pipe, call, photo), "seed": seed, **size}
-        profile = None if photo is None else photo.profile
-        write_results(results, files, metadata, profile, force=args.force)
-        yield [*files.values()]
+    for photo, call, files_of_seeds in zip(photos or [None], calls, paths, strict=True):
+        made = system.run(pipe, call, seeds, args)
+        for seed, files, results in zip(seeds, files_of_seeds, made, strict=True):
+            metadata = None
+            if args.metadata:
+                size = {"height": results["output"].height, "width": results["output"].width}
+                metadata = {**facts_of_run(args, system, pipe, call, photo), "seed": seed, **size}
+            profile = None if photo is None else photo.profile
+            write_results(results, files, metadata, profile, force=args.force)
+            yield [*files.values()]
+
+
+def take_in_prompt(args: argparse.Namespace) -> None:
+    """Read the instruction from where the arguments say that it is: a file, or standard input.
+
+    Raises OSError, and ValueError for what is no text, or none.
+    """
+    if args.prompt_file not in (None, "-"):
+        path = expanded(args.prompt_file)
+        name, opened = str(path), path.open("rb")
+    elif "-" in (args.prompt_file, args.prompt):
+        if sys.stdin is None:
+            raise ValueError("there is no standard input to read the instruction from")
+        name, opened = "standard input", contextlib.nullcontext(sys.stdin.buffer)
+    else:
+        return
+    with opened as file:
+        content = file.read(LONGEST_PROMPT + 1)
+    if len(content) > LONGEST_PROMPT:
+        raise ValueError(f"{name} holds more than {LONGEST_PROMPT:,} bytes, which is no instruction")
+    try:
+        args.prompt = content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not text in UTF-8: {error}") from None
+    if wrong := blank(args):
+        raise ValueError(f"{name}: {wrong}")
 
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
-    if wrong := contradiction(args):
+    if wrong := blank(args) or contradiction(args):
         raise ValueError(wrong)
 
 
 def seeds_of(args: argparse.Namespace) -> list[int]:
-    """One per image. Raises ValueError for a recorded one that cannot be."""
+    """One per image."""
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"seed {seed} is not within 0 and {LARGEST_SEED}")
     return list(range(seed, seed + (args.num_images or 1)))
 
 
-def paths_of(args: argparse.Namespace, photo: Photo | None, seeds: list[int]) -> list[dict[str, Path]]:
-    """For each seed the results that are asked for, and where they go. Raises as `refuse_files`."""
-    files = {"output": output_paths(args.output, None if photo is None else photo.name, seeds)}
-    for name in (name for system in SYSTEMS for name in system.files if getattr(args, name)):
-        files[name] = numbered(Path(getattr(args, name)), seeds)
-    refuse_files(files, args.force)
-    return [dict(zip(files, paths, strict=True)) for paths in zip(*files.values(), strict=True)]
+def paths_of(
+    args: argparse.Namespace, photos: Sequence[Photo], seeds: list[int]
+) -> list[list[dict[str, Path]]]:
+    """For each photograph, or for none, and each seed the results that are asked for, and where they go.
+    Raises as `refuse_files`."""
+    extra = [name for system in SYSTEMS for name in system.files if getattr(args, name)]
+    several = len(photos) > 1
+    found = []
+    for photo in [photo.name for photo in photos] or [None]:
+        files = {"output": output_paths(args.output, photo, seeds, several=several)}
+        for name in extra:
+            files[name] = numbered(Path(getattr(args, name)), seeds, photo if several else None)
+        found.append(files)
+    together = {name: [path for files in found for path in files[name]] for name in ("output", *extra)}
+    refuse_files(together, args.force)
+    return [
+        [dict(zip(files, each, strict=True)) for each in zip(*files.values(), strict=True)] for files in found
+    ]
 
 
 def system_for(args: argparse.Namespace) -> System:
@@ -101,12 +146,12 @@ def system_for(args: argparse.Namespace) -> System:
     return chosen
 
 
-def refuse_adapter(args: argparse.Namespace) -> None:
+def refuse_adapters(args: argparse.Namespace) -> None:
     """Raises FileNotFoundError or ValueError for an adapter that cannot be read."""
     from joyedit.checkpoints.lora_files import open_lora
 
-    if args.lora is not None:
-        open_lora(args.lora, None, "", adapter_options(args))
+    for name in args.lora or ():
+        open_lora(name, None, "", adapter_options(args))
 
 
 def fill_from_checkpoint(args: argparse.Namespace, system: System) -> "MadeFor":
@@ -128,8 +173,7 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     table = None if args.basesize is None else buckets(args.basesize)
     options = said(args, ("device", "dtype", "offload", "reference_quirks", "prediction_type", "preset"))
     pipe = load(args.model, **options, **source_options(args), **(args.parts or {}))
-    if args.lora is not None:
-        add_adapter(pipe, args)
+    add_adapters(pipe, args)
     if table is not None:
         pipe.buckets = table
     # Shown on a terminal only (None), unless asked for or against.
@@ -137,38 +181,81 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     return pipe
 
 
-def add_adapter(pipe: Any, args: argparse.Namespace) -> None:
-    """Put the adapter into the weights, where it costs nothing per step; nothing here takes it out again."""
-    name = pipe.load_lora_weights(args.lora, **adapter_options(args)).name
-    pipe.fuse_lora(1.0 if args.lora_scale is None else args.lora_scale, [name], reversible=False)
+def add_adapters(pipe: Any, args: argparse.Namespace) -> None:
+    """Put the adapters into the weights, where they cost nothing per step; nothing here takes them out."""
+    adapters, scales = args.lora or [], args.lora_scale or [1.0]
+    for adapter, scale in zip(adapters, scales * len(adapters) if len(scales) == 1 else scales, strict=True):
+        name = pipe.load_lora_weights(adapter, **adapter_options(args)).name
+        pipe.fuse_lora(scale, [name], reversible=False)
 
 
 def adapter_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"cache_dir": args.cache_dir, "local_files_only": args.offline}
 
 
+def calls_of(
+    args: argparse.Namespace, system: System, pipe: Any, photos: Sequence[Photo], images: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """What the pipeline is called with, for each photograph, or once for none. Raises ValueError for one that
+    the networks could not see."""
+    if not photos:
+        return [system.call(pipe, None, args)]
+    calls = []
+    for photo, image in zip(photos, images, strict=True):
+        if len(photos) > 1:
+            log.info("photograph %s", photo.name)
+        calls.append(system.call(pipe, image, args))
+    return calls
+
+
+def warn_of_no_effect(args: argparse.Namespace, system: System, pipe: Any, call: dict[str, Any]) -> None:
+    """One line, where a negative prompt is given and guidance, which looks at it, is off."""
+    if not (args.negative_prompt or "").strip():
+        return
+    if (guidance := system.guidance(pipe, call, args)) <= 1:
+        log.warning(
+            "--negative-prompt has no effect at guidance %g: give a --guidance-scale above 1", guidance
+        )
+
+
 def warn_of_the_unknown(
-    args: argparse.Namespace, system: System, pipe: Any, call: dict[str, Any], made_for: "MadeFor"
+    args: argparse.Namespace,
+    system: System,
+    pipe: Any,
+    photos: Sequence[Photo],
+    calls: Sequence[dict[str, Any]],
+    made_for: "MadeFor",
 ) -> None:
-    """One line, where a model that knows little is given something else. It edits that all the same."""
+    """One line, where a model that knows little is given something else. It edits that all the same.
+
+    With an adapter it may know more words than it says.
+    """
     from joyedit.loading.layouts import RELEASED
     from joyedit.pipelines.made_for import round_trip
 
     world = made_for.world
     if world is None:
         return
-    if "image" not in call:
-        unknown = "a text without a picture"
-    else:
-        texts = [call[name] for name in system.texts]
-        words = ", ".join(repr(word) for word in world.unknown(texts)[:4])
-        pictured = "this photograph" if round_trip(pipe, system.seen(pipe, call)) < world.psnr else ""
-        unknown = " and of ".join(filter(None, (pictured, words)))
-    if unknown:
+    real = f"real weights, as in --model {RELEASED[system.pipeline]}"
+    if not photos:
         log.warning(
-            "%s knows only %s: expect little of %s; real edits need real weights, as in --model %s",
+            "%s was made to edit %s, and cannot make a picture from text alone: for that it takes %s",
             args.model,
             world.about,
-            unknown,
-            RELEASED[system.pipeline],
+            real,
         )
+        return
+    strange = [
+        photo.name
+        for photo, call in zip(photos, calls, strict=True)
+        if round_trip(pipe, system.seen(pipe, call)) < world.psnr
+    ]
+    pictured = "this photograph" if len(photos) == 1 else f"the photographs {', '.join(strange[:4])}"
+    texts = [] if args.lora else [calls[0][name] for name in system.texts]
+    words = ", ".join(shown(word, 40) for word in world.unknown(texts)[:4])
+    known = next(filter(None, map(world.respelt, texts)), None)
+    if words and known:
+        words += f" (it knows {shown(known, 120)})"
+    if unknown := " and of ".join(filter(None, (pictured if strange else "", words))):
+        edits = f"expect little of {unknown}; real edits need {real}"
+        log.warning("%s knows only %s: %s", args.model, world.about, edits)

@@ -1,14 +1,23 @@
-"""The photograph of a command: read from a path or URL, named without its folder, and resized."""
+"""The photographs of a command: read from paths or URLs, named without their folders, and resized."""
 
 import logging
+import re
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
+
+from joyedit.checkpoints.mistaken import is_pointer
+from joyedit.checkpoints.places import expanded
+from joyedit.checkpoints.plain_text import hides
+from joyedit.media.download import is_url, shown_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Resampling
 
 log = logging.getLogger("joyedit")
+
+# What starts a file of these kinds, which Pillow does not read by itself.
+HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
 
 
 class Photo(NamedTuple):
@@ -24,23 +33,69 @@ class Photo(NamedTuple):
 
 
 def read_photo(source: str) -> Photo:
-    """Errors as of `joyedit.load_image`."""
+    """Errors as of `joyedit.load_image`, and IsADirectoryError for a folder."""
     from joyedit.media.images import load_photo
 
-    image, digest = load_photo(source)
-    return Photo(image, {"name": photo_name(source), "sha256": digest}, image.info.get("icc_profile"))
+    if not is_url(source) and (path := expanded(source)).is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name the photographs in it, as in {path / '*.png'}")
+    try:
+        image, digest = load_photo(source)
+    except ValueError as error:
+        raise ValueError(f"{error}{'' if is_url(source) else mistaken(expanded(source))}") from None
+    return Photo(image, {"name": photo_name(source), "sha256": digest}, rgb_profile(image))
 
 
 def photo_name(source: str) -> str:
-    """The file's name without its folder; of a URL without the query, which may hold a key."""
-    if source.startswith(("http://", "https://")):
-        return PurePath(unquote(urlsplit(source).path)).name or "photo"
-    return Path(source).name
+    """The file's name without its folder; of a URL without what may hold a key."""
+    if not is_url(source):
+        return Path(source).name
+    path = shown_url(source).partition("://")[2].partition("/")[2]
+    return "".join("_" if hides(letter) else letter for letter in PurePath(unquote(path)).name) or "photo"
 
 
-def resized(image: "Image", size: tuple[int, int], resample: "Resampling") -> "Image":
-    """The picture in that size, width x height; one line says so where it is another."""
+def mistaken(path: Path) -> str:
+    """What a file is that no picture could be read from, where that is known, with what to do."""
+    if is_pointer(path):
+        return ": it is a git-lfs pointer, not the picture itself; `git lfs pull` fetches that"
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError:
+        return ""
+    if HEIC.match(start):
+        return (
+            ": it is HEIC, as telephones write it; save it as JPEG or PNG, or open it in Python after "
+            "`pillow_heif.register_heif_opener()` (pip install pillow-heif)"
+        )
+    return ""
+
+
+def rgb_profile(image: "Image") -> bytes | None:
+    """The colour profile of a picture, as far as it is one of RGB, which its results are."""
+    profile = image.info.get("icc_profile")
+    return profile if profile and profile[16:20] == b"RGB " else None
+
+
+def resized(image: "Image", size: tuple[int, int], resample: "Resampling", own: tuple[int, int]) -> "Image":
+    """The picture in that size, width x height; one line says so where it is another. own: the size that it
+    would have got by itself, which is nearest to its shape."""
     if size == image.size:
         return image
-    log.info("working at %d x %d pixels, the photograph has %d x %d", *size, *image.size)
+    log.info("%s", working_at(size, image.size))
+    if (ratio := stretched(image.size, size)) and ratio > (stretched(image.size, own) or 1):
+        log.warning("this stretches the photograph: at %d x %d it would keep its shape", *own)
     return image.resize(size, resample)
+
+
+def stretched(size: tuple[int, int], other: tuple[int, int]) -> float | None:
+    """By which factor a picture is out of shape in another size, as far as that is worth a word."""
+    from joyedit.media.images import STRETCH, stretch
+
+    factor = stretch(size, other)
+    return factor if factor > STRETCH else None
+
+
+def working_at(size: tuple[int, int], photo: tuple[int, int]) -> str:
+    """Both are width x height."""
+    (width, height), (own_width, own_height) = size, photo
+    return f"working at {width} x {height} pixels, the photograph has {own_width} x {own_height}"

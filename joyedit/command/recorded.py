@@ -6,10 +6,13 @@ all systems stands here, and what one alone knows in its own file.
 
 import argparse
 import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from joyedit import __version__
+from joyedit.checkpoints.plain_text import shown, visible
 from joyedit.command.calls import origin_options, said
 from joyedit.command.photos import Photo
 from joyedit.command.systems import SYSTEMS, System, system_of
@@ -38,6 +41,9 @@ REPEATED: dict[str, type | tuple[type, ...]] = {
     "reference_quirks": bool,
 }
 
+# Those of which there may be several: recorded as a list, or one as itself.
+SEVERAL = ("lora", "lora_scale")
+
 
 def facts_of_run(
     args: argparse.Namespace, system: System, pipe: Any, call: dict[str, Any], photo: Photo | None
@@ -60,8 +66,8 @@ def facts_of_run(
         "revision": revision,
         "variant": args.variant,
         "parts": args.parts,
-        "lora": args.lora,
-        "lora_scale": args.lora_scale,
+        "lora": one_or_several(args.lora),
+        "lora_scale": one_or_several(args.lora_scale),
         "dtype": args.dtype or "auto",
         "device": pipe.device.type,
         "prediction_type": args.prediction_type,
@@ -79,7 +85,12 @@ def facts_of_run(
     return {name: value for name, value in (repeated | circumstances).items() if value is not None}
 
 
-def fill_from_image(args: argparse.Namespace, photo: Photo | None) -> None:
+def one_or_several(values: Sequence[Any] | None) -> Any:
+    """As it is recorded: one as itself, as versions did that knew no more than one."""
+    return values[0] if values is not None and len(values) == 1 else values
+
+
+def fill_from_image(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
     """Take over what `args.config_from` records, where the command line says nothing itself.
 
     Raises ValueError for a file without such a record, or with one that is damaged.
@@ -91,21 +102,24 @@ def fill_from_image(args: argparse.Namespace, photo: Photo | None) -> None:
     kinds = kinds_taken_over(args, recorded)
     before = recorded.get("input", {})
     if not isinstance(before, dict):
-        raise ValueError(f"{args.config_from}: the recorded input is damaged: {before!r}")
-    if before.get("sha256") != (None if photo is None else photo.facts["sha256"]):
-        name = before.get("name", "none")
+        raise ValueError(f"{args.config_from}: the recorded input is damaged: {shown(before)}")
+    if any(before.get("sha256") != digest for digest in [one.facts["sha256"] for one in photos] or [None]):
+        name = visible(str(before.get("name", "none")), 80)
         log.warning("%s was made from another photograph (%s): expect another result", args.config_from, name)
         kinds = without(kinds, ("height", "width"))  # the shape of the photograph at hand decides
     for name, kind in kinds.items():
         value = recorded.get(name)
         if value is None or getattr(args, name) is not None:
             continue
-        if not isinstance(value, kind):
-            raise ValueError(f"{args.config_from}: the recorded {name} is damaged: {value!r}")
+        several = name in SEVERAL
+        values = value if several and isinstance(value, list) else [value]
+        if not values or not all(fits(one, kind) for one in values):
+            raise ValueError(f"{args.config_from}: the recorded {name} is damaged: {shown(value)}")
         if name == "device" and value not in ("cpu", getattr(accelerator_device(), "type", "cpu")):
-            log.warning("the recorded device (%s) is not here: the result will differ by rounding", value)
+            here = "the recorded device (%s) is not here: the result will differ by rounding"
+            log.warning(here, visible(str(value), 40))
             continue
-        setattr(args, name, value)
+        setattr(args, name, list(values) if several else value)
     if all(len(said(args, system.texts)) < len(system.texts) for system in SYSTEMS):
         raise ValueError(f"{args.config_from} records no prompt: give one")
 
@@ -121,6 +135,8 @@ def kinds_taken_over(
             kinds |= {**dict.fromkeys(system.texts, str), **system.settings}
     for system in SYSTEMS:
         kinds = without(kinds, system.replaced(args, recorded))
+    if args.lora is not None and args.lora != recorded.get("lora") and [recorded.get("lora")] != args.lora:
+        kinds = without(kinds, ("lora_scale",))  # it is that of another adapter
     if args.model is None:
         return kinds
     return without(kinds, belonging_to_the_recorded_model(args, recorded))
@@ -137,8 +153,19 @@ def belonging_to_the_recorded_model(args: argparse.Namespace, recorded: dict[str
     if (own or lora is not None) and maker != pipeline_name(args.model, **origin_options(args)):
         names += [*own, "lora", "lora_scale"]
         if lora is not None and args.lora is None:
-            log.warning("the recorded adapter (%s) is for a %s: it is left out", lora, maker)
+            log.warning("the recorded adapter (%s) is for a %s: it is left out", visible(str(lora)), maker)
     return names
+
+
+def fits(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether a recorded value is of its type; no bool is a number, nor is infinity one to compute with."""
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, dict):
+        return kind is dict and all(isinstance(text, str) for text in value.values())
+    if kind == (int, float) and isinstance(value, kind):
+        return abs(value) < sys.float_info.max
+    return isinstance(value, kind)
 
 
 def without(kinds: dict[str, Any], names: Any) -> dict[str, Any]:

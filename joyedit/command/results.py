@@ -6,6 +6,7 @@ another image. Nothing heavy is imported before there is something to write.
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -25,15 +26,18 @@ class Frames(NamedTuple):
     fps: float
 
 
-def output_paths(output: str | None, photo: str | None, seeds: list[int]) -> list[Path]:
-    """One path per seed: `output` itself for a single image, otherwise with the seed in its name. Without
-    `output` the photograph's name is part of it, as far as there is room."""
+def output_paths(
+    output: str | None, photo: str | None, seeds: list[int], *, several: bool = False
+) -> list[Path]:
+    """One path per seed: `output` itself for a single image, otherwise as `numbered` does it. Without
+    `output`, or in that folder, the photograph's name is part of it, as far as there is room. several:
+    whether there are other photographs."""
     chosen = expanded(output or "")
     if output is None or chosen.is_dir():
         ends = [f"-{seed}.png" if photo is None else f"-edit-{seed}.png" for seed in seeds]
         stem = "generated" if photo is None else PurePath(photo).stem
         return [chosen / f"{shortened(stem, LONGEST_NAME - len(end))}{end}" for end in ends]
-    return numbered(chosen, seeds)
+    return numbered(chosen, seeds, photo if several else None)
 
 
 def shortened(name: str, length: int) -> str:
@@ -41,12 +45,19 @@ def shortened(name: str, length: int) -> str:
     return os.fsencode(name)[:length].decode(errors="ignore") if len(os.fsencode(name)) > length else name
 
 
-def numbered(path: Path, seeds: list[int]) -> list[Path]:
-    """`path` itself for one seed, otherwise one path for each with the seed in its name."""
+def numbered(path: Path, seeds: list[int], photo: str | None = None) -> list[Path]:
+    """`path` itself for one seed, otherwise one path for each with the seed in its name; before it stands the
+    name of a photograph that is one of several."""
     path = expanded(path)
-    if len(seeds) == 1:
+    if len(seeds) == 1 and photo is None:
         return [path]
-    return [path.with_name(f"{path.stem}-{seed}{path.suffix}") for seed in seeds]
+    ends = [f"-{seed}{path.suffix}" for seed in seeds] if len(seeds) > 1 else [path.suffix]
+    if photo is None:
+        return [path.with_name(f"{path.stem}{end}") for end in ends]
+    return [
+        path.with_name(f"{shortened(f'{path.stem}-{PurePath(photo).stem}', LONGEST_NAME - len(end))}{end}")
+        for end in ends
+    ]
 
 
 def refuse_files(files: Mapping[str, Sequence[Path]], force: bool) -> None:
@@ -55,8 +66,9 @@ def refuse_files(files: Mapping[str, Sequence[Path]], force: bool) -> None:
     "video" may be a folder, without a suffix, that is empty or holds what --force replaces.
     """
     paths = [path for each in files.values() for path in each]
-    if len({path.absolute() for path in paths}) < len(paths):
-        raise ValueError(f"two results would be written to one file: {', '.join(map(str, paths))}")
+    counts = Counter(path.absolute() for path in paths)
+    if twice := [path for path in dict.fromkeys(paths) if counts[path.absolute()] > 1]:
+        raise ValueError(f"two results would be written to one file: {', '.join(map(str, twice[:4]))}")
     for path in files.get("video", ()):
         refuse_film(path, paths)
     for path in paths:
@@ -99,7 +111,7 @@ def write_results(
     """Write what was made of one seed, name of the result -> its path.
 
     The files appear together, or after Ctrl-C none; when only the film fails, the images do. metadata and the
-    colour profile go into "output", if that is a PNG.
+    colour profile go into "output", metadata if that is a PNG.
     """
     from joyedit.checkpoints.replacing import replacing_all
     from joyedit.media.video import save_video
@@ -125,7 +137,7 @@ def write_results(
 def write_image(
     image: Any, path: Path, temporary: Path, metadata: dict[str, Any] | None, profile: Any
 ) -> None:
-    """Write PNG with its metadata; JPEG and WebP, which are lossy, without."""
+    """Write PNG with its metadata; JPEG and WebP, which are lossy, without. All carry the colour profile."""
     from joyedit.media.images import save_png
 
     if path.suffix.lower() == ".png":
@@ -133,4 +145,4 @@ def write_image(
         return
     if metadata is not None:
         log.info("%s carries no parameters: only .png files do", path)
-    image.save(temporary, quality=95)
+    image.save(temporary, quality=95, icc_profile=profile)

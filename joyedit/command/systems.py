@@ -91,6 +91,10 @@ class System(Protocol):
         """For each seed, which has a generator of its own, "output" and what `files` may ask for."""
         ...
 
+    def guidance(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> float:
+        """How strongly the run is guided, at most. At 1 and below, negative prompts have no effect."""
+        ...
+
     def facts(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         """After a run: steps, guidance and `settings` as they were, the pipeline's own defaults included;
         None for what there was not."""

@@ -15,18 +15,23 @@ import ast
 import dataclasses
 import importlib
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from joyedit.checkpoints.config import nearest
 from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
+from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
 from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.small_files import read_beginning, read_text
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
 from joyedit.pipelines.chronoedit_presets import preset_called
@@ -189,6 +194,8 @@ def find_checkpoint(name_or_path: str | Path, pipeline: str | None = None, **opt
     name = place_of(name_or_path)
     origin = Origin(name, **options)
     listing = [] if Path(name).is_file() else origin.listing()
+    if origin.is_local:  # git-lfs may have left texts in the place of large files
+        refuse_pointers(Path(name).expanduser() / file for file in listing)
     layout = layout_of(name, listing)
     if pipeline is not None and layout == "diffusers":
         return Checkpoint(origin, listing, layout, pipeline)
@@ -216,9 +223,17 @@ def read_made_for(name_or_path: str | Path, **options: Any) -> MadeFor:
 
 
 def place_of(name_or_path: str | Path) -> str:
-    """The folder of a built-in checkpoint, unless something here has that name; other names as they are."""
+    """The folder of a built-in checkpoint, unless something here has that name; other names as they are.
+
+    Raises FileNotFoundError for a name that is nearly a built-in one.
+    """
     name = str(name_or_path)
-    return str(ASSETS / name) if name in BUILT_IN and not Path(name).exists() else name
+    if not re.fullmatch(r"[\w.-]{1,40}", name) or Path(name).exists():
+        return name
+    if name not in BUILT_IN and (match := nearest(name.lower(), BUILT_IN)):
+        known = ", ".join(BUILT_IN)
+        raise FileNotFoundError(f"{name!r} is no file or folder here, nor built in as {known} are{match}")
+    return str(ASSETS / name) if name in BUILT_IN else name
 
 
 def layout_of(name: str, listing: list[str]) -> str:
@@ -238,7 +253,7 @@ def layout_of(name: str, listing: list[str]) -> str:
     raise ValueError(
         f"{name} is no checkpoint that joyedit knows: no model_index.json (Diffusers), no transformer/ with "
         f"{ORIGINAL_TEXT_ENCODER}/ (original JoyAI), no diffusion_models/ (ComfyUI). "
-        f"It holds: {found or 'nothing'}"
+        f"It holds: {found or 'nothing'}{broken_off(Path(name))}"
     )
 
 
@@ -266,7 +281,7 @@ def _pipeline_class(origin: Origin, layout: str) -> str:
     if found is None:
         reasons = [f": {REFUSED[start]}" for start in REFUSED if str(name).startswith(start)]
         ours = ", ".join(PIPELINES)
-        raise ValueError(f"{origin.name} holds a {name}{''.join(reasons)}; joyedit has {ours}")
+        raise ValueError(f"{origin.name} holds a {visible(name)}{''.join(reasons)}; joyedit has {ours}")
     return found
 
 
@@ -300,11 +315,11 @@ def _open_class(name: str) -> type[Pipeline]:
 def licence_of(origin: Origin, listing: list[str]) -> str:
     """The licence that a checkpoint's own README.md states, "not stated" otherwise."""
     if "README.md" in listing:
-        lines = (origin.fetch(["README.md"]) / "README.md").read_text(encoding="utf-8").splitlines()
+        lines = read_beginning(origin.fetch(["README.md"]) / "README.md").splitlines()
         if lines and lines[0].strip() == "---":
             for line in lines[1:]:
                 if line.startswith("license:"):
-                    return line.removeprefix("license:").strip()
+                    return visible(line.removeprefix("license:").strip())
                 if line.strip() == "---":
                     break
     return "not stated"
@@ -318,7 +333,15 @@ def _device(device: str | torch.device) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device={device!r}: write 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this PyTorch finds no CUDA or ROCm device")
+        raise ValueError(f"device={str(device)!r}: this PyTorch finds no CUDA or ROCm device")
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={str(device)!r}: there are {count} devices, from cuda:0 on")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={str(device)!r}: this PyTorch finds no Apple GPU")
+    try:
+        torch.empty(1, device=found).tolist()
+    except (RuntimeError, AssertionError, ImportError):  # "meta" and devices of other makes
+        raise ValueError(f"device={str(device)!r}: nothing can be computed there by this PyTorch") from None
     return found
 
 
@@ -358,7 +381,10 @@ def _with_dtype(cls: type[Pipeline], part: str, options: LoadOptions) -> LoadOpt
 def plan_file(kind: type[Network], path: Path, options: LoadOptions) -> PlannedNetwork:
     """A network from one weight file, with the config.json beside it, or the released config."""
     beside = path.with_name("config.json")
-    config = kind.Config.from_dict(read_json(beside) if beside.is_file() else {})
+    try:
+        config = kind.Config.from_dict(read_json(beside) if beside.is_file() else {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{beside}: {error}") from None
     return plan_network(kind, config, TensorFiles([path]), options.dtype, options.new_parameters)
 
 
@@ -423,8 +449,8 @@ def read_infer_config(path: Path) -> dict[str, Any]:
     Returns "params" (the transformer's) and, where stated, "shift" and "num_train_timesteps".
     """
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
+        tree = ast.parse(read_text(path, 2**18))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
         raise ValueError(f"{path} is not readable Python: {error}") from None
     found: dict[str, Any] = {}
     for node in ast.walk(tree):
@@ -441,7 +467,7 @@ def read_infer_config(path: Path) -> dict[str, Any]:
         for key, value in pairs:
             try:
                 values[key] = ast.literal_eval(value)
-            except ValueError:
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 continue
         if "hidden_size" in values:
             found["params"] = values

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from joyedit.checkpoints.bounds import count_numbered
 from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.network import Network, PlannedNetwork, plan_network
 from joyedit.checkpoints.options import LoadOptions
@@ -125,7 +126,7 @@ def read_single_file(path: Path, ema: bool = False) -> SingleFile:
             ", ..." if len(strange) > 4 else "",
         )
     steps = files.numbers.get("global_step")
-    if "global_step" in files:
+    if files.shapes.get("global_step") in ((), (1,)):
         steps = files["global_step"].item()
     return SingleFile(path, release, networks, left_out, Prediction.read(path, files), steps)
 
@@ -239,7 +240,7 @@ def _unet_config(shapes: Shapes) -> tuple[int, UNet2DConditionConfig]:
         kind = "SDXL" if context in (1280, 2048) else "unCLIP"
         raise ValueError(f"this is a {kind} UNet; only text-to-image Stable Diffusion 1.x and 2.x go here")
     release = 2 if len(shapes["middle_block.1.proj_in.weight"]) == 2 else 1
-    count = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("input_blocks."))
+    count = count_numbered(shapes, "input_blocks.", 1)
     levels: list[list[int]] = [[]]
     for number in range(1, count):
         if f"input_blocks.{number}.0.op.weight" in shapes:
@@ -262,8 +263,8 @@ def _unet_config(shapes: Shapes) -> tuple[int, UNet2DConditionConfig]:
 
 
 def _vae_config(shapes: Shapes, release: int) -> AutoencoderKLConfig:
-    stages = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.down."))
-    layers = 1 + max(int(name.split(".")[4]) for name in shapes if name.startswith("encoder.down.0.block."))
+    stages = count_numbered(shapes, "encoder.down.", 2)
+    layers = count_numbered(shapes, "encoder.down.0.block.", 4)
     widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(stages)]
     return AutoencoderKLConfig(
         down_block_types=("DownEncoderBlock2D",) * stages,

@@ -27,7 +27,7 @@ from joyedit.checkpoints.missing import PROCESSORS, lacking
 from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.media.batch import Batch
-from joyedit.media.images import to_pil_list
+from joyedit.media.images import on_white, to_pil_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,18 +126,23 @@ class CLIPImageProcessor:
         path = folder / "preprocessor_config.json"
         try:
             return cls(CLIPImageConfig.from_dict(read_json(path)))
-        except (TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def __call__(self, images: Any, return_tensors: str = "pt") -> Batch:
-        """Images as in `to_pil_list` -> pixel_values (B, 3, 224, 224) float32, normalised."""
+        """Images as in `to_pil_list`, transparent ones before white -> pixel_values (B, 3, 224, 224) float32,
+        normalised."""
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: must be 'pt'")
         config = self.config
-        squares = np.stack([np.asarray(self.crop(image)) for image in to_pil_list(images, "images")])
+        pictures = [on_white(image) for image in to_pil_list(images, "images", alpha=True)]
+        squares = np.stack([np.asarray(self.crop(picture)) for picture in pictures])
         pixels = rearrange(torch.from_numpy(squares), "b h w c -> b c h w").contiguous()
         pixels = (pixels.double() * config.rescale_factor).float()  # rounded once, as in the reference
-        mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=pixels.device)
+            for values in (config.image_mean, config.image_std)
+        )
         return Batch(pixel_values=(pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
 
     def crop(self, image: Image) -> Image:

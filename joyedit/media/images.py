@@ -1,8 +1,8 @@
 """Photographs to tensors and back.
 
-Reading (any file, URL or PIL mode to RGB), the lists of images that pipelines take, buckets and the crop
-into them, the patches that the Qwen vision tower reads, the pixels that an autoencoder reads and writes, PNG
-files that carry their parameters, grids.
+Reading (a file or URL, see `decoding` and `download`), the lists of images that pipelines take, buckets and
+the crop into them, the patches that the Qwen vision tower reads, the pixels that an autoencoder reads and
+writes, PNG files that carry their parameters, grids.
 
 B images   H, W pixels   gh, gw patches (gh = H / 16, gw = W / 16)
 
@@ -19,8 +19,7 @@ import io
 import json
 import logging
 import math
-import struct
-import time
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import PIL.PngImagePlugin
 import torch
 from einops import rearrange, repeat
@@ -38,13 +36,15 @@ from torch.nn import functional as F
 
 from joyedit import __version__
 from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.replacing import replacing
+from joyedit.media.decoding import decode, reason, to_rgb, turned
+from joyedit.media.download import download, is_url, shown_url, url_scheme
 
 log = logging.getLogger("joyedit")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 BUCKET_BASES = (256, 512, 768, 1024)
-EXIF_ORIENTATION = 0x0112
 DOWNLOAD_SECONDS = 30.0
 DOWNLOAD_BYTES = 200_000_000
 
@@ -53,67 +53,72 @@ def load_image(
     image: str | Path | Image,
     convert_method: Callable[[Image], Image] | None = None,
     *,
+    size: tuple[int, int] | None = None,
     timeout: float = DOWNLOAD_SECONDS,
     max_bytes: int = DOWNLOAD_BYTES,
 ) -> Image:
     """An RGB photograph from a path, an http(s) URL or a PIL image, turned as its EXIF orientation says.
 
     Transparency is dropped, as in diffusers; of an animated file the first frame is read. `convert_method`
-    replaces the conversion to RGB. A download may take `timeout` seconds and `max_bytes` bytes.
+    replaces the conversion to RGB. size: the (height, width) at which it is wanted; only a JPEG of more than
+    PIL.Image.MAX_IMAGE_PIXELS is then read smaller, but not below it. A download may take `timeout` seconds
+    in all, and `max_bytes` bytes.
 
     Raises FileNotFoundError for a missing file or page, TimeoutError or ConnectionError when a download
-    fails, ValueError for what is not an image, is damaged, or is above Pillow's limit on decompression.
-    Source: diffusers `load_image`; 16-bit pictures are scaled to 8 bit here, there they are cut off at 255.
+    fails, ValueError for what is not an image, is damaged, or has more than twice as many pixels as that
+    limit of Pillow's (between once and twice a warning is logged).
+    Source: diffusers `load_image`; pictures of 16 bit are scaled to 8 bit here, there they are cut off at
+    255.
     """
     if isinstance(image, Image):
         return _convert(image, convert_method)
     if not isinstance(image, (str, Path)):
         raise TypeError(f"image is a {type(image).__name__}: must be a path, an http(s) URL or a PIL image")
-    if str(image).startswith(("http://", "https://")):
-        return _decode(io.BytesIO(_download(str(image), timeout, max_bytes)), str(image), convert_method)
-    path = Path(image).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"image {str(path)!r} does not exist")
-    if not path.is_file():
-        raise ValueError(f"image {str(path)!r} is not a file")
+    if is_url(str(image)):
+        content = download(str(image), timeout, max_bytes)
+        return _read(io.BytesIO(content), shown_url(str(image)), convert_method, size)
+    path = _local_path(image)
     with path.open("rb") as file:
-        return _decode(file, str(path), convert_method)
+        return _read(file, str(path), convert_method, size)
 
 
-def load_photo(source: str | Path) -> tuple[Image, str]:
+def load_photo(source: str | Path, *, size: tuple[int, int] | None = None) -> tuple[Image, str]:
     """The photograph as `load_image` gives it, and the sha256 of its file. Errors as there."""
-    if str(source).startswith(("http://", "https://")):
-        content = _download(str(source), DOWNLOAD_SECONDS, DOWNLOAD_BYTES)
-        return _decode(io.BytesIO(content), str(source), None), hashlib.sha256(content).hexdigest()
-    image = load_image(source)
-    with Path(source).expanduser().open("rb") as file:
+    if is_url(str(source)):
+        content = download(str(source), DOWNLOAD_SECONDS, DOWNLOAD_BYTES)
+        image = _read(io.BytesIO(content), shown_url(str(source)), None, size)
+        return image, hashlib.sha256(content).hexdigest()
+    path = _local_path(source)
+    with path.open("rb") as file:
+        image = _read(file, str(path), None, size)
+    with path.open("rb") as file:
         return image, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def to_rgb(image: Image) -> Image:
-    """The picture in mode RGB, turned as its EXIF orientation says; itself when nothing is to be done.
+def _local_path(source: str | Path) -> Path:
+    """Raises FileNotFoundError or ValueError when there is no file."""
+    path = Path(os.path.expanduser(source))  # which leaves the name of an unknown user as it is
+    if not path.exists():
+        scheme = url_scheme(str(source))
+        if scheme is not None:
+            raise ValueError(f"image {shown_url(str(source))!r}: only http and https are read, not {scheme}")
+        raise FileNotFoundError(f"image {str(path)!r} does not exist")
+    if not path.is_file():
+        raise ValueError(f"image {str(path)!r} is not a file")
+    return path
 
-    Transparency is dropped. 16-bit grey is scaled to 8 bit (mode "I", as which some such files open, too);
-    "F" is read as [0, 1]. Raises ValueError for values outside, and for modes that Pillow cannot convert.
-    """
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        image = PIL.ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
+
+def on_white(image: Image) -> Image:
+    """An RGB picture of an RGBA one before a white ground, which is how encoders that were trained on web
+    pages see it; any other itself. Source: transformers `convert_to_rgb`."""
+    if image.mode != "RGBA":
         return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"image of mode I holds {values.min()}..{values.max()}: must be in 0..65535")
-        return PIL.Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        return PIL.Image.fromarray(_to_uint8(np.asarray(image), "image of mode F")).convert("RGB")
-    if "transparency" in image.info:  # of palettes with several transparent colours Pillow warns otherwise
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    ground = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return PIL.Image.alpha_composite(ground, image).convert("RGB")
 
 
-def to_pil_list(images: Any, name: str = "image") -> list[Image]:
-    """What a pipeline was given as images, as RGB PIL images.
+def to_pil_list(images: Any, name: str = "image", alpha: bool = False) -> list[Image]:
+    """What a pipeline was given as images, as RGB PIL images; with alpha, those of transparent ones as RGBA.
 
     Takes PIL images of any mode, numpy (H, W, 3) or (B, H, W, 3), tensors (3, H, W) or (B, 3, H, W), and flat
     lists of these; arrays and tensors are uint8, or floating point in [0, 1], which is rounded to 8 bit.
@@ -122,18 +127,18 @@ def to_pil_list(images: Any, name: str = "image") -> list[Image]:
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError(f"{name} is an empty list")
-        return [one for i, item in enumerate(images) for one in _to_pil(item, f"{name}[{i}]")]
-    return _to_pil(images, name)
+        return [one for i, item in enumerate(images) for one in _to_pil(item, f"{name}[{i}]", alpha)]
+    return _to_pil(images, name, alpha)
 
 
-def _to_pil(image: Any, name: str) -> list[Image]:
+def _to_pil(image: Any, name: str, alpha: bool) -> list[Image]:
     if isinstance(image, Image):
         if 0 in image.size:
             raise ValueError(f"{name} is empty: {image.width} x {image.height} pixels")
         try:
-            return [to_rgb(image)]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name} cannot be read: {error}") from None
+            return [to_rgb(image, alpha)]
+        except Exception as error:  # of the decoder, if the file was not read yet
+            raise ValueError(f"{name} cannot be read: {reason(error)}") from None
     if isinstance(image, np.ndarray):
         array, channels, shapes = image, -1, "(H, W, 3) or (B, H, W, 3)"
     elif isinstance(image, Tensor):
@@ -161,69 +166,20 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     return (array.astype(np.float32) * 255).round().astype(np.uint8)
 
 
-def _convert(image: Image, convert_method: Callable[[Image], Image] | None) -> Image:
-    if convert_method is not None:
-        return convert_method(PIL.ImageOps.exif_transpose(image))
-    converted = to_rgb(image)
-    return converted.copy() if converted is image else converted
-
-
-def _decode(file: Any, name: str, convert_method: Callable[[Image], Image] | None) -> Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-        try:
-            opened = PIL.Image.open(file)
-            if opened.format == "EPS":  # Pillow would start Ghostscript on it
-                raise PIL.UnidentifiedImageError
-            opened.load()
-            opened.getexif()
-        except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-            limit = f"{PIL.Image.MAX_IMAGE_PIXELS:,} pixels (PIL.Image.MAX_IMAGE_PIXELS)"
-            raise ValueError(f"image {name!r} has more pixels than the limit of {limit}") from None
-        except PIL.UnidentifiedImageError:
-            raise ValueError(f"image {name!r} is not in an image format that Pillow reads") from None
-        except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:
-            raise ValueError(f"image {name!r} is damaged: {error}") from None
+def _read(
+    file: Any, name: str, convert_method: Callable[[Image], Image] | None, size: tuple[int, int] | None
+) -> Image:
+    opened = decode(file, name, size)
     try:
         return _convert(opened, convert_method)
     except ValueError as error:
         raise ValueError(f"image {name!r}: {error}") from None
 
 
-def _download(url: str, timeout: float, max_bytes: int) -> bytes:
-    import http.client  # these are slow to import, and most runs read a file
-    import urllib.error
-    import urllib.parse
-    import urllib.request
-
-    too_large = ValueError(f"image {url!r} is larger than max_bytes={max_bytes:,}")
-    too_slow = TimeoutError(f"image {url!r} did not arrive within timeout={timeout:g} seconds")
-    deadline = time.monotonic() + timeout
-    quoted = urllib.parse.quote(url, safe="!#$%&'()*+,/:;=?@[]~")
-    request = urllib.request.Request(quoted, headers={"User-Agent": "joyedit"})
-    content = bytearray()
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            if int(response.headers.get("Content-Length") or 0) > max_bytes:
-                raise too_large
-            while chunk := response.read1(1 << 16):
-                content += chunk
-                if len(content) > max_bytes:
-                    raise too_large
-                if time.monotonic() > deadline:
-                    raise too_slow
-            missing = response.length or 0
-    except urllib.error.HTTPError as error:
-        kind = FileNotFoundError if error.code in (404, 410) else ConnectionError
-        raise kind(f"image {url!r}: the server answered {error.code} {error.reason}") from None
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
-            raise too_slow from None
-        raise ConnectionError(f"image {url!r} could not be fetched: {reason}") from None
-    if missing:
-        raise ConnectionError(f"image {url!r} was cut off, {missing:,} bytes are missing")
-    return bytes(content)
+def _convert(image: Image, convert_method: Callable[[Image], Image] | None) -> Image:
+    converted = turned(image) if convert_method else to_rgb(image)
+    own = converted.copy() if converted is image else converted
+    return convert_method(own) if convert_method else own
 
 
 def buckets(base: int = 1024) -> list[tuple[int, int]]:
@@ -374,15 +330,16 @@ class Qwen2VLImageProcessor:
         self.config = config or Qwen2VLImageConfig()
 
     def __call__(self, images: Any) -> dict[str, Tensor]:
-        """Images as in `to_pil_list` -> pixel_values (sum of gh * gw, 1536) float32 in [-1, 1], a row per
-        patch in the order (c, t, y, x), patches in 2 x 2 blocks; image_grid_thw (B, 3) of (1, gh, gw)."""
+        """Images as in `to_pil_list`, transparent ones before white -> pixel_values (sum of gh * gw, 1536)
+        float32 in [-1, 1], a row per patch in the order (c, t, y, x), patches in 2 x 2 blocks;
+        image_grid_thw (B, 3) of (1, gh, gw)."""
         config = self.config
         rows, grids = [], []
-        for image in to_pil_list(images, "images"):
-            pixels = self.normalize(self.resize(image))
+        for image in to_pil_list(images, "images", alpha=True):
+            pixels = self.normalize(self.resize(on_white(image)))
             rows.append(patchify(pixels, config.patch_size, config.merge_size, config.temporal_patch_size))
             grids.append((1, pixels.shape[1] // config.patch_size, pixels.shape[2] // config.patch_size))
-        return {"pixel_values": torch.cat(rows), "image_grid_thw": torch.tensor(grids)}
+        return {"pixel_values": torch.cat(rows), "image_grid_thw": torch.tensor(grids, device="cpu")}
 
     def resize(self, image: Image) -> Tensor:
         """RGB image -> (3, H, W) uint8 with sides that are multiples of patch_size * merge_size."""
@@ -396,8 +353,10 @@ class Qwen2VLImageProcessor:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(3, H, W) uint8 -> float32. Rescaling and normalisation in one step, to round as the reference."""
-        mean = torch.tensor(self.config.image_mean) * (1 / self.config.rescale_factor)
-        std = torch.tensor(self.config.image_std) * (1 / self.config.rescale_factor)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=pixels.device) * (1 / self.config.rescale_factor)
+            for values in (self.config.image_mean, self.config.image_std)
+        )
         return (pixels.float() - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
 
 
@@ -514,10 +473,36 @@ def save_png(
         texts.add_itxt("joyedit", _storable(_to_json({"schema": 1, **metadata})))
         texts.add_itxt("parameters", _storable(parameters_text(metadata)))
         texts.add_text("Software", f"{software} (AI-edited)")
-    bare = image.copy()
-    bare.info = {}
     with replacing(path) as temporary:
-        bare.save(temporary, format="PNG", pnginfo=texts, icc_profile=_rgb_profile(icc_profile))
+        _bare(image).save(temporary, format="PNG", pnginfo=texts, icc_profile=_rgb_profile(icc_profile))
+    return path
+
+
+def save_picture(
+    image: Image,
+    path: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+    icc_profile: bytes | None = None,
+    quality: int = 95,
+) -> Path:
+    """Write a picture in the format that the name's suffix says, with an ICC profile if it is one for RGB.
+
+    A PNG file is as `save_png` writes it. Other formats carry no `metadata`; `quality` is that of the lossy
+    ones (JPEG, WebP). The file appears whole or not at all. Raises FileExistsError when it exists and not
+    `force`, ValueError for a suffix that Pillow does not write.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".png":
+        return save_png(image, path, metadata, force=force, icc_profile=icc_profile)
+    kind = PIL.Image.registered_extensions().get(path.suffix.lower())
+    if kind not in PIL.Image.SAVE:
+        raise ValueError(f"path {str(path)!r} must end in .png, .jpg, .webp or another format to write")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists; pass force=True to replace it")
+    with replacing(path, force=force) as temporary:
+        _bare(image).save(temporary, format=kind, quality=quality, icc_profile=_rgb_profile(icc_profile))
     return path
 
 
@@ -527,16 +512,18 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
     try:
-        with path.open("rb") as file, PIL.Image.open(file) as opened:
-            text = opened.info.get("joyedit")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from None
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # no pixels are read
+            with PIL.Image.open(file) as opened:
+                text = opened.info.get("joyedit")
+    except Exception as error:  # of the decoder, which may raise anything
+        raise ValueError(f"{path} is not a readable image: {reason(error)}") from None
     if text is None:
         raise ValueError(f"{path} carries no joyedit metadata")
     try:
         metadata = json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its joyedit metadata is damaged: {error}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its joyedit metadata is damaged: {visible(error)}") from None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: its joyedit metadata is a {type(metadata).__name__}, not a JSON object")
     return metadata
@@ -570,6 +557,13 @@ def _to_json(metadata: Mapping[str, Any]) -> str:
         return json.dumps(metadata, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata cannot be written as JSON: {error}") from None
+
+
+def _bare(image: Image) -> Image:
+    """A copy that carries nothing but pixels: writers take EXIF and transparency out of `info`."""
+    bare = image.copy()
+    bare.info = {}
+    return bare
 
 
 def _storable(text: str) -> str:

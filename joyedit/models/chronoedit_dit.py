@@ -236,7 +236,7 @@ class ChronoEditTransformer3DModel(Network):
         c = self.config
         if max(grid) > c.rope_max_seq_len:
             raise ValueError(f"token grid {grid}: no axis may be longer than {c.rope_max_seq_len}")
-        frames, rows, columns = (torch.arange(n) for n in grid)
+        frames, rows, columns = (torch.arange(n, device="cpu") for n in grid)
         if grid[0] == 2:
             frames = frames * (min(c.rope_temporal_skip_len, c.rope_max_seq_len) - 1)
         index = torch.cartesian_prod(frames, rows, columns)  # (N, 3)

@@ -539,7 +539,7 @@ def mrope_position_ids(
         return torch.arange(length, device=input_ids.device).expand(3, batch, length)
     sizes = [(gh // merge, gw // merge) for _, gh, gw in grid_thw.tolist()]
     counts = [length] * batch if attention_mask is None else attention_mask.count_nonzero(dim=1).tolist()
-    positions = torch.zeros(3, batch, length, dtype=torch.long)
+    positions = torch.zeros(3, batch, length, dtype=torch.long, device="cpu")
     used = 0
     for row, (ids, count) in enumerate(zip(input_ids.tolist(), counts, strict=True)):
         done = start = 0
@@ -550,11 +550,11 @@ def mrope_position_ids(
                 rows, columns = sizes[used] if used < len(sizes) else (0, 0)
                 if rows * columns != n:
                     raise ValueError(f"prompt {row} has {n} image tokens in a row, the grids want {sizes}")
-                there[1] = torch.arange(rows).repeat_interleave(columns)
-                there[2] = torch.arange(columns).repeat(rows)
+                there[1] = torch.arange(rows, device="cpu").repeat_interleave(columns)
+                there[2] = torch.arange(columns, device="cpu").repeat(rows)
                 used += 1
             else:
-                there += torch.arange(n)
+                there += torch.arange(n, device="cpu")
             there += start
             start += max(rows, columns) if is_image else n
             done += n

@@ -7,12 +7,15 @@ B prompts   L text tokens   D width
 """
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.plain_text import shown
 from joyedit.media.images import OUTPUT_TYPES
 from joyedit.noise import Generators
 
@@ -38,13 +41,14 @@ class Text(NamedTuple):
         if self.negative is not None and self.negative_embeds is not None:
             raise ValueError(f"give {name}negative_prompt or {name}negative_prompt_embeds, not both")
         check_text(f"{name}negative_prompt", self.negative)
+        for kind, embeds in (("", self.embeds), ("negative_", self.negative_embeds)):
+            if embeds is not None and not (isinstance(embeds, Tensor) and embeds.ndim):
+                form = "has no axes" if isinstance(embeds, Tensor) else f"is a {type(embeds).__name__}"
+                raise TypeError(f"{name}{kind}prompt_embeds {form}: must be a tensor (B, L, D)")
 
-    def check_negatives(self, batch: int, one_for_all: bool = False) -> None:
-        """Raises ValueError for embedded negative prompts of another number than `batch`; one_for_all: a
-        single one will do."""
-        if self.negative_embeds is None or len(self.negative_embeds) == batch:
-            return
-        if not (one_for_all and len(self.negative_embeds) == 1):
+    def check_negatives(self, batch: int) -> None:
+        """Raises ValueError for embedded negative prompts of another number than `batch`."""
+        if self.negative_embeds is not None and len(self.negative_embeds) != batch:
             raise ValueError(
                 f"negative_prompt_embeds are for {len(self.negative_embeds)} prompts, but there are {batch}"
             )
@@ -61,7 +65,7 @@ def check_prompts(name: str, prompt: Any, embeds_name: str, embeds: Tensor | Non
 def check_text(name: str, text: Any) -> None:
     if text is not None and not isinstance(text, str):
         if not isinstance(text, list) or not text or not all(isinstance(t, str) for t in text):
-            raise TypeError(f"{name} must be a string or a non-empty list of strings, not {text!r}")
+            raise TypeError(f"{name} must be a string or a non-empty list of strings, not {shown(text)}")
 
 
 def as_list(text: str | list[str] | None, batch: int, name: str) -> list[str]:
@@ -72,11 +76,29 @@ def as_list(text: str | list[str] | None, batch: int, name: str) -> list[str]:
     return texts
 
 
-def check_count(name: str, count: Any) -> int:
-    """Raises ValueError unless `count` is a positive integer."""
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}={count!r}: must be a positive integer")
-    return count
+def as_number(value: Any) -> Any:
+    """A number of numpy or torch, or an array or tensor that is just one, as Python's; anything else as it
+    is. A sweep's `for s in np.arange(...)` gives such."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0 else value
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number; True and False are none, NaN and infinity are."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_count(name: str, count: Any, least: int = 1) -> int:
+    """Raises ValueError unless `count` is an integer of at least `least`, which is 1 or 0."""
+    number = as_number(count)
+    if not is_integer(number) or number < least:
+        raise ValueError(
+            f"{name}={count!r}: must be {'a positive integer' if least else 'an integer from 0 on'}"
+        )
+    return int(number)
 
 
 def check_copies(name: str, copies: Any) -> int:
@@ -84,10 +106,28 @@ def check_copies(name: str, copies: Any) -> int:
     return 1 if copies is None else check_count(name, copies)
 
 
-def check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> float:
     """Raises ValueError unless `value` is a finite number."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    number = as_number(value)
+    if not is_number(number) or not math.isfinite(number):
         raise ValueError(f"{name}={value!r}: must be a finite number")
+    return float(number)
+
+
+def check_share(name: str, value: Any) -> float:
+    """Raises ValueError unless `value` is a number in [0, 1]."""
+    number = as_number(value)
+    if not is_number(number) or not 0 <= number <= 1:
+        raise ValueError(f"{name}={value!r}: must be in [0, 1]")
+    return float(number)
+
+
+def check_side(name: str, side: Any, multiple: int) -> int:
+    """Raises ValueError unless `side` is a positive multiple of `multiple`."""
+    number = as_number(side)
+    if not is_integer(number) or number < 1 or number % multiple:
+        raise ValueError(f"{name}={side!r}: must be a positive multiple of {multiple}")
+    return int(number)
 
 
 def check_generators(generator: Any, count: int) -> Generators:
@@ -134,6 +174,4 @@ def adapter_scale(name: str, kwargs: Mapping[str, Any] | None) -> float | None:
     if unknown := set(kwargs or {}) - {"scale"}:
         raise ValueError(f"{name} has {sorted(unknown)}; only 'scale' is known")
     scale = (kwargs or {}).get("scale")
-    if scale is not None:
-        check_number(f"{name}: scale", scale)
-    return scale
+    return None if scale is None else check_number(f"{name}: scale", scale)

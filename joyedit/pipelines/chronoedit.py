@@ -17,9 +17,8 @@ T = 1 + (F - 1) / 4 latent frames   h, w latent size (pixels / 8)
 Source: diffusers `pipeline_chronoedit.py`; nv-tlabs/ChronoEdit; arXiv 2510.04290.
 """
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -42,6 +41,8 @@ from joyedit.noise import Generators, draw_noise
 from joyedit.pipelines.checks import (
     Text,
     adapter_scale,
+    as_list,
+    as_number,
     check_copies,
     check_count,
     check_generators,
@@ -49,6 +50,7 @@ from joyedit.pipelines.checks import (
     check_output_type,
     check_prompts,
     check_tensor,
+    is_integer,
 )
 from joyedit.pipelines.chronoedit_frames import ENDS, FrameCoder, for_all
 from joyedit.pipelines.chronoedit_presets import (
@@ -65,10 +67,10 @@ from joyedit.pipelines.chronoedit_request import (
     batch_of,
     check_embedded,
     check_size,
-    one_each,
     text_of_each,
     warn_if_stretched,
 )
+from joyedit.pipelines.defaults import Unsaid, unsaid
 from joyedit.pipelines.pipeline import Pipeline
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
@@ -81,7 +83,7 @@ log = logging.getLogger("joyedit")
 TENSOR_IMAGES = "tensor_images"
 
 EDIT_FRAMES, REASONING_FRAMES = 5, 29
-DEFAULT_FRAMES, DEFAULT_STEPS, DEFAULT_GUIDANCE = 81, 50, 5.0  # the reference's
+DEFAULT_FRAMES, DEFAULT_STEPS, DEFAULT_GUIDANCE = 81, unsaid(50), unsaid(5.0)  # the reference's
 
 Picture = Image.Image | np.ndarray | Tensor
 Films = list[list[Image.Image]] | np.ndarray | Tensor
@@ -95,7 +97,7 @@ class ChronoEditPipelineOutput(NamedTuple):
 
 
 class ChronoEditPipeline(Pipeline):
-    """Edit photographs by instruction. One call at a time: the scheduler keeps count.
+    """Edit photographs by instruction.
 
     Parts: `tokenizer`, `text_encoder`, `image_encoder`, `image_processor`, `transformer`, `vae`, `scheduler`.
     `preset`: the name of the preset that calls run with when they name none; see `use_preset`. Raises
@@ -136,11 +138,10 @@ class ChronoEditPipeline(Pipeline):
         self.transformer = transformer
         self.vae = vae
         self.scheduler = scheduler
-        self.vae_scale_factor_spatial = vae.config.scale_factor_spatial
-        self.vae_scale_factor_temporal = vae.config.scale_factor_temporal
+        self.vae_scale_factor_spatial = 8 if vae is None else vae.config.scale_factor_spatial
+        self.vae_scale_factor_temporal = 4 if vae is None else vae.config.scale_factor_temporal
         self.preset: str | None = None
-        self.guidance_scale = 1.0
-        self.num_timesteps = 0
+        self._attention_kwargs: Mapping[str, Any] | None = None
         self._distilled: set[str] = set()  # adapters from files that are called so
         self._keeps_distilled = False  # whether such a one stayed in the weights when it was forgotten
         self.check_configs({name: network.config for name, network in self.networks.items()})
@@ -148,15 +149,21 @@ class ChronoEditPipeline(Pipeline):
     @classmethod
     def check_configs(cls, configs: Mapping[str, Any]) -> None:
         """Raises ValueError for networks whose widths do not fit."""
-        config, vae = configs["transformer"], configs["vae"]
-        wanted = {
-            "text_dim": configs["text_encoder"].d_model,
-            "image_dim": configs["image_encoder"].hidden_size,
-            "in_channels": 2 * vae.z_dim + vae.scale_factor_temporal,
-        }
+        config, vae = configs.get("transformer"), configs.get("vae")
+        if config is None:
+            return
+        wanted = {}
+        if "text_encoder" in configs:
+            wanted["text_dim"] = configs["text_encoder"].d_model
+        if "image_encoder" in configs:
+            wanted["image_dim"] = configs["image_encoder"].hidden_size
+        if vae is not None:
+            wanted["in_channels"] = 2 * vae.z_dim + vae.scale_factor_temporal
         for name, value in wanted.items():
             if config[name] != value:
                 raise ValueError(f"transformer has {name}={config[name]}, but the other parts make {value}")
+        if vae is None:
+            return
         if (config.out_channels or config.in_channels) != vae.z_dim or vae.scale_factor_temporal != 4:
             raise ValueError(
                 "transformer and vae do not fit: ChronoEdit has equal channels and 4 frames a latent"
@@ -168,8 +175,9 @@ class ChronoEditPipeline(Pipeline):
         return self.vae_scale_factor_spatial * self.transformer.config.patch_size[1]
 
     @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self.guidance_scale > 1
+    def attention_kwargs(self) -> Mapping[str, Any] | None:
+        """That of the running call, or of the last one, to look at: it has had its effect."""
+        return self._attention_kwargs
 
     @torch.no_grad()
     def __call__(
@@ -216,36 +224,41 @@ class ChronoEditPipeline(Pipeline):
             one frame, the edited picture, and no more work than that needs; latents come whole.
         attention_kwargs: {"scale": s} multiplies adapters that are not fused.
         max_sequence_length: tokens that a prompt is cut or padded to. The padding is attended to.
-        preset: a name of `PRESETS`: its shift, and its steps and guidance where the call leaves the defaults.
+        preset: a name of `PRESETS`: its shift, and its steps and guidance unless the call says them.
+        num_inference_steps, guidance_scale, negative_prompt: a small checkpoint may have others to be left
+            at, `made_for.call`.
         callback_on_step_end(pipe, step, timestep, tensors) may return replacements.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
+        self = self.for_one_call()  # others may run at the same time
+        self.require("transformer", "vae")  # the latter says what is known of a film, even if that is nothing
         names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if negative_prompt_embeds is None:
+            negative_prompt = self.unless_said(negative_prompt=negative_prompt)["negative_prompt"]
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         text.check()
         check_embedded(text, image_embeds, self.transformer.config)
         recipe = self._recipe(preset, num_inference_steps, guidance_scale)
-        check_count("max_sequence_length", max_sequence_length)
+        max_sequence_length = check_count("max_sequence_length", max_sequence_length)
         check_output_type(output_type)
         scale = self._scale(attention_kwargs)
-        cut = num_temporal_reasoning_steps
-        frames = self._frames(num_frames, enable_temporal_reasoning, cut, recipe.steps)
+        cut = check_cut(num_temporal_reasoning_steps, recipe.steps if enable_temporal_reasoning else None)
+        frames = self._frames(num_frames, enable_temporal_reasoning, cut)
         request = self._request(
             image, image_embeds, text, num_videos_per_prompt, height, width, frames, generator, latents
         )
 
-        recipe.scheduler.set_timesteps(recipe.steps, device=self.device)
-        self.guidance_scale = recipe.guidance_scale
-        self._interrupt = False
+        self._guidance_scale, self._attention_kwargs = recipe.guidance_scale, attention_kwargs
+        self._require_parts(request)
+        self.scheduler = recipe.scheduler  # where callbacks look for it
+        self.scheduler.set_timesteps(recipe.steps, device=self.device)
 
         positive, negative = self._read(request, max_sequence_length)
         seen = self._see(request)
         latents, condition = self._start(request, latents)
-        scaled = contextlib.nullcontext() if scale is None else self.adapters.scaled(scale)
-        with scaled, self._running(recipe.scheduler):
+        with self.adapters_scaled(scale):
             latents = self._denoise(
-                recipe.scheduler,
                 latents,
                 condition,
                 positive,
@@ -287,6 +300,14 @@ class ChronoEditPipeline(Pipeline):
         photos = Photographs.of(pictures, image if self._is_raw(image) else None) if pictures else None
         return Request(text, photos, image_embeds, batch, copies, height, width, frames, generator)
 
+    def _require_parts(self, request: Request) -> None:
+        """Raises ValueError for an encoder that a call needs and the pipeline does not have."""
+        unread = self.do_classifier_free_guidance and request.text.negative_embeds is None
+        if request.text.embeds is None or unread:
+            self.require("text_encoder", "tokenizer")
+        if request.image_embeds is None:
+            self.require("image_encoder", "image_processor")
+
     def _read(self, request: Request, max_sequence_length: int) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the prompts of all films, (B, L, D) both: positive and, under guidance, negative."""
         prompt, negative, embeds, negative_embeds = request.text
@@ -321,19 +342,8 @@ class ChronoEditPipeline(Pipeline):
             order,
         )
 
-    @contextlib.contextmanager
-    def _running(self, scheduler: Solver) -> Iterator[None]:
-        """The scheduler of a call in the place of the pipeline's own, where callbacks look for it."""
-        own, self.scheduler = self.scheduler, scheduler
-        try:
-            yield
-        finally:
-            if self.scheduler is scheduler:  # else a callback has chosen another for the calls to come
-                self.scheduler = own
-
     def _denoise(
         self,
-        scheduler: Solver,
         latents: Tensor,
         condition: Tensor,
         positive: Tensor,
@@ -349,19 +359,21 @@ class ChronoEditPipeline(Pipeline):
         condition (B, 4 + C, T, h, w); prompts (B, L, D); seen (B, M, D). Before step `cut`, all frames
         but the first and the last are dropped.
         """
-        self.num_timesteps = len(scheduler.timesteps)
-        with self.on_device(self.transformer) as transformer, self.progress_bar(self.num_timesteps) as bar:
-            modulation = transformer.embed_time(scheduler.timesteps)  # (S, 7, D)
+        steps = self.scheduler.timesteps
+        self._num_timesteps = len(steps)
+        with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
+            modulation = transformer.embed_time(steps)  # (S, 7, D)
             image = _context(transformer.embed_image, seen)
             cond = _context(transformer.embed_text, positive)
             uncond = None if negative is None else _context(transformer.embed_text, negative)
             rope = None
-            for i, timestep in enumerate(scheduler.timesteps):
+            for i, timestep in enumerate(steps):
                 if self.interrupt:
                     break
+                self._current_timestep = timestep
                 if i == cut:
                     latents, condition = latents[:, :, ENDS], condition[:, :, ENDS]
-                    scheduler.select_frames(ENDS)
+                    self.scheduler.select_frames(ENDS)
                     rope = None
                 x = torch.cat((latents, condition), dim=1)
                 rope = rope or transformer.rope(transformer.token_grid(x), x.device)
@@ -369,7 +381,7 @@ class ChronoEditPipeline(Pipeline):
                 if uncond is not None and self.guidance_scale > 1:  # a callback may have turned it off
                     velocity_uncond = transformer.predict(x, modulation[i], uncond, image, rope)
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
-                latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive}
                 tensors["negative_prompt_embeds"] = negative
@@ -382,6 +394,7 @@ class ChronoEditPipeline(Pipeline):
                     negative = returned["negative_prompt_embeds"]
                     uncond = None if negative is None else _context(transformer.embed_text, negative)
                 bar.update()
+        self._current_timestep = None
         return latents
 
     def _decode(self, latents: Tensor, output_type: str, only_last: bool) -> Films:
@@ -418,7 +431,7 @@ class ChronoEditPipeline(Pipeline):
         texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
         batch = len(texts) if prompt_embeds is None else len(prompt_embeds)
         guided = do_classifier_free_guidance and negative_prompt_embeds is None
-        texts += one_each(negative_prompt, batch, "negative_prompt") if guided else []
+        texts += as_list(negative_prompt, batch, "negative_prompt") if guided else []
         read = self._embed(texts, max_sequence_length) if texts else None
         if prompt_embeds is None:
             assert read is not None
@@ -436,6 +449,7 @@ class ChronoEditPipeline(Pipeline):
 
     def _embed(self, texts: list[str], length: int) -> Tensor:
         """Embeddings (B, L, D) of texts cut or padded to `length` tokens; equal texts are read once."""
+        self.require("text_encoder", "tokenizer")
         cleaned = [clean_prompt(text) for text in texts]
         distinct = list(dict.fromkeys(cleaned))
         for text in distinct:
@@ -452,11 +466,12 @@ class ChronoEditPipeline(Pipeline):
     @torch.no_grad()
     def encode_image(self, image: Picture | Sequence[Picture], device: torch.device | None = None) -> Tensor:
         """What CLIP sees of pictures: its last hidden state but one, (B, M, D)."""
+        self.require("image_encoder", "image_processor")
         pixels = self.image_processor(image)["pixel_values"].to(self.device)
         if self._is_raw(image):
             config = self.image_processor.config
             mean, std = (
-                rearrange(torch.tensor(values), "c -> c 1 1").to(pixels)
+                rearrange(torch.tensor(values, dtype=torch.float32, device="cpu"), "c -> c 1 1").to(pixels)
                 for values in (config.image_mean, config.image_std)
             )
             pixels = ((pixels * std + mean) * config.rescale_factor - mean) / std
@@ -496,7 +511,7 @@ class ChronoEditPipeline(Pipeline):
         latents = latents.to(self.device, torch.float32)
         known = pixels is not None
         if pixels is None:
-            pixels = torch.zeros(1, 3, 1, height, width, device=self.device)
+            pixels = torch.zeros(1, 3, 1, height, width, dtype=torch.float32, device=self.device)
         with self.on_device(self.vae) as vae:
             condition = FrameCoder(vae).condition(pixels, frames, known)
         return latents, for_all(condition[list(order) or [0]], batch, copies)
@@ -507,16 +522,14 @@ class ChronoEditPipeline(Pipeline):
         rest = (1 + (frames - 1) // temporal, height // spatial, width // spatial)
         return (batch, self.vae.config.z_dim, *rest)
 
-    def _frames(self, frames: int, reasoning: bool, cut: int, steps: int) -> int:
+    def _frames(self, frames: int, reasoning: bool, cut: int) -> int:
         """How many frames a run denoises. Says what else than asked for is done; raises ValueError."""
-        check_count("num_frames", frames)
+        frames = check_count("num_frames", frames)
         if not reasoning:
             if frames not in (EDIT_FRAMES, DEFAULT_FRAMES) or cut:
                 asked = f"num_frames={frames} and num_temporal_reasoning_steps={cut}"
                 log.warning("%s need enable_temporal_reasoning=True: %d frames are made", asked, EDIT_FRAMES)
             return EDIT_FRAMES
-        if not isinstance(cut, int) or not 0 <= cut <= steps:
-            raise ValueError(f"num_temporal_reasoning_steps={cut!r}: must be 0 to {steps}, the steps")
         temporal = self.vae_scale_factor_temporal
         rounded = frames // temporal * temporal + 1 if frames % temporal != 1 else frames
         if rounded != frames:
@@ -544,8 +557,8 @@ class ChronoEditPipeline(Pipeline):
         self._distilled.clear()
 
     def use_preset(self, name: str, lora: Any = None, reversible: bool = False) -> LoraReport | None:
-        """Set the pipeline up for a preset: `scheduler` gets its shift, and calls that leave steps and
-        guidance at the defaults get its own. lora: its adapter, as `load_lora_weights` takes it, which is
+        """Set the pipeline up for a preset: `scheduler` gets its shift, and calls that do not say steps or
+        guidance get its own. lora: its adapter, as `load_lora_weights` takes it, which is
         fused into the weights, and the active ones stay so; reversible keeps the originals, as `fuse_lora`
         does.
 
@@ -576,16 +589,18 @@ class ChronoEditPipeline(Pipeline):
         return scale
 
     def _recipe(self, preset: str | None, steps: int, guidance: float) -> Recipe:
-        """What a run denoises with: what the preset says, where the call leaves the defaults."""
-        check_count("num_inference_steps", steps)
-        check_number("guidance_scale", guidance)
+        """What a run denoises with: what the call says, else the preset, else what the checkpoint was made
+        for, else the default."""
         name = self.preset if preset is None else preset
         scheduler, chosen = self.scheduler, None
         if name is not None:
             chosen = preset_called(name)
             scheduler = with_shift(scheduler, chosen.flow_shift)
-            steps = chosen.num_inference_steps if steps == DEFAULT_STEPS else steps
-            guidance = chosen.guidance_scale if guidance == DEFAULT_GUIDANCE else guidance
+            steps = chosen.num_inference_steps if isinstance(steps, Unsaid) else steps
+            guidance = chosen.guidance_scale if isinstance(guidance, Unsaid) else guidance
+        said = self.unless_said(num_inference_steps=steps, guidance_scale=guidance)
+        steps = check_count("num_inference_steps", said["num_inference_steps"])
+        guidance = check_number("guidance_scale", said["guidance_scale"])
         adapters = {*self.get_active_adapters(), *self.adapters.fused_loras}
         if self._keeps_distilled or adapters & self._distilled:
             chosen = chosen or PRESETS["distill"]
@@ -593,6 +608,15 @@ class ChronoEditPipeline(Pipeline):
             adapted = self._keeps_distilled or bool(adapters)
             chosen.warn_of_parts(steps, guidance, shift_of(scheduler), adapted)
         return Recipe(scheduler, steps, guidance)
+
+
+def check_cut(cut: Any, steps: int | None) -> int:
+    """After how many of `steps` a run drops the frames between; None: of a run that does not reason. Raises
+    ValueError for others than there are."""
+    number = as_number(cut)
+    if steps is not None and not (is_integer(number) and 0 <= number <= steps):
+        raise ValueError(f"num_temporal_reasoning_steps={cut!r}: must be 0 to {steps}, the steps")
+    return number
 
 
 def _context(embed: Callable[[Tensor], Context], embeds: Tensor) -> Context:

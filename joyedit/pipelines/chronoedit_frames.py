@@ -29,8 +29,10 @@ class FrameCoder:
 
     def __init__(self, vae: AutoencoderKLWan):
         self.vae = vae
-        mean, std = (torch.tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
-        self.mean, self.std = (rearrange(values, "c -> 1 c 1 1 1") for values in (mean, std))
+        self.mean, self.std = (
+            rearrange(torch.tensor(values, dtype=torch.float32, device="cpu"), "c -> 1 c 1 1 1")
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
 
     def condition(self, pictures: Tensor, frames: int, known: bool = True) -> Tensor:
         """What is known of films of 1 + 4k frames, (B, 4 + C, T, h, w) fp32: the mask of each of the four

@@ -8,14 +8,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from joyedit.media import images as im
 from joyedit.models.chronoedit_dit import ChronoEditConfig
 from joyedit.noise import Generators
-from joyedit.pipelines.checks import Text, as_list, check_tensor
+from joyedit.pipelines.checks import Text, as_list, check_side, check_tensor
 
 log = logging.getLogger("joyedit")
 
@@ -62,9 +61,7 @@ def check_embedded(text: Text, image_embeds: Tensor | None, config: ChronoEditCo
 def check_size(height: Any, width: Any, multiple: int, most: int) -> None:
     """Raises ValueError for sides that are no multiples of `multiple`, or more than `most` times as long."""
     for name, size in (("height", height), ("width", width)):
-        if not isinstance(size, (int, np.integer)) or size < 1 or size % multiple:
-            raise ValueError(f"{name}={size!r}: must be a positive multiple of {multiple}")
-        if size > most * multiple:
+        if check_side(name, size, multiple) > most * multiple:
             raise ValueError(f"{name}={size}: must be at most {most * multiple}")
 
 
@@ -82,18 +79,20 @@ def batch_of(text: Text, photos: Sequence[Image.Image], image_embeds: Tensor | N
     return batch
 
 
-def one_each(text: str | list[str] | None, batch: int, name: str) -> list[str]:
-    """As `as_list`, but a list of one serves all prompts, as the text alone does."""
-    return as_list(text[0] if isinstance(text, list) and len(text) == 1 else text, batch, name)
-
-
 def text_of_each(text: Text, batch: int) -> Text:
-    """B of everything, from one for all or one each. Raises ValueError for other numbers."""
-    text.check_negatives(batch, one_for_all=True)
-    negative = one_each(text.negative, batch, "negative_prompt")
-    prompt = None if text.prompt is None else one_each(text.prompt, batch, "prompt")
+    """B of everything. There are B prompts, or one for all photographs; and negative ones, unless it is a
+    text alone, one for each of these. Raises ValueError for other numbers."""
+
+    def each(texts: str | list[str] | None, name: str) -> list[str]:
+        if isinstance(texts, list) and len(texts) == text.batch == 1:
+            texts = texts[0]
+        return as_list(texts, batch, name)
+
+    if text.negative_embeds is not None and len(text.negative_embeds) != batch:
+        text.check_negatives(text.batch)
+    prompt = None if text.prompt is None else each(text.prompt, "prompt")
     rows = (None if x is None else x.expand(batch, -1, -1) for x in (text.embeds, text.negative_embeds))
-    return Text(prompt, negative, *rows)
+    return Text(prompt, each(text.negative, "negative_prompt"), *rows)
 
 
 def warn_if_stretched(photos: Sequence[Image.Image], height: int, width: int, multiple: int) -> None:

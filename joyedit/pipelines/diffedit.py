@@ -5,7 +5,7 @@
   invert         runs DDIM backwards from the photograph to noise, and keeps the latents of every level.
   __call__       denoises from the noisiest level under the target caption; after each step, the latents of
                  the level that it reached are put back outside the mask.
-  edit           is the three in one call, with settings that agree.
+  edit           calls these three, with settings that agree.
 
 The levels end with the clean latents, so what lies outside the mask is the autoencoder's reconstruction of
 the photograph. A caption's keys and values are computed once per call, and the photograph is encoded once for
@@ -18,22 +18,21 @@ Source: Couairon et al., arXiv 2210.11427; diffusers `pipeline_stable_diffusion_
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from joyedit import ops
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.media import images as im
 from joyedit.media.clip_images import CLIPImageProcessor
-from joyedit.media.masks import paste_back, to_latent_mask, to_mask_images
+from joyedit.media.masks import LATENT_CHANNELS, paste_back, to_latent_mask, to_mask_images
 from joyedit.models.clip import CLIPTextModel, StableDiffusionSafetyChecker
 from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.models.sd_vae import AutoencoderKL
@@ -44,19 +43,31 @@ from joyedit.pipelines.checks import (
     check_copies,
     check_count,
     check_generators,
+    check_number,
     check_output_type,
+    check_share,
 )
 from joyedit.pipelines.contrast import compare, heat_map, same_rows
+from joyedit.pipelines.defaults import Unsaid, unsaid
 from joyedit.pipelines.diffedit_request import (
     MaskRun,
     Repaint,
     Run,
+    check_mask_run,
     check_picture,
     check_repaint,
     check_start,
-    mask_run,
     steps_taken,
 )
+from joyedit.pipelines.diffedit_results import (
+    DiffEditInversionPipelineOutput,
+    DiffEditOutput,
+    StableDiffusionPipelineOutput,
+    black_out,
+)
+from joyedit.pipelines.diffedit_steps import AfterStep, after_step, denoiser
+from joyedit.pipelines.diffusers_spellings import ImageProcessor
+from joyedit.pipelines.made_for import words_of
 from joyedit.pipelines.pipeline import Pipeline
 from joyedit.pipelines.regularization import regularize
 from joyedit.pipelines.sd_latents import LatentCoder, draw, with_clean_level
@@ -78,31 +89,6 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 TIMESTEP_SETTINGS = ("num_train_timesteps", "timestep_spacing", "steps_offset")
 
 Picture = Image.Image | np.ndarray | Tensor
-Images = list[Image.Image] | np.ndarray | Tensor
-AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # step, timestep, latents -> the latents to go on with
-
-
-class StableDiffusionPipelineOutput(NamedTuple):
-    images: Images
-    nsfw_content_detected: list[bool] | None
-
-
-class DiffEditInversionPipelineOutput(NamedTuple):
-    """latents (B, T + 1, C, h, w), noisiest first, clean ones last; the pictures decoded from them, or
-    None."""
-
-    latents: Tensor
-    images: Images | None
-
-
-class DiffEditOutput(NamedTuple):
-    """Of `edit`. mask (B, h, w) int64 of 0 and 1; heat_map (B, h, w) in [0, 1] that it was cut from, None for
-    a mask that was given."""
-
-    images: Images
-    nsfw_content_detected: list[bool] | None
-    mask: np.ndarray
-    heat_map: np.ndarray | None
 
 
 class StableDiffusionDiffEditPipeline(Pipeline):
@@ -142,7 +128,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         safety_checker: StableDiffusionSafetyChecker | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
         inverse_scheduler: DDIMInverseScheduler | None = None,
-        requires_safety_checker: bool = True,
+        requires_safety_checker: bool = unsaid(True),
         reference_quirks: bool | Sequence[str] = False,
     ):
         super().__init__(reference_quirks)
@@ -154,11 +140,17 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         self.safety_checker = safety_checker
         self.feature_extractor = feature_extractor
         self.inverse_scheduler = inverse_scheduler or ddim_pair(scheduler.config)[1]
-        unet.config.check_input_is_latents()
-        if (width := text_encoder.config.hidden_size) != (wanted := unet.config.context_dim):
-            raise ValueError(f"text_encoder is {width} wide, but unet reads prompts that are {wanted} wide")
+        if unet is not None:
+            unet.config.check_input_is_latents()
+        if unet is not None and text_encoder is not None:
+            if (width := text_encoder.config.hidden_size) != (wanted := unet.config.context_dim):
+                raise ValueError(
+                    f"text_encoder is {width} wide, but unet reads prompts that are {wanted} wide"
+                )
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs a feature_extractor; pass both, or safety_checker=None")
+        if isinstance(requires_safety_checker, Unsaid):
+            requires_safety_checker = self.came_with_denoiser("requires_safety_checker") is not False
         if safety_checker is None and requires_safety_checker:
             log.warning("this checkpoint is meant to run with its safety_checker, and there is none")
         if scheduler.config.steps_offset != 1:  # an old file: the model was never asked about timestep 0
@@ -168,7 +160,11 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         if not fits or ours.timestep_spacing == "linspace":
             self.scheduler, self.inverse_scheduler = ddim_pair(ours, type(scheduler))
         self.requires_safety_checker = requires_safety_checker
-        self.vae_scale_factor = vae.config.factor
+        self.vae_scale_factor = 8 if vae is None else vae.config.factor
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        return ImageProcessor(self.vae_scale_factor)
 
     @classmethod
     def from_origin(
@@ -201,66 +197,102 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         target_prompt: str | list[str],
         *,
         mask_image: Any = None,
-        num_inference_steps: int = 50,
-        inpaint_strength: float = 0.8,
-        guidance_scale: float = 7.5,
-        invert_guidance_scale: float = 1.0,
+        num_inference_steps: int = unsaid(50),
+        inpaint_strength: float = unsaid(0.8),
+        guidance_scale: float = unsaid(7.5),
+        invert_guidance_scale: float = unsaid(1.0),
         negative_prompt: str | list[str] | None = None,
-        num_maps_per_mask: int = 10,
-        mask_encode_strength: float = 0.5,
-        mask_thresholding_ratio: float = 3.0,
+        num_maps_per_mask: int = unsaid(10),
+        mask_encode_strength: float = unsaid(0.5),
+        mask_thresholding_ratio: float = unsaid(3.0),
         eta: float = 0.0,
         generator: Generators = None,
         output_type: str = "pil",
-        composite: bool = False,
+        composite: bool = unsaid(False),
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         clip_skip: int | None = None,
     ) -> DiffEditOutput:
-        """Mask, inversion and denoising in one call.
+        """Mask, inversion and denoising in one call: `generate_mask`, `invert` and `__call__`, which a
+        subclass may have of its own. All prompts are read at once, and reach these as embeddings.
 
         source_prompt says what is there, target_prompt what shall be. mask_image: takes the place of the mask
             that would be made. negative_prompt: the source prompt if not given.
         invert_guidance_scale: 1, which is none, reconstructs best.
         generator: one, or a list with one per image.
+        What is not passed is, of a small checkpoint, as `made_for.call` says.
         The other arguments are those of the three methods, and so are the errors.
         """
-        target = Text(target_prompt, source_prompt if negative_prompt is None else negative_prompt)
-        source = Text(source_prompt)
+        self = self.for_one_call()  # others may run at the same time
+        run = self.unless_said(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
+        guidance = self.unless_said(
+            guidance_scale=guidance_scale, invert_guidance_scale=invert_guidance_scale
+        )
+        mask_settings = self.unless_said(
+            num_maps_per_mask=num_maps_per_mask,
+            mask_encode_strength=mask_encode_strength,
+            mask_thresholding_ratio=mask_thresholding_ratio,
+        )
+        said = self.unless_said(negative_prompt=negative_prompt, composite=composite)
+        negatives = source_prompt if said["negative_prompt"] is None else said["negative_prompt"]
+        target, source = Text(target_prompt, negatives), Text(source_prompt)
         batch = self.prompts.check_pair(target, source)
         check_generators(generator, batch)
         pixels = self.coder.pixels(image, batch)
-        check_picture(output_type, eta, composite, pixels)
+        check_picture(output_type, said["composite"], pixels)
+        self._require_parts(pixels, output_type != "latent")
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
-        contrast = mask_run(
-            num_inference_steps,
-            mask_encode_strength,
-            num_maps_per_mask,
-            mask_thresholding_ratio,
-            guidance_scale,
-            scale,
-        )
-        taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
+        for name, value in guidance.items():
+            check_number(name, value)
+        check_share("eta", eta)
+        check_mask_run(run["num_inference_steps"], **mask_settings)
+        count, taken = steps_taken(**run)
         size = self.coder.size(pixels)
         mask = None if mask_image is None else to_latent_mask(mask_image, size, batch)  # (B, 1, h, w)
-        self.scheduler.set_timesteps(num_inference_steps)
-        self.inverse_scheduler.set_timesteps(num_inference_steps)
-        self._interrupt = False
+        self.scheduler.set_timesteps(count)  # refuses a number that is too large
 
         wanted, known = self._embed((target, source), True, clip_skip, scale)
+        shared = {"generator": generator, "cross_attention_kwargs": cross_attention_kwargs}
         heat = None
         if mask is None:
-            empty = known.negative if guidance_scale > 1 else None
-            pair = Embeds(wanted.positive, empty), Embeds(known.positive, empty)
-            heat = self._heat(pixels, *pair, contrast, generator).cpu()
+            heat = self.generate_mask(
+                image,
+                target_prompt_embeds=wanted.positive,
+                target_negative_prompt_embeds=known.negative,
+                source_prompt_embeds=known.positive,
+                source_negative_prompt_embeds=known.negative,
+                num_inference_steps=count,
+                guidance_scale=guidance["guidance_scale"],
+                output_type="heat",
+                **mask_settings,
+                **shared,
+            )
+            assert isinstance(heat, np.ndarray)
             mask = to_latent_mask(heat > 0.5, size, batch)
-        backwards = self.inverse_scheduler.timesteps[:taken]
-        levels = self._invert(pixels, Run(backwards, known, invert_guidance_scale, scale), generator)
-        work = self._for_copies(Repaint(levels, mask, pixels), taken, 1, composite)
-        run = Run(self.scheduler.timesteps[num_inference_steps - taken :], wanted, guidance_scale, scale)
-        x = self._repaint(work, work.levels[:, 0], run, eta=eta, generator=generator)
-        pictures, flagged = self._finish(x, work, output_type)
-        found = None if heat is None else heat.numpy()
-        return DiffEditOutput(pictures, flagged, mask[:, 0].long().numpy(), found)
+        levels = self.invert(
+            image=image,
+            prompt_embeds=known.positive,
+            negative_prompt_embeds=known.negative,
+            guidance_scale=guidance["invert_guidance_scale"],
+            **run,
+            **shared,
+        )[0]
+        if self.interrupt:  # then the inversion is short: its noisiest level stands for those above it
+            above = levels[:, :1].expand(-1, max(taken + 1 - levels.shape[1], 0), -1, -1, -1)
+            levels = torch.cat((above, levels), dim=1)
+        images, flagged = self(
+            mask_image=mask,
+            image_latents=levels,
+            image=pixels if said["composite"] else None,
+            prompt_embeds=wanted.positive,
+            negative_prompt_embeds=wanted.negative,
+            guidance_scale=guidance["guidance_scale"],
+            eta=eta,
+            output_type=output_type,
+            composite=said["composite"],
+            **run,
+            **shared,
+        )
+        return DiffEditOutput(images, flagged, mask[:, 0].long().numpy(), heat)
 
     @torch.no_grad()
     def generate_mask(
@@ -274,11 +306,11 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         source_negative_prompt: str | list[str] | None = None,
         source_prompt_embeds: Tensor | None = None,
         source_negative_prompt_embeds: Tensor | None = None,
-        num_maps_per_mask: int | None = 10,
-        mask_encode_strength: float | None = 0.5,
-        mask_thresholding_ratio: float | None = 3.0,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        num_maps_per_mask: int | None = unsaid(10),
+        mask_encode_strength: float | None = unsaid(0.5),
+        mask_thresholding_ratio: float | None = unsaid(3.0),
+        num_inference_steps: int = unsaid(50),
+        guidance_scale: float = unsaid(7.5),
         generator: Generators = None,
         output_type: str | None = "np",
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -297,6 +329,13 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         "heat", a float32 array (B, h, w) in [0, 1] that the mask is where it is above one half.
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
+        self = self.for_one_call()  # others may run at the same time
+        mask_settings = self.unless_said(
+            num_maps_per_mask=num_maps_per_mask,
+            mask_encode_strength=mask_encode_strength,
+            mask_thresholding_ratio=mask_thresholding_ratio,
+        )
+        said = self.unless_said(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         target = Text(
             target_prompt, target_negative_prompt, target_prompt_embeds, target_negative_prompt_embeds
         )
@@ -305,21 +344,17 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         )
         batch = self.prompts.check_pair(target, source)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
-        contrast = mask_run(
-            num_inference_steps,
-            mask_encode_strength,
-            num_maps_per_mask,
-            mask_thresholding_ratio,
-            guidance_scale,
-            scale,
-        )
+        steps = check_count("num_inference_steps", said["num_inference_steps"])
+        guidance = check_number("guidance_scale", said["guidance_scale"])
+        contrast = MaskRun(*check_mask_run(steps, **mask_settings), guidance, scale)
         check_output_type(output_type, ("np", "pil", "heat"))
         one_each = isinstance(generator, Sequence) and len(generator) == batch
         check_generators(generator, batch if one_each else batch * contrast.maps)
         pixels = self.coder.pixels(image, batch)
-        self.scheduler.set_timesteps(num_inference_steps)
+        self._require_parts(pixels)
+        self.scheduler.set_timesteps(steps)
 
-        wanted, known = self._embed((target, source), guidance_scale > 1, clip_skip, scale)
+        wanted, known = self._embed((target, source), guidance > 1, clip_skip, scale)
         heat = self._heat(pixels, wanted, known, contrast, generator)  # (B, h, w)
         if output_type == "heat":
             return heat.cpu().numpy()
@@ -334,14 +369,14 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         same, swapped = same_rows(target, source), SWAPPED_GUIDANCE in self.quirks
         batch = len(same)
         if same.all():
-            heat = torch.zeros(batch, *self.coder.size(pixels))
+            heat = torch.zeros(batch, *self.coder.size(pixels), dtype=torch.float32, device="cpu")
         else:
             timestep = self.scheduler.timesteps[run.at]
             drawn = {"copies": run.maps, "sampled": True, "generator": generator}
             latents = self._encode(pixels, batch, **drawn)  # (B * M, C, h, w)
-            noise = draw(latents, generator, self.vae.dtype)
+            noise = draw(latents, generator, (self.vae or self.unet).dtype)
             noisy = self.scheduler.add_noise(latents, noise, timestep)
-            with self.on_device(self.unet) as unet, self._adapters_scaled(run.adapter_scale):
+            with self.on_device(self.unet) as unet, self.adapters_scaled(run.adapter_scale):
                 difference = compare(unet, noisy, timestep, target, source, run.guidance_scale, swapped)
             heat = heat_map(difference, batch, run.ratio, BATCH_THRESHOLD in self.quirks)
         if not heat.flatten(1).any(dim=1).all():
@@ -353,9 +388,9 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         self,
         prompt: str | list[str] | None = None,
         image: Picture | list[Picture] | None = None,
-        num_inference_steps: int = 50,
-        inpaint_strength: float = 0.8,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int = unsaid(50),
+        inpaint_strength: float = unsaid(0.8),
+        guidance_scale: float = unsaid(7.5),
         negative_prompt: str | list[str] | None = None,
         generator: Generators = None,
         prompt_embeds: Tensor | None = None,
@@ -384,36 +419,40 @@ class StableDiffusionDiffEditPipeline(Pipeline):
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
+        self = self.for_one_call()  # others may run at the same time
+        said = self.unless_said(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
+        guidance = self.unless_said(invert_guidance_scale=guidance_scale)["invert_guidance_scale"]
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         batch = self.prompts.check(text)[0]
-        taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
-        after_step = self._after_step(
-            callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
+        count, taken = steps_taken(**said)
+        self._guidance_scale = check_number("guidance_scale", guidance)
+        named = callback_on_step_end_tensor_inputs
+        call_back = after_step(self, callback, callback_steps, callback_on_step_end, named)
+        regular = partial(
+            regularize,
+            self.inverse_scheduler,
+            steps=check_count("num_reg_steps", num_reg_steps, least=0),
+            weights=(
+                check_number("lambda_auto_corr", lambda_auto_corr),
+                check_number("lambda_kl", lambda_kl),
+            ),
+            rolls=check_count("num_auto_corr_rolls", num_auto_corr_rolls),
         )
         check_output_type(output_type, ("pil", "np", "pt"))
         generator = check_generators(generator, batch)
         pixels = self.coder.pixels(image, batch)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
-        self.inverse_scheduler.set_timesteps(num_inference_steps)
+        self._require_parts(pixels, decode_latents)
+        self.inverse_scheduler.set_timesteps(count)
         steps = self.inverse_scheduler.timesteps[:taken]
-        self._interrupt = False
 
-        (embeds,) = self._embed((text,), guidance_scale > 1, clip_skip, scale)
-        regular = partial(
-            regularize,
-            self.inverse_scheduler,
-            steps=num_reg_steps,
-            weights=(lambda_auto_corr, lambda_kl),
-            rolls=num_auto_corr_rolls,
-            generator=generator,
-        )
-        run = Run(steps, embeds, guidance_scale, scale)
-        levels = self._invert(pixels, run, generator, regular=regular, after_step=after_step)
-        pictures = None
+        (embeds,) = self._embed((text,), self.do_classifier_free_guidance, clip_skip, scale)
+        run = Run(steps, embeds, scale)
+        levels = self._invert(pixels, run, generator, partial(regular, generator=generator), call_back)
+        out = DiffEditInversionPipelineOutput(levels, None)
         if decode_latents:  # one by one: there are many
             pages = [self._decode(level).cpu() for level in levels.flatten(0, 1).split(1)]
-            pictures = im.to_output(torch.cat(pages), output_type or "pil")
-        out = DiffEditInversionPipelineOutput(levels, pictures)
+            out = out._replace(images=im.to_output(torch.cat(pages), output_type or "pil"))
         return out if return_dict else tuple(out)
 
     def _invert(
@@ -421,25 +460,21 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         pixels: Tensor,
         run: Run,
         generator: Generators,
-        *,
-        regular: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        after_step: AfterStep | None = None,
+        regular: Callable[[Tensor, Tensor, Tensor], Tensor],
+        call_back: AfterStep,
     ) -> Tensor:
         """Latents (B, T + 1, C, h, w) from noise to the photograph. regular: (timestep, latents, predicted
         noise) to a better one."""
         drawn = {"sampled": SAMPLED_INVERSION in self.quirks, "generator": generator}
         latents = self._encode(pixels, len(run.embeds.positive), **drawn)
         levels = [latents]
-        with self._denoiser(run, "inverting") as predict:
+        with denoiser(self, run, "inverting") as predict:
             for i, t in enumerate(run.steps):
                 if self.interrupt:
                     break
-                output = predict(i, latents)
-                if regular is not None:
-                    output = regular(t, latents, output)
+                output = regular(t, latents, predict(i, latents))
                 latents = self.inverse_scheduler.step(output, t, latents)[0]
-                if after_step is not None:
-                    latents = after_step(i, t, latents)
+                latents = call_back(i, t, latents)
                 levels.append(latents)
         if LATE_BLEND in self.quirks:
             levels = levels[1:] or levels
@@ -451,9 +486,9 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         prompt: str | list[str] | None = None,
         mask_image: Any = None,
         image_latents: Tensor | list[Tensor] | None = None,
-        inpaint_strength: float | None = 0.8,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        inpaint_strength: float | None = unsaid(0.8),
+        num_inference_steps: int = unsaid(50),
+        guidance_scale: float = unsaid(7.5),
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int | None = 1,
         eta: float = 0.0,
@@ -470,7 +505,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         image: Picture | list[Picture] | None = None,
-        composite: bool = False,
+        composite: bool = unsaid(False),
     ) -> StableDiffusionPipelineOutput | tuple:
         """Repaint what is white in the mask as `prompt` says, and keep the rest.
 
@@ -485,30 +520,37 @@ class StableDiffusionDiffEditPipeline(Pipeline):
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
+        self = self.for_one_call()  # others may run at the same time
+        said = self.unless_said(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
+        guidance = self.unless_said(guidance_scale=guidance_scale)["guidance_scale"]
+        if negative_prompt_embeds is None:
+            negative_prompt = self.unless_said(negative_prompt=negative_prompt)["negative_prompt"]
+        if image is not None:
+            composite = self.unless_said(composite=composite)["composite"]
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         batch = self.prompts.check(text)[0]
-        taken = steps_taken(num_inference_steps, "inpaint_strength", inpaint_strength)
+        count, taken = steps_taken(**said)
+        self._guidance_scale = check_number("guidance_scale", guidance)
+        eta = check_share("eta", eta)
         copies = check_copies("num_images_per_prompt", num_images_per_prompt)
         check_generators(generator, batch * copies)
-        after_step = self._after_step(
-            callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
+        named = callback_on_step_end_tensor_inputs
+        call_back = after_step(self, callback, callback_steps, callback_on_step_end, named)
         pixels = None if image is None else self.coder.pixels(image, batch)
-        check_picture(output_type, eta, composite, pixels)
+        check_picture(output_type, composite, pixels)
+        self._require_parts(pixels, output_type != "latent")
         work = check_repaint(mask_image, image_latents, pixels, batch, taken, self.coder)
         check_start(latents, work.levels.shape[2:], batch, copies)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
-        self.scheduler.set_timesteps(num_inference_steps)
-        steps = self.scheduler.timesteps[num_inference_steps - taken :]
-        self._interrupt = False
+        self.scheduler.set_timesteps(count)
+        steps = self.scheduler.timesteps[count - taken :]
 
-        (embeds,) = self._embed((text,), guidance_scale > 1, clip_skip, scale)
+        (embeds,) = self._embed((text,), self.do_classifier_free_guidance, clip_skip, scale)
         work = self._for_copies(work, taken, copies, composite)
         start = work.levels[:, 0]
         if latents is not None:
             start = latents.to(start).repeat_interleave(len(start) // len(latents), dim=0)
-        run = Run(steps, embeds, guidance_scale, scale)
-        x = self._repaint(work, start, run, eta=eta, generator=generator, after_step=after_step)
+        x = self._repaint(work, start, Run(steps, embeds, scale), eta, generator, call_back)
         out = self._finish(x, work, output_type or "pil")
         return out if return_dict else tuple(out)
 
@@ -517,14 +559,13 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         work: Repaint,
         x: Tensor,
         run: Run,
-        *,
         eta: float,
         generator: Generators,
-        after_step: AfterStep | None = None,
+        call_back: AfterStep,
     ) -> Tensor:
         """Latents x (B, C, h, w) at the noisiest level, denoised in the mask, the photograph's outside."""
         late = LATE_BLEND in self.quirks
-        with self._denoiser(run, "denoising") as predict:
+        with denoiser(self, run, "denoising") as predict:
             for i, t in enumerate(run.steps):
                 if self.interrupt:
                     break
@@ -532,8 +573,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
                 noise = draw(x, generator, self.unet.dtype) if eta > 0 else None
                 x = self.scheduler.step(output, t, x, eta=eta, variance_noise=noise)[0]
                 x = torch.where(work.mask, x, work.levels[:, i if late else i + 1])
-                if after_step is not None:
-                    x = after_step(i, t, x)
+                x = call_back(i, t, x)
         return x
 
     def _for_copies(self, work: Repaint, taken: int, copies: int, composite: bool) -> Repaint:
@@ -559,29 +599,12 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         pictures, flagged = self._check_safety(pictures)
         return StableDiffusionPipelineOutput(im.to_output(pictures, output_type), flagged)
 
-    @contextlib.contextmanager
-    def _denoiser(self, run: Run, label: str) -> Iterator[Callable[[int, Tensor], Tensor]]:
-        """A function: what the UNet predicts at run.steps[i] for x (B, C, h, w), guided if there are
-        negatives. A prompt serves B / P samples in a row."""
-        positive, negative = run.embeds
-        prompts, guided = positive, False
-        if run.guidance_scale > 1 and negative is not None and not torch.equal(negative, positive):
-            prompts, guided = torch.cat((negative, positive)), True
-        with (
-            self.on_device(self.unet) as unet,
-            self._adapters_scaled(run.adapter_scale),
-            self.progress_bar(len(run.steps), label) as bar,
-        ):
-            context, times = unet.embed_context(prompts), unet.embed_time(run.steps)
-
-            def predict(i: int, x: Tensor) -> Tensor:
-                bar.update()
-                if not guided:
-                    return unet.predict(x, times[i], context)
-                uncond, cond = unet.predict(x, times[i], context, branches=2).chunk(2)
-                return ops.guide(cond, uncond, run.guidance_scale)
-
-            yield predict
+    def _require_parts(self, pixels: Tensor | None, decodes: bool = False) -> None:
+        """Raises ValueError for a network that a call needs and the pipeline does not have. pixels: of the
+        photograph, or its latents. decodes: whether pictures come out."""
+        self.require("unet")
+        if decodes or (pixels is not None and pixels.shape[1] != LATENT_CHANNELS):
+            self.require("vae")
 
     @torch.no_grad()
     def encode_prompt(
@@ -614,16 +637,27 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     def _embed(
         self, texts: Sequence[Text], guided: bool, clip_skip: int | None, scale: float | None
     ) -> list[Embeds]:
-        skip = clip_skip or 0
+        skip = 0 if clip_skip is None else check_count("clip_skip", clip_skip, least=0)
         skips = (skip, 0 if PARTIAL_CLIP_SKIP in self.quirks else skip)
         idle = all(t.embeds is not None and not (guided and t.negative_embeds is None) for t in texts)
+        if not idle:
+            self.require("text_encoder", "tokenizer")
         encoder = contextlib.nullcontext() if idle else self.on_device(self.text_encoder)
-        with encoder, self._adapters_scaled(scale):
+        with encoder, self.adapters_scaled(scale):
             return self.prompts.read(texts, guided, skips, self.device)
 
     @property
     def prompts(self) -> PromptReader:
-        return PromptReader(self.tokenizer, self.text_encoder)
+        """Of prompts as wide as what the text encoder makes, or else as the UNet reads."""
+        part = self.text_encoder or self.unet
+        self.require(*(["text_encoder"] if part is None else []))
+        width = part.config.hidden_size if part is self.text_encoder else self.unet.config.context_dim
+        return PromptReader(self.tokenizer, self.text_encoder, width, part.dtype)
+
+    def learned_words(self) -> set[str]:
+        if self.tokenizer is None or self.text_encoder is None:
+            return set()
+        return {part for word in self.textual_inversion.words() for part in words_of(word)}
 
     @property
     def textual_inversion(self) -> TextualInversion:
@@ -637,12 +671,9 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
         self.textual_inversion.unload_textual_inversion(tokens)
 
-    def _adapters_scaled(self, scale: float | None) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if scale is None else self.adapters.scaled(scale)
-
     def _encode(self, pixels: Tensor, batch: int, **how: Any) -> Tensor:
         """Latents (B, C, h, w); see `LatentCoder.encode`."""
-        with self.on_device(self.vae):
+        with contextlib.nullcontext() if self.vae is None else self.on_device(self.vae):
             return self.coder.encode(pixels, batch, self.device, **how)
 
     def decode_latents(self, latents: Tensor) -> np.ndarray:
@@ -652,6 +683,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> pixels (B, 3, H, W) float32, about [-1, 1]."""
+        self.require("vae")
         with self.on_device(self.vae):
             return self.coder.decode(latents.to(self.device))
 
@@ -663,23 +695,5 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         """Pixels with flagged pictures black, and which those are."""
         if self.safety_checker is None or self.feature_extractor is None:
             return pixels, None
-        inputs = self.feature_extractor(im.to_output(pixels, "pil"))["pixel_values"]
         with self.on_device(self.safety_checker) as checker:
-            _, flagged = checker(inputs.to(self.device, checker.dtype), pixels)
-        black = torch.tensor(flagged, device=pixels.device)[:, None, None, None]
-        return pixels.masked_fill(black, -1), flagged
-
-    def _after_step(
-        self, legacy: Callable | None, every: Any, on_step_end: Callable | None, names: Sequence[str]
-    ) -> AfterStep:
-        """Calls the callbacks of both kinds."""
-        names = self.check_callback(on_step_end, names)
-        every = check_count("callback_steps", every)
-
-        def run(i: int, t: Tensor, latents: Tensor) -> Tensor:
-            latents = self.call_back(on_step_end, names, i, t, {"latents": latents})["latents"]
-            if legacy is not None and i % every == 0:
-                legacy(i, t, latents)
-            return latents
-
-        return run
+            return black_out(pixels, checker, self.feature_extractor, self.device)

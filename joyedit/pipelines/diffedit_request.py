@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from joyedit.media.masks import LATENT_CHANNELS, to_latent_mask
-from joyedit.pipelines.checks import check_count, check_output_type
+from joyedit.pipelines.checks import as_number, check_count, check_output_type, check_share, is_number
 from joyedit.pipelines.sd_latents import LatentCoder, check_levels
 from joyedit.pipelines.sd_prompts import Embeds
 
@@ -19,7 +19,6 @@ class Run(NamedTuple):
 
     steps: Tensor  # timesteps, (T,)
     embeds: Embeds
-    guidance_scale: float
     adapter_scale: float | None  # of the adapters that are not fused; None leaves them alone
 
 
@@ -42,29 +41,30 @@ class Repaint(NamedTuple):
     pixels: Tensor | None  # (I, 3, H, W), I dividing B
 
 
-def steps_taken(steps: Any, name: str, strength: Any) -> int:
-    """How many of `steps` a strength in [0, 1] takes, rounded down. Raises ValueError for others."""
-    check_count("num_inference_steps", steps)
-    if strength is None or not 0 <= strength <= 1:
-        raise ValueError(f"{name}={strength!r}: must be in [0, 1]")
-    return min(int(steps * strength), steps)
+def steps_taken(num_inference_steps: Any, inpaint_strength: Any) -> tuple[int, int]:
+    """How many steps there are, and how many of them, rounded down, a strength in [0, 1] takes. Raises
+    ValueError for others."""
+    steps = check_count("num_inference_steps", num_inference_steps)
+    return steps, min(int(steps * check_share("inpaint_strength", inpaint_strength)), steps)
 
 
-def mask_run(
-    steps: Any, strength: Any, maps: Any, ratio: Any, guidance_scale: float, scale: float | None
-) -> MaskRun:
-    """The noise of a mask is at least one of `steps` from the clean end. Raises ValueError."""
-    noised = max(steps_taken(steps, "mask_encode_strength", strength), 1)
-    if ratio is None or not ratio > 0:
-        raise ValueError(f"mask_thresholding_ratio={ratio}: must be above 0")
-    return MaskRun(steps - noised, check_count("num_maps_per_mask", maps), ratio, guidance_scale, scale)
+def check_mask_run(
+    num_inference_steps: Any, num_maps_per_mask: Any, mask_encode_strength: Any, mask_thresholding_ratio: Any
+) -> tuple[int, int, float]:
+    """`at`, `maps` and `ratio` of a `MaskRun`: the noise is at least one step from the clean end. Raises
+    ValueError."""
+    steps = check_count("num_inference_steps", num_inference_steps)
+    noised = int(steps * check_share("mask_encode_strength", mask_encode_strength))
+    maps = check_count("num_maps_per_mask", num_maps_per_mask)
+    ratio = as_number(mask_thresholding_ratio)
+    if not is_number(ratio) or not ratio > 0:
+        raise ValueError(f"mask_thresholding_ratio={mask_thresholding_ratio!r}: must be above 0")
+    return steps - max(noised, 1), maps, float(ratio)
 
 
-def check_picture(output_type: Any, eta: float, composite: bool, pixels: Tensor | None) -> None:
+def check_picture(output_type: Any, composite: bool, pixels: Tensor | None) -> None:
     """Raises ValueError for a result that cannot be made. pixels: of the photograph, if there is one."""
     check_output_type(output_type)
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta!r}: must be in [0, 1]")
     if composite and (pixels is None or pixels.shape[1] == LATENT_CHANNELS or output_type == "latent"):
         raise ValueError(
             "composite=True pastes pixels of the photograph: it needs image=, and pixels as output"

@@ -35,6 +35,7 @@ from joyedit.noise import Generators, draw_noise
 from joyedit.pipelines.checks import (
     Text,
     as_list,
+    as_number,
     check_copies,
     check_count,
     check_generators,
@@ -42,6 +43,8 @@ from joyedit.pipelines.checks import (
     check_output_type,
     check_tensor,
 )
+from joyedit.pipelines.defaults import unsaid
+from joyedit.pipelines.diffusers_spellings import ImageProcessor
 from joyedit.pipelines.joyimage_prompts import SYSTEM, USER, VISION, Prompt, PromptReader
 from joyedit.pipelines.joyimage_request import (
     Request,
@@ -88,7 +91,7 @@ Branch = list[Group]  # all samples, under the positive prompts or under the neg
 
 
 class JoyImageEditPipeline(Pipeline):
-    """Edit images by instruction, or make them from text. One call at a time: the scheduler keeps count.
+    """Edit images by instruction, or make them from text.
 
     Parts: `scheduler`, `vae`, `text_encoder`, `tokenizer`, `transformer`, `processor`.
     `text_token_max_length` cuts the prompt of text-to-image. `buckets` are the (height, width) sizes the
@@ -131,14 +134,10 @@ class JoyImageEditPipeline(Pipeline):
         self.transformer = transformer
         self.processor = processor
         self.text_token_max_length = text_token_max_length
-        self.buckets = im.buckets(DEFAULT_BASE) if buckets is None else [(int(h), int(w)) for h, w in buckets]
-        self.vae_scale_factor_spatial = vae.config.scale_factor_spatial
-        self.vae_scale_factor_temporal = vae.config.scale_factor_temporal
-        # The system turn and the user's <|im_start|> are not part of the embedding: 34 tokens in the real
-        # vocabulary.
-        self.num_dropped_tokens = len(tokenizer.encode(SYSTEM + "<|im_start|>"))
-        self.guidance_scale = 1.0
-        self.num_timesteps = 0
+        table = self.came_with_denoiser("buckets") if buckets is None else buckets
+        self.buckets = [(int(h), int(w)) for h, w in table or im.buckets(DEFAULT_BASE)]
+        self.vae_scale_factor_spatial = 8 if vae is None else vae.config.scale_factor_spatial
+        self.vae_scale_factor_temporal = 4 if vae is None else vae.config.scale_factor_temporal
         self._announced: set[tuple[int, int]] = set()  # sizes whose bucket was said
 
     @classmethod
@@ -155,8 +154,14 @@ class JoyImageEditPipeline(Pipeline):
         return self.vae_scale_factor_spatial * self.transformer.config.patch_size[-1]
 
     @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self.guidance_scale > 1
+    def num_dropped_tokens(self) -> int:
+        """The system turn and the user's <|im_start|>, 34 tokens in the real vocabulary, are not part of an
+        embedding."""
+        return len(self.tokenizer.encode(SYSTEM + "<|im_start|>"))
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        return ImageProcessor(self.vae_scale_factor_spatial)
 
     @torch.no_grad()
     def __call__(
@@ -165,10 +170,10 @@ class JoyImageEditPipeline(Pipeline):
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 40,
+        num_inference_steps: int = unsaid(40),
         timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = unsaid(4.0),
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int | None = 1,
         generator: Generators = None,
@@ -187,9 +192,12 @@ class JoyImageEditPipeline(Pipeline):
         """Edit `image` as `prompt` says; without an image, make one from the prompt.
 
         image: one photograph, or a list with one per prompt (PIL, uint8 or [0, 1] arrays and tensors); the
-            first one's shape chooses the bucket for all. height, width: both or neither, multiples of 16; the
-            nearest bucket by aspect ratio is used.
+            first one's shape chooses the bucket for all. What is transparent the text encoder sees as white,
+            and the autoencoder in the colour that the file has there, as in the reference.
+        height, width: both or neither, multiples of 16; the nearest bucket by aspect ratio is used.
         guidance_scale: 1 or less turns guidance off.
+        num_inference_steps, guidance_scale, negative_prompt: a small checkpoint may have others to be left
+            at, `made_for.call`.
         generator: one for the whole batch, or a list with one per image. It draws the noise, then the
             posterior.
         latents: starting noise (B, 1, C, 1, h, w). prompt_embeds (B, L, D) with prompt_embeds_mask (B, L)
@@ -202,6 +210,12 @@ class JoyImageEditPipeline(Pipeline):
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
+        self = self.for_one_call()  # others may run at the same time
+        said = self.unless_said(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        num_inference_steps = check_count("num_inference_steps", said["num_inference_steps"])
+        guidance_scale = check_number("guidance_scale", said["guidance_scale"])
+        if negative_prompt_embeds is None:
+            negative_prompt = self.unless_said(negative_prompt=negative_prompt)["negative_prompt"]
         names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             prompt,
@@ -214,22 +228,20 @@ class JoyImageEditPipeline(Pipeline):
             negative_prompt_embeds_mask,
             names,
         )
-        check_count("num_inference_steps", num_inference_steps)
-        check_count("max_sequence_length", max_sequence_length)
-        check_number("guidance_scale", guidance_scale)
+        max_sequence_length = check_count("max_sequence_length", max_sequence_length)
         check_output_type(output_type)
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")
         embedded = [Prompt.of(prompt_embeds, prompt_embeds_mask)]
         embedded += [Prompt.of(negative_prompt_embeds, negative_prompt_embeds_mask)] * (guidance_scale > 1)
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        size = (height, width)
+        size = (as_number(height), as_number(width))
         request = self._request(image, text, embedded, size, num_images_per_prompt, generator, latents)
+        self._require_parts(request, output_type or "pil")
 
         count = num_inference_steps if timesteps is None and sigmas is None else None
         self.scheduler.set_timesteps(count, device=self.device, timesteps=timesteps, sigmas=sigmas)
-        self.guidance_scale = guidance_scale
-        self._interrupt = False
+        self._guidance_scale = guidance_scale
 
         prompts = self._read(request, max_sequence_length)
         dtype = prompts[0].embeds.dtype
@@ -253,7 +265,7 @@ class JoyImageEditPipeline(Pipeline):
         copies = check_copies("num_images_per_prompt", copies)
         batch = text.batch
         texts = [as_list(text.prompt, batch, "prompt"), as_list(text.negative, batch, "negative_prompt")]
-        photos = one_per_prompt(None if image is None else im.to_pil_list(image, "image"), batch)
+        photos = one_per_prompt(None if image is None else im.to_pil_list(image, "image", alpha=True), batch)
         check_placeholders(texts, photos)
         generator = check_generators(generator, batch * copies)
         bucket = self.choose_size(photos, *size)
@@ -265,6 +277,13 @@ class JoyImageEditPipeline(Pipeline):
             check_tensor("latents", latents, self.latent_shape(batch * copies, *bucket), "B, 1, C, 1, h, w")
         pictures = each_once(photos, lambda photo: im.resize_center_crop(photo, *bucket))
         return Request(texts[: len(embedded)], embedded, pictures, bucket, copies, generator)
+
+    def _require_parts(self, request: Request, output_type: str) -> None:
+        """Raises ValueError for a part that a call needs and the pipeline does not have."""
+        if request.unread:
+            self.require("text_encoder", "tokenizer", *(["processor"] if request.pictures else []))
+        if request.pictures or output_type != "latent":
+            self.require("vae")
 
     def _read(self, request: Request, max_sequence_length: int) -> list[Prompt]:
         """The prompts of all images on the device that computes: positive and, under guidance, negative."""
@@ -301,7 +320,7 @@ class JoyImageEditPipeline(Pipeline):
     ) -> Tensor:
         """Target latents (B, 1, C, 1, h, w) from noise to image; guided when there is a negative prompt."""
         steps = self.scheduler.timesteps
-        self.num_timesteps = len(steps)
+        self._num_timesteps = len(steps)
         with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
             tokens = None if references is None else transformer.embed_image(references)
             frames, rows, columns = transformer.token_grid(latents)
@@ -314,6 +333,7 @@ class JoyImageEditPipeline(Pipeline):
             for i, timestep in enumerate(steps):
                 if self.interrupt:
                     break
+                self._current_timestep = timestep
                 target = transformer.embed_image(latents)  # (B, N, D)
                 velocity, velocity_uncond = self._velocity(target, cond, modulation[i], rope, grid), None
                 if uncond is not None and self.guidance_scale > 1:  # a callback may have turned it off
@@ -331,6 +351,7 @@ class JoyImageEditPipeline(Pipeline):
                     negative = Prompt(returned["negative_prompt_embeds"], negative.mask)
                     uncond = self._branch(negative, tokens)
                 bar.update()
+        self._current_timestep = None
         return latents
 
     def _step(self, timestep: Tensor, latents: Tensor, velocity: Tensor, uncond: Tensor | None) -> Tensor:
@@ -426,7 +447,7 @@ class JoyImageEditPipeline(Pipeline):
         known = Prompt.of(prompt_embeds, prompt_embeds_mask)
         if known is None:
             texts = [prompt] if isinstance(prompt, str) else prompt
-            photos = None if images is None else im.to_pil_list(images, "images")
+            photos = None if images is None else im.to_pil_list(images, "images", alpha=True)
             pictures = one_per_prompt(photos, len(texts))
             check_placeholders([texts], pictures)
             (known,) = self._embed_prompts([texts], pictures, max_sequence_length)
@@ -437,6 +458,8 @@ class JoyImageEditPipeline(Pipeline):
     ) -> list[Prompt]:
         """Each list of B prompts embedded, with the B pictures if there are any; what they share is run
         once."""
+        if not prompts:  # all came embedded
+            return []
         if pictures is None:
             template, kept = self.prompt_template_encode["image"], slice(None, max_sequence_length)
         else:
@@ -458,6 +481,7 @@ class JoyImageEditPipeline(Pipeline):
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[PromptReader]:
+        self.require("text_encoder", "tokenizer")
         with self.on_device(self.text_encoder) as encoder:
             limit = self.text_token_max_length
             yield PromptReader(
@@ -525,7 +549,10 @@ class JoyImageEditPipeline(Pipeline):
 
     def _statistics(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae.config
-        mean, std = (torch.tensor(v).to(latent) for v in (config.latents_mean, config.latents_std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu").to(latent)
+            for values in (config.latents_mean, config.latents_std)
+        )
         return rearrange(mean, "c -> 1 c 1 1 1"), rearrange(std, "c -> 1 c 1 1 1")
 
     def choose_size(
@@ -557,6 +584,7 @@ class JoyImageEditPipeline(Pipeline):
     ) -> None:
         """Raises ValueError or TypeError for arguments that do not fit together."""
         self.check_callback(None, callback_on_step_end_tensor_inputs or ())
+        self.require("transformer")
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         text.check()
         masks = (prompt_embeds_mask, negative_prompt_embeds_mask)

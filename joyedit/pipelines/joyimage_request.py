@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from joyedit.noise import Generators
-from joyedit.pipelines.checks import Text, check_finite
+from joyedit.pipelines.checks import Text, check_finite, check_side
 from joyedit.pipelines.joyimage_prompts import Prompt
 
 
@@ -65,8 +65,8 @@ def check_sides(height: Any, width: Any, multiple: int) -> None:
     if (height is None) != (width is None):
         raise ValueError(f"height={height}, width={width}: give both or neither")
     for name, side in (("height", height), ("width", width)):
-        if side is not None and (not isinstance(side, int) or side <= 0 or side % multiple):
-            raise ValueError(f"{name}={side!r}: must be a positive multiple of {multiple}")
+        if side is not None:
+            check_side(name, side, multiple)
 
 
 def check_placeholders(texts: Sequence[Sequence[str]], pictures: Sequence[Image.Image] | None) -> None:

@@ -8,7 +8,9 @@ Published checkpoints edit anything, in many steps, at the size of photographs. 
   basesize  96 to work on as many pixels as 96 x 96 have (a model with buckets or a sample_size has its sizes
             there, and needs no such word)
   world     {"about": what it knows, in words; "words": all words of its instructions or captions, in small
-            letters; "psnr": what its autoencoder makes of pictures that it knows, in dB, at least}
+            letters; "psnr": what its autoencoder makes of pictures that it knows, in dB, at least;
+            "begins", where its tokenizer keeps capitals: the first words, as it learned to read them, while
+            all others were in small letters; "ends": what it learned to read at the end, such as "."}
 
 A picture is judged by the model's own autoencoder: what that cannot hold, no edit can keep.
 """
@@ -18,6 +20,9 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
+
+from joyedit.checkpoints.bounds import check_value
+from joyedit.checkpoints.plain_text import shown, visible
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,24 +46,50 @@ class World:
     about: str
     words: Collection[str]
     psnr: float
+    begins: Collection[str] = ()
+    ends: str = ""
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, raw: Any) -> Self:
         """Raises ValueError for what is not of the form above."""
         try:
-            about, words, psnr = str(raw["about"]), tuple(map(str, raw["words"])), float(raw["psnr"])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"made_for: world is damaged: {raw!r}") from None
-        return cls(about, words, psnr, _without(raw, ("about", "words", "psnr")))
+            about, ends = visible(raw["about"], None), str(raw.get("ends", ""))
+            words, psnr = tuple(map(str, raw["words"])), float(raw["psnr"])
+            begins = tuple(map(str, raw.get("begins", ())))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            raise ValueError(f"made_for: world is damaged: {shown(raw)}") from None
+        known = ("about", "words", "psnr", "begins", "ends")
+        return cls(about, words, psnr, begins, ends, _without(raw, known))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.others, "about": self.about, "psnr": self.psnr, "words": list(self.words)}
+        said = {"about": self.about, "psnr": self.psnr, "words": list(self.words)}
+        spelling = {"begins": list(self.begins), "ends": self.ends}
+        return {**self.others, **said, **{name: value for name, value in spelling.items() if value}}
 
     def unknown(self, texts: Iterable[str]) -> list[str]:
-        """The words of texts that it does not have, in their order."""
-        found = dict.fromkeys(word for text in texts for word in words_of(text))
-        return [word for word in found if word not in self.words]
+        """The words of texts that it does not have, or not in that spelling, in their order. A last word
+        without the end that it knows is one of them."""
+        found: dict[str, None] = {}
+        for text in texts:
+            words = re.findall(r"\w+", text)
+            for place, word in enumerate(words):
+                learned = self.begins if self.begins and place == 0 else self.words
+                if (word if self.begins else word.lower()) not in learned:
+                    found[word if self.begins else word.lower()] = None
+            if words and not text.rstrip().endswith(self.ends):
+                found[words[-1]] = None
+        return list(found)
+
+    def respelt(self, text: str) -> str | None:
+        """The text in the spelling that it knows, where it has the words and another spelling of them."""
+        lower = words_of(text)
+        if not lower or not self.unknown([text]) or not set(lower) <= set(self.words):
+            return None
+        begin = lower[0].capitalize()
+        if self.begins and begin not in self.begins:
+            return None
+        return " ".join([begin if self.begins else lower[0], *lower[1:]]) + (self.ends or ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +115,15 @@ class MadeFor:
     def from_dict(cls, raw: Any) -> Self:
         """Raises ValueError for what is not of the form above."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("call", {}), Mapping):
-            raise ValueError(f"made_for is damaged: {raw!r}")
+            raise ValueError(f"made_for is damaged: {shown(raw)}")
         call, basesize, world = raw.get("call", {}), raw.get("basesize"), raw.get("world")
         for name, value in call.items():
             if not _is(value, CALL.get(name, ())):
-                raise ValueError(f"made_for: call has {name}={value!r}")
+                raise ValueError(f"made_for: call has {visible(name)}={shown(value)}")
+            check_value(name, value)
         if basesize is not None and (not _is(basesize, int) or basesize < 1):
-            raise ValueError(f"made_for: basesize={basesize!r} is no number of pixels")
+            raise ValueError(f"made_for: basesize={shown(basesize)} is no number of pixels")
+        check_value("basesize", basesize)
         read = None if world is None else World.from_dict(world)
         return cls(dict(call), basesize, read, _without(raw, ("call", "basesize", "world")))
 

@@ -2,12 +2,18 @@
 
 A pipeline names its parts and the classes they may have; a Diffusers folder holds one subfolder per part and
 a `model_index.json` that lists them. The algorithm itself is in the pipeline's own file.
+
+Calls may run at once, in several threads, of one pipeline or of several that share parts: each runs on a
+shallow copy of its pipeline (`for_one_call`), with schedulers, guidance and interrupt of its own.
 """
 
 import contextlib
+import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -20,21 +26,36 @@ from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.network import Network, plan_folder
 from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
-from joyedit.memory import BlockStreaming
+from joyedit.checkpoints.plain_text import visible
+from joyedit.checkpoints.summary import parts
+from joyedit.memory import BlockStreaming, at_rest, visit
+from joyedit.pipelines.defaults import Unsaid, plain
+from joyedit.pipelines.diffusers_spellings import DiffusersSpellings
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline_spellings import PipelineSpellings, move
+from joyedit.schedulers.scheduler import Scheduler
 
 log = logging.getLogger("joyedit")
 
 Part = TypeVar("Part", bound=Network)
 
+DENOISERS = ("transformer", "unet")
 
-class Pipeline(PipelineSpellings):
+# What a running call is told from outside, and tells: under these names, which diffusers documents, too.
+STATE_OF_CALLS = frozenset(
+    {"_guidance_scale", "_interrupt", "_num_timesteps", "_current_timestep", "_attention_kwargs"}
+)
+
+REGISTERING = threading.Lock()  # over the sets of running calls, which pickling a pipeline must not meet
+
+
+class Pipeline(DiffusersSpellings, PipelineSpellings):
     """Parts by name, and what users do with all of them at once.
 
-    A subclass lists its parts in `parts`, and assigns each in `__init__`, which checks its class.
+    A subclass lists its parts in `parts`, and assigns each in `__init__`, which checks its class. All but
+    schedulers may be None: what needs such a part raises ValueError then, see `require`.
     `reference_quirks`: True reproduces every listed defect of the reference, a collection of names only
-    those. `made_for`: what a small checkpoint says of its use; of others empty.
+    those.
     """
 
     parts: ClassVar[Mapping[str, tuple[type, ...]]]  # part -> the classes it may have, the default first
@@ -50,24 +71,68 @@ class Pipeline(PipelineSpellings):
         self.quirks = self.quirk_names if reference_quirks is True else frozenset(reference_quirks or ())
         if unknown := self.quirks - self.quirk_names:
             raise ValueError(f"reference_quirks={sorted(unknown)}: known are {sorted(self.quirk_names)}")
-        self.made_for = MadeFor()
+        self._made_for: MadeFor | None = None
+        self._guidance_scale: Any = 1.0
         self._interrupt = False
+        self._num_timesteps = 0
+        self._current_timestep: Tensor | None = None
         self._progress: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
 
+    _outer: "Pipeline | None" = None  # of the copy that a call runs on: whose copy it is
+    _calls: "weakref.WeakSet[Pipeline]"  # the copies of this one, while their calls run
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        vars(made)["_calls"] = weakref.WeakSet()
+        return made
+
+    def for_one_call(self) -> Self:
+        """What one call runs on, and its callbacks get: a copy with the same parts, but with schedulers and
+        progress of its own. A call within a call is interrupted with it."""
+        if self._outer is None:
+            vars(self)["_interrupt"] = False  # of an earlier call; those that run have their own
+        call = copy.copy(self)
+        solvers = {name: part for name, part in self.components.items() if isinstance(part, Scheduler)}
+        vars(call).update(copy.deepcopy(solvers), _outer=self)
+        with REGISTERING:
+            self._calls.add(call)
+        vars(call)["_interrupt"] = self._interrupt  # it may have been set since
+        return call
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also a pickled one, is a pipeline of which no call runs."""
+        return {name: value for name, value in vars(self).items() if name not in ("_outer", "_calls")}
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises TypeError for a part of another class."""
+        """What is set on a pipeline that calls run of, if it is about calls, holds for all of these. What a
+        call sets, or its callback, but for parts, its pipeline has afterwards. Raises TypeError for a part of
+        another class."""
         self.check_part(name, value)
         super().__setattr__(name, value)
+        if name in STATE_OF_CALLS:
+            with REGISTERING:
+                running = list(self._calls)
+            for call in running:
+                setattr(call, name, value)
+        outer = self._outer if name in vars(self) and name not in self.parts else None  # no property
+        while outer is not None:
+            vars(outer)[name] = value
+            outer = outer._outer
 
     @classmethod
     def check_part(cls, name: str, value: Any) -> None:
         """Raises TypeError when `name` is that of a part, and `value` of another class than it may have."""
         kinds = cls.parts.get(name)
-        if kinds and not isinstance(value, kinds) and not (value is None and name in cls.optional_parts):
+        needed = any(issubclass(kind, Scheduler) for kind in kinds or ()) and name not in cls.optional_parts
+        if kinds and not isinstance(value, kinds) and (needed or value is not None):
             wanted = " or ".join(kind.__name__ for kind in kinds)
-            advice = ""
-            if hasattr(value, "_orig_mod"):
+            advice, home = "", type(value).__module__.partition(".")[0]
+            if home in ("diffusers", "transformers"):
+                advice = f" of joyedit, not of {home}"
+                if hasattr(value, "config") and hasattr(value, "set_timesteps"):
+                    advice += f": {kinds[0].__name__}.from_config({name}.config) makes one of it"
+            elif hasattr(value, "_orig_mod"):
                 advice = "; compile its blocks in place instead: `for block in blocks: block.compile()`"
             raise TypeError(f"{name} is a {type(value).__name__}: {cls.__name__} takes {wanted}{advice}")
 
@@ -112,7 +177,9 @@ class Pipeline(PipelineSpellings):
         if set(cls.parts) - set(replacements):
             index = read_json(origin.fetch(["model_index.json"]) / "model_index.json")
             if index.get("_class_name") not in {cls.__name__, *cls.relatives}:
-                raise ValueError(f"{origin.name} holds a {index.get('_class_name')}, not a {cls.__name__}")
+                raise ValueError(
+                    f"{origin.name} holds a {visible(index.get('_class_name'))}, not a {cls.__name__}"
+                )
             listed = {name: _class_of(cls, name, index) for name in cls.parts if name not in replacements}
             classes = {name: kind for name, kind in listed.items() if kind is not None}
             settings = {key: index[key] for key in cls.settings() if key in index}
@@ -138,9 +205,30 @@ class Pipeline(PipelineSpellings):
         cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
         options.new_parameters.check()
         loaded |= {name: one.read() for name, one in planned.items()}
+        for denoiser in (loaded[name] for name in DENOISERS if name in planned):
+            denoiser.came_with = {**settings, "made_for": made_for}
         pipe = cls(**loaded, **replacements, **settings, reference_quirks=quirks)
         pipe.made_for = made_for
         return pipe
+
+    @property
+    def denoiser(self) -> Network | None:
+        networks = self.networks
+        return next((networks[name] for name in DENOISERS if name in networks), None)
+
+    def came_with_denoiser(self, name: str) -> Any:
+        """A setting of the checkpoint that the denoiser was loaded from. It is about what was trained, and so
+        holds for another pipeline that is made of the parts, too. None, where nothing is known."""
+        return getattr(self.denoiser, "came_with", {}).get(name)
+
+    @property
+    def made_for(self) -> MadeFor:
+        """What a small checkpoint says of its use; of others empty."""
+        return self._made_for or self.came_with_denoiser("made_for") or MadeFor()
+
+    @made_for.setter
+    def made_for(self, made_for: MadeFor) -> None:
+        self._made_for = made_for
 
     @classmethod
     def check_configs(cls, configs: Mapping[str, Any]) -> None:
@@ -178,35 +266,74 @@ class Pipeline(PipelineSpellings):
 
     def config_to_save(self) -> dict[str, Any]:
         """What `model_index.json` says."""
-        index: dict[str, Any] = {"_class_name": type(self).__name__}
-        for name, part in self.components.items():
-            index[name] = [None, None] if part is None else [part.library, type(part).__name__]
+        index: dict[str, Any] = {"_class_name": type(self).__name__, **self.listed_parts()}
         index.update(self.settings_to_save())
         if said := self.made_for.to_dict():
             index["made_for"] = said
         return index
 
+    def listed_parts(self) -> dict[str, tuple[str | None, str | None]]:
+        """Library and class of each part, as `model_index.json` lists them; None for what is no part."""
+        return {
+            name: (None, None) if part is None else (part.library, type(part).__name__)
+            for name, part in self.components.items()
+        }
+
     def settings_to_save(self) -> dict[str, Any]:
         return {}
 
+    @classmethod
+    def from_pipe(cls, pipeline: "Pipeline", **changes: Any) -> Self:
+        """A pipeline that shares the parts of another and has its settings. changes: constructor arguments to
+        take instead, parts or settings.
+
+        The settings (buckets, reference_quirks and so on; what the checkpoint was made for; the progress bar;
+        offloading) are those of the other, where this class has them. Raises TypeError for parts that this
+        class does not take, or an unknown change.
+        """
+        settings = {name: getattr(pipeline, name) for name in cls.settings() if hasattr(pipeline, name)}
+        settings["reference_quirks"] = sorted(pipeline.quirks & cls.quirk_names)
+        parts = {name: part for name, part in pipeline.components.items() if name in cls.parts}
+        made = cls(**{**parts, **settings, **changes})
+        made.made_for = pipeline.made_for
+        made._progress, made._offload_device = pipeline._progress, pipeline._offload_device
+        return made
+
     @property
     def components(self) -> dict[str, Any]:
-        """The parts by name; `Pipeline(**other.components)` shares them."""
+        """The parts by name. `Pipeline(**other.components)` shares them, and has the settings that they were
+        loaded with; what was set since is taken over by `from_pipe`."""
         return {name: getattr(self, name) for name in self.parts}
+
+    def require(self, *names: str) -> None:
+        """Raises ValueError unless these parts are there."""
+        if missing := [name for name in names if getattr(self, name) is None]:
+            parts = " and ".join(missing)
+            raise ValueError(f"this needs {parts}, and the pipeline has none: assign pipe.{missing[0]}")
 
     @property
     def networks(self) -> dict[str, Network]:
         return {name: part for name, part in self.components.items() if isinstance(part, Network)}
 
+    def __repr__(self) -> str:
+        """A part a line, and what is set for all of them."""
+        adapters = repr(self.adapters) if self.get_list_adapters() else ""
+        facts = {"reference_quirks": ", ".join(sorted(self.quirks)), "adapters": adapters}
+        if self._offload_device is not None:
+            facts["offloaded from"] = str(self._offload_device)
+        return parts(type(self).__name__, self.components, facts)
+
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes."""
-        return self._offload_device or next(iter(self.networks.values())).device
+        resting = (at_rest(network) for network in self.networks.values())
+        return self._offload_device or next(resting, torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the denoiser's weights."""
-        return self.networks["transformer" if "transformer" in self.networks else "unet"].dtype
+        """The dtype of the denoiser's weights; where there is none, that of the first network."""
+        network = self.denoiser or next(iter(self.networks.values()), None)
+        return torch.float32 if network is None else network.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`.
@@ -270,15 +397,15 @@ class Pipeline(PipelineSpellings):
 
     @contextlib.contextmanager
     def on_device(self, network: Part) -> Iterator[Part]:
-        """The network, on the device that computes while the block runs."""
-        if self._offload_device is None or BlockStreaming.is_attached(network):
+        """The network, on the device that computes while the block runs. Other calls may run it meanwhile."""
+        if network is None:  # what needs a part has said so by its name
+            raise ValueError("this needs a network that the pipeline does not have")
+        with visit(network, None if BlockStreaming.is_attached(network) else self._offload_device):
             yield network
-            return
-        try:
-            network.to(self._offload_device)
-            yield network
-        finally:
-            network.to("cpu")
+
+    def adapters_scaled(self, scale: float | None) -> contextlib.AbstractContextManager[None]:
+        """See `Adapters.scaled`; None leaves them alone."""
+        return contextlib.nullcontext() if scale is None else self.adapters.scaled(scale)
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Keyword arguments for every progress bar, as tqdm takes them (`disable=True` turns them off)."""
@@ -288,13 +415,60 @@ class Pipeline(PipelineSpellings):
         return tqdm(total=total, **{"disable": None, "desc": description, **self._progress})
 
     @property
+    def guidance_scale(self) -> float:
+        """That of the running call, or of the last one. A callback may change it: 1 or less ends guidance; a
+        call that began without it has no negative prompt to begin it with."""
+        return float(self._guidance_scale)
+
+    @guidance_scale.setter
+    def guidance_scale(self, value: float) -> None:
+        self._guidance_scale = value
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the running call has, or the last one had."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """That of the step that runs; None between calls."""
+        return self._current_timestep
+
+    @property
     def interrupt(self) -> bool:
-        """Set to True, from a callback say, to skip the remaining steps."""
+        """Set it to True to skip the remaining steps: a callback those of its own call, others those of all
+        calls that run. The next call begins without."""
         return self._interrupt
 
     @interrupt.setter
     def interrupt(self, value: bool) -> None:
         self._interrupt = value
+
+    def unless_said(self, **arguments: Any) -> dict[str, Any]:
+        """Arguments of a call: what was passed, else what the checkpoint was made for, else the default. A
+        negative prompt that is None was not passed."""
+
+        def settle(name: str, value: Any) -> Any:
+            left_open = isinstance(value, Unsaid) or (name == "negative_prompt" and value is None)
+            return self.made_for.call.get(name, plain(value)) if left_open else value
+
+        return {name: settle(name, value) for name, value in arguments.items()}
+
+    def unknown_words(self, texts: Iterable[str]) -> list[str]:
+        """The words of instructions or captions that a small checkpoint was not trained on; of others none.
+        An adapter does not say what it was trained on: with one loaded, no word is known to be unknown."""
+        if self.made_for.world is None or self.adapters.get_list_adapters():
+            return []
+        learned = self.learned_words()
+        return [word for word in self.made_for.world.unknown(texts) if word not in learned]
+
+    def learned_words(self) -> set[str]:
+        """Words that were added to the vocabulary, in small letters and as `made_for.words_of` reads them."""
+        return set()
 
     def call_back(
         self,
@@ -421,6 +595,6 @@ def _class_of(cls: type[Pipeline], name: str, index: Mapping[str, Any]) -> type 
             return kind
     wanted = " or ".join(kind.__name__ for kind in kinds)
     raise ValueError(
-        f"model_index.json: {name} is a {entry[1]}; {cls.__name__} takes {wanted}. For a class of your own, "
-        f"pass {name}= with an object of it"
+        f"model_index.json: {name} is a {visible(entry[1])}; {cls.__name__} takes {wanted}. For a class of "
+        f"your own, pass {name}= with an object of it"
     )

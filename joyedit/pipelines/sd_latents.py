@@ -22,11 +22,12 @@ log = logging.getLogger("joyedit")
 
 
 class LatentCoder:
-    """An autoencoder, with the scale that diffusion models have latents in."""
+    """An autoencoder, with the scale that diffusion models have latents in; without one, of latents alone."""
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae
-        self.factor, self.scale = vae.config.factor, vae.config.scaling_factor
+        self.factor = 8 if vae is None else vae.config.factor
+        self.scale = 1.0 if vae is None else vae.config.scaling_factor
 
     def pixels(self, image: Any, batch: int) -> Tensor:
         """(I, 3, H, W) in [-1, 1], or latents (I, C, h, w) as they are. Raises ValueError or TypeError for

@@ -39,11 +39,13 @@ class Item(NamedTuple):
 
 
 class PromptReader:
-    """A tokenizer and its text encoder."""
+    """A tokenizer and its text encoder, for prompts `width` wide; without these, of what came embedded."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel):
+    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, width: int, dtype: torch.dtype):
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
+        self.width = width
+        self.dtype = dtype
 
     def check(self, text: Text, name: str = "") -> tuple[int, int]:
         """Its B and L, once everything is found to fit; `name` is the prefix of the arguments. Raises
@@ -53,7 +55,7 @@ class PromptReader:
             if text.embeds.shape != text.negative_embeds.shape:
                 shapes = f"{tuple(text.embeds.shape)} and {tuple(text.negative_embeds.shape)}"
                 raise ValueError(f"{name}prompt_embeds and its negatives differ in shape: {shapes}")
-        wanted = (text.batch, self._length(text), self.text_encoder.config.hidden_size)
+        wanted = (text.batch, self._length(text), self.width)
         for kind, embeds in (
             ("prompt_embeds", text.embeds),
             ("negative_prompt_embeds", text.negative_embeds),
@@ -75,7 +77,7 @@ class PromptReader:
     def read(
         self, texts: Sequence[Text], guided: bool, skips: tuple[int, int], device: torch.device
     ) -> list[Embeds]:
-        """Embeddings of each text, in the dtype of the text encoder; no negative ones unless guided.
+        """Embeddings of each text, in `dtype`; no negative ones unless guided.
 
         skips: how many layers are left out for positive and for negative prompts.
         """
@@ -92,7 +94,7 @@ class PromptReader:
 
         def known_or_read(embeds: Tensor | None, batch: int) -> Tensor:
             found = torch.stack([next(rows) for _ in range(batch)]) if embeds is None else embeds
-            return found.to(device, self.text_encoder.dtype)
+            return found.to(device, self.dtype)
 
         found: list[Embeds] = []
         for text in texts:
@@ -123,5 +125,5 @@ class PromptReader:
     def _length(self, text: Text) -> int:
         """L: of the prompt's embeddings if they are given, else what the tokenizer pads to."""
         if text.embeds is None or text.embeds.ndim != 3:
-            return self.tokenizer.model_max_length
+            return 77 if self.tokenizer is None else self.tokenizer.model_max_length
         return text.embeds.shape[1]

@@ -74,7 +74,7 @@ class DiffusionConfig(SchedulerConfig):
         """A file without `clip_sample` that a solver wrote which never clips (PNDM, Euler, DPM++) means
         False: the class's own default would clip latents."""
         settings = dict(raw)
-        writer = raw.get("_class_name", "DDIM")
+        writer = str(raw.get("_class_name", "DDIM"))
         if "clip_sample" not in raw and not writer.startswith(("DDIM", "DDPM")):
             settings["clip_sample"] = False
         if raw.get("trained_betas") is not None:
@@ -135,19 +135,18 @@ class DDIMScheduler(Scheduler):
         super().__init__(config, **settings)
         self.betas = training_betas(self.config)
         self.alphas_cumprod = cumulative_alphas(self.betas)
-        self.final_alpha_cumprod = (
-            torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
-        )
+        first = self.alphas_cumprod[0]
+        self.final_alpha_cumprod = torch.ones_like(first) if self.config.set_alpha_to_one else first
         self._levels = Levels(self.alphas_cumprod, self.final_alpha_cumprod)
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(self.config.num_train_timesteps).flip(0)
+        self.timesteps = torch.arange(self.config.num_train_timesteps, device="cpu").flip(0)
         self._table = self.timesteps, self.timesteps.tolist()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Build the table of a run of S = `num_inference_steps`. Raises ValueError unless 1 <= S <= N."""
         rising = spaced_timesteps(self.config, num_inference_steps)
         self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.tensor(rising[::-1], device=device)
+        self.timesteps = torch.tensor(rising[::-1], device=device or "cpu")
         self._table = self.timesteps, rising[::-1]
 
     def step(
@@ -217,7 +216,7 @@ class DDIMScheduler(Scheduler):
 
     def _factors(self, sample: Tensor, timesteps: int | Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar) and sqrt(1 - abar) of the timesteps, shaped to multiply `sample`."""
-        timesteps = torch.as_tensor(timesteps)
+        timesteps = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device="cpu")
         abar = self.alphas_cumprod.to(timesteps.device)[timesteps]
         abar = abar.to(sample.device, torch.promote_types(sample.dtype, torch.float32))
         abar = abar.reshape(-1, *[1] * (sample.ndim - 1))
@@ -241,11 +240,12 @@ class DDIMInverseScheduler(Scheduler):
         super().__init__(config, **settings)
         self.betas = training_betas(self.config)
         self.alphas_cumprod = cumulative_alphas(self.betas)
-        clean = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+        first = self.alphas_cumprod[0]
+        clean = torch.ones_like(first) if self.config.set_alpha_to_one else first
         self.initial_alpha_cumprod = clean
         self._levels = Levels(self.alphas_cumprod, clean)
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(self.config.num_train_timesteps)
+        self.timesteps = torch.arange(self.config.num_train_timesteps, device="cpu")
         self._table = self.timesteps, self.timesteps.tolist()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
@@ -257,7 +257,7 @@ class DDIMInverseScheduler(Scheduler):
             raise ValueError("timestep_spacing='linspace' cannot be inverted, only 'leading' and 'trailing'")
         rising = spaced_timesteps(self.config, num_inference_steps)
         self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.tensor(rising, device=device)
+        self.timesteps = torch.tensor(rising, device=device or "cpu")
         self._table = self.timesteps, rising
 
     def step(

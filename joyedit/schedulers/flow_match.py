@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.bounds import MOST_STEPS
 from joyedit.noise import Generators, draw_noise
 from joyedit.schedulers.scheduler import (
     CountingScheduler,
@@ -100,7 +101,7 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
         super().__init__(config, **settings)
         count = self.config.num_train_timesteps
-        levels = torch.arange(count, 0, -1, dtype=torch.float32) / count
+        levels = torch.arange(count, 0, -1, dtype=torch.float32, device="cpu") / count
         self._shift = self.config.shift
         self.sigmas = levels if self.config.use_dynamic_shifting else shift_sigmas(levels, self.shift)
         self.timesteps = self.sigmas * count
@@ -145,8 +146,8 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
         if len(set(lengths.values())) > 1:
             raise ValueError(f"these must agree: {lengths}")
         steps = next(iter(lengths.values()))
-        if steps < 1:
-            raise ValueError(f"num_inference_steps={steps}: must be at least 1")
+        if not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"num_inference_steps={steps}: must be at least 1, and at most {MOST_STEPS:,}")
 
         if "sigmas" in tables:
             levels = tables["sigmas"]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.bounds import as_value_errors
 from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.config_spellings import ConfigSpellings
 from joyedit.checkpoints.hub import Origin
@@ -119,10 +120,15 @@ class Scheduler(ConfigSpellings):
         Raises TypeError for a change that the class does not know, ValueError for a config that none does.
         """
         check_without_value("return_unused_kwargs", changes.pop("return_unused_kwargs", None))
+        where = cls.__name__
         if isinstance(config, (str, Path)):
-            path = Path(config)
-            config = read_json(path / FILE if path.is_dir() else path)
-        return cls(config, **changes)
+            path = Path(config) / FILE if Path(config).is_dir() else Path(config)
+            config, where = read_json(path), str(path)
+        try:
+            with as_value_errors("the settings do not fit one another"):
+                return cls(config, **changes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
     @classmethod
     def from_pretrained(
@@ -299,15 +305,15 @@ def training_betas(config: SchedulerConfig) -> Tensor:
     number than num_train_timesteps."""
     count, low, high = config.num_train_timesteps, config.beta_start, config.beta_end
     if config.trained_betas is not None:
-        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
+        betas = torch.tensor(config.trained_betas, dtype=torch.float32, device="cpu")
     elif config.beta_schedule == "linear":
-        betas = torch.linspace(low, high, count, dtype=torch.float32)
+        betas = torch.linspace(low, high, count, dtype=torch.float32, device="cpu")
     elif config.beta_schedule == "scaled_linear":
-        betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float32) ** 2
+        betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float32, device="cpu") ** 2
     else:
         abar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
         ratios = [min(1 - after / before, 0.999) for before, after in zip(abar, abar[1:], strict=False)]
-        betas = torch.tensor(ratios, dtype=torch.float32)
+        betas = torch.tensor(ratios, dtype=torch.float32, device="cpu")
     if config.rescale_betas_zero_snr:
         betas = without_final_signal(betas)
     return betas

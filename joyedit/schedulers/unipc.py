@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.bounds import MOST_STEPS
 from joyedit.schedulers.scheduler import (
     CountingScheduler,
     SchedulerConfig,
@@ -155,7 +156,9 @@ class UniPCMultistepScheduler(CountingScheduler):
             self.alphas_cumprod[-1] = 2**-24  # so that the first sigma is finite
         self.solver_p = solver_p
         self.sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
-        self.timesteps = torch.arange(self.config.num_train_timesteps, dtype=torch.float32).flip(0)
+        self.timesteps = torch.arange(
+            self.config.num_train_timesteps, dtype=torch.float32, device="cpu"
+        ).flip(0)
         self._training_sigmas = self.sigmas.numpy()
         self.num_inference_steps: int | None = None
         self._intervals: list[list[Interval]] = []
@@ -191,6 +194,8 @@ class UniPCMultistepScheduler(CountingScheduler):
             raise ValueError(f"num_inference_steps={num_inference_steps}, but {steps} sigmas")
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
             raise ValueError(f"num_inference_steps={steps!r}: must be an integer of at least 1")
+        if steps > MOST_STEPS:
+            raise ValueError(f"num_inference_steps={steps}: {MOST_STEPS:,} are the most that is supported")
 
         if any(settings[name] for name in SPACINGS):
             levels, timesteps = self._spaced_levels(steps)

@@ -11,11 +11,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from joyedit.text.tokenizer import (
-    TextTokenizer,
-    read_bpe,
-    special_tokens,
-)
+from joyedit.text.tokenizer import TextTokenizer
+from joyedit.text.tokenizer_files import read_bpe, special_tokens
 
 
 class CLIPTokenizer(TextTokenizer):

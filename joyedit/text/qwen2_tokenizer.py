@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 
-from joyedit.text.tokenizer import TextTokenizer, read_bpe
+from joyedit.text.tokenizer import TextTokenizer
+from joyedit.text.tokenizer_files import read_bpe
 
 
 class Qwen2Tokenizer(TextTokenizer):

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from joyedit.checkpoints.bounds import as_value_errors
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.missing import PROCESSORS, lacking
 from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.plain_text import shown
 from joyedit.media.images import Qwen2VLImageConfig, Qwen2VLImageProcessor
 from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer
-from joyedit.text.tokenizer import TOKENIZER_FILES, Batch, check_texts
+from joyedit.text.tokenizer import Batch, check_texts
+from joyedit.text.tokenizer_files import TOKENIZER_FILES
 
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -118,9 +121,12 @@ def _read_processor(folder: Path) -> tuple[Qwen2VLImageConfig, Mapping[str, Any]
         raise FileNotFoundError(
             f"{folder} holds neither preprocessor_config.json nor a full processor_config.json"
         )
+    raw = nested["image_processor"] if path == newer else read_json(path)
+    for named, value in ((f"{path}: image settings", raw), (f"{path.parent}: video settings", videos or {})):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{named}: {shown(value)} is not a JSON object")
     try:
-        return Qwen2VLImageConfig.from_dict(
-            nested["image_processor"] if path == newer else read_json(path)
-        ), videos
+        with as_value_errors("the image settings do not fit one another"):
+            return Qwen2VLImageConfig.from_dict(raw), videos
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None

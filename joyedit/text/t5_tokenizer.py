@@ -13,9 +13,7 @@ from typing import Any, Self
 
 from tokenizers import Tokenizer
 
-from joyedit.text.tokenizer import (
-    TextTokenizer,
-)
+from joyedit.text.tokenizer import TextTokenizer
 
 log = logging.getLogger("joyedit")
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.network import Network
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.pickles import load_pickle
+from joyedit.checkpoints.plain_text import shown
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.text.clip_tokenizer import CLIPTokenizer
 
@@ -28,6 +30,9 @@ log = logging.getLogger("joyedit")
 USUAL_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
 NAMELESS = "emb_params"  # the key in files whose name is the word
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "Stable Diffusion XL"}
+
+MOST_VECTORS = 1000  # of a word; 75 fit into a prompt
+LONGEST_WORD = 200
 
 Source = str | Path | Tensor | Mapping[str, Any]
 
@@ -79,7 +84,7 @@ class TextualInversion:
             raise ValueError(f"{unknown} are no learned words; there are {sorted(self.words())}")
         ids = self.tokenizer.remove_tokens([token for word in words for token in self.words()[word]])
         weight = self._embedding.weight.data
-        kept = torch.ones(len(weight), dtype=torch.bool)
+        kept = torch.ones(len(weight), dtype=torch.bool, device="cpu")
         kept[ids] = False
         self._set_embedding(weight[kept.to(weight.device)])
 
@@ -119,7 +124,7 @@ class TextualInversion:
             raise ValueError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the text encoder {rows}: they do not fit"
             )
-        chains = {}
+        chains: dict[str, list[str]] = {}
         for word, vectors in found.items():
             if vectors.shape[1] != width:
                 family = f", it is for {FAMILIES[n]}" if (n := vectors.shape[1]) in FAMILIES else ""
@@ -134,9 +139,17 @@ class TextualInversion:
                 raise ValueError(
                     f"token {word!r} would be read as a vector of {stem!r}: give it another name"
                 )
-        self.tokenizer.append_tokens([token for tokens in chains.values() for token in tokens])
-        added = torch.cat(list(found.values())).to(weight.device, weight.dtype)
-        self._set_embedding(torch.cat((weight, added)))
+        added = torch.cat([vectors.to(weight.device, weight.dtype) for vectors in found.values()])
+        longer = torch.cat((weight, added))
+        # Whatever may fail comes before the first change: half a word would shift the ids of the next one.
+        tokens = [token for chain in chains.values() for token in chain]
+        ids = self.tokenizer.append_tokens(tokens)
+        if ids != list(range(rows, len(longer))):
+            self.tokenizer.remove_tokens(
+                [token for token, one in zip(tokens, ids, strict=True) if one >= rows]
+            )
+            raise ValueError(f"the tokens of {sorted(found)} get other ids than the rows of the embedding")
+        self._set_embedding(longer)
 
     @property
     def _embedding(self) -> nn.Embedding:
@@ -162,33 +175,48 @@ def read_word(
         if parsed.use_safetensors and path.suffix != ".safetensors":
             raise FileNotFoundError(f"{path} is a pickle, and use_safetensors=True refuses those")
         name, label = path.stem, str(path)
-        content = TensorFiles([path]) if path.suffix == ".safetensors" else open_pickle(path)
+        is_pickle = path.suffix != ".safetensors"
+        content = load_pickle(path, parameter_dicts=True) if is_pickle else TensorFiles([path])
     if isinstance(content, Tensor):
         content = {NAMELESS: content}
-    assert isinstance(content, Mapping)
-    written = content.get("string_to_param")
-    if isinstance(written, (Mapping, nn.ParameterDict)) and "*" in written:
-        name, vectors = content.get("name") or name, written["*"]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{label} is no textual inversion: it holds a {type(content).__name__}")
+    written = _star_of(content.get("string_to_param"))
+    if written is not None:
+        name, vectors = content.get("name") or name, written
     elif len(content) == 1:
         ((key, vectors),) = content.items()
         name = name if key == NAMELESS else key
     else:
         kind = " (it is for Stable Diffusion XL)" if "clip_g" in content else ""
-        vectors = f"the keys {sorted(map(str, content))[:4]}{kind}"
-    if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2):
+        vectors = f"the keys {shown(sorted(map(str, content))[:4])}{kind}"
+    if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or 0 in vectors.shape:
         found = f"a tensor of shape {tuple(vectors.shape)}" if isinstance(vectors, Tensor) else vectors
         raise ValueError(f"{label} is no textual inversion: it holds {found}, wanted {{word: (D) or (V, D)}}")
+    if not vectors.is_floating_point() or vectors.layout != torch.strided:
+        raise ValueError(f"{label} is no textual inversion: its vectors are {vectors.layout} {vectors.dtype}")
+    if vectors.ndim == 2 and len(vectors) > MOST_VECTORS:
+        raise ValueError(
+            f"{label}: {len(vectors):,} vectors are more than the {MOST_VECTORS} that a word may have"
+        )
     if word is None and name is None:
         raise ValueError(f"{label} does not name its word: give token=")
+    chosen = word if word is not None else name
+    if not isinstance(chosen, str) or not chosen.isprintable() or len(chosen) > LONGEST_WORD:
+        raise ValueError(f"{label}: {shown(chosen, 60)} can be no word of a prompt: give another token=")
     if word is not None and name is not None and word != name:
-        log.info("%s: the word is %r instead of %r", label, word, name)
-    return word or str(name), vectors.detach().reshape(-1, vectors.shape[-1])
+        log.info("%s: the word is %r instead of %s", label, word, shown(name))
+    return chosen, vectors.detach().reshape(-1, vectors.shape[-1])
 
 
-def open_pickle(path: Path) -> Any:
-    """Tensors, and dicts of them, which older trainers wrote as a ParameterDict."""
-    try:
-        with torch.serialization.safe_globals([nn.ParameterDict]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises half a dozen types, for damage and for code alike
-        raise ValueError(f"{path} cannot be opened as weights only: {error}") from None
+def _star_of(written: Any) -> Any:
+    """What the A1111 interface's trainer wrote under "*", in a dict or a ParameterDict; None where it has
+    none. A ParameterDict is looked into as an object: releases of torch keep its tensors in different places.
+    """
+    if isinstance(written, nn.ParameterDict):
+        inside = written.__dict__
+        for place in (inside.get("_parameters"), inside):
+            if isinstance(place, Mapping) and "*" in place:
+                return place["*"]
+        return None
+    return written.get("*") if isinstance(written, Mapping) else None

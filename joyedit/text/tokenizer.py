@@ -15,27 +15,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from joyedit.checkpoints.hub import Origin
-from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.missing import TOKENIZERS
 from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.plain_text import shown
 from joyedit.checkpoints.replacing import replacing
 from joyedit.media.batch import Batch
-from joyedit.text.tokenizer_spellings import Reading, TokenizerSpellings, to_tensors
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+from joyedit.text.tokenizer_files import (
+    TOKENIZER_FILES,
+    add_tokens,
+    declared_tokens,
+    longest_input,
+    open_backend,
+    plain_tokens,
+    read_settings,
+    read_template,
+    save_tokenizer,
+    token_text,
 )
+from joyedit.text.tokenizer_spellings import Reading, TokenizerSpellings, to_tensors
 
 
 class TextTokenizer(TokenizerSpellings):
@@ -58,20 +60,20 @@ class TextTokenizer(TokenizerSpellings):
         self.chat_template = chat_template
         for name, value in self.only.items():
             if self.settings.get(name, value) != value:
-                raise ValueError(f"{name}={self.settings[name]!r} is not supported, only {value!r}")
-        self.pad_token: str = self.settings["pad_token"]
-        self.eos_token: str = self.settings["eos_token"]
+                raise ValueError(f"{name}={shown(self.settings[name])} is not supported, only {value!r}")
+        self.pad_token: str = token_text(self.settings["pad_token"])
+        self.eos_token: str = token_text(self.settings["eos_token"])
         self.eos_token_id = backend.token_to_id(self.eos_token)
         self.pad_token_id = self._known("pad_token")
-        if self.settings["model_max_length"] > 10**9:  # transformers writes 10^30 where it knows of no limit
-            self.settings["model_max_length"] = self.defaults["model_max_length"]
-        self.model_max_length = int(self.settings["model_max_length"])
+        self.model_max_length = longest_input(self.settings, self.defaults["model_max_length"])
+        self.settings["model_max_length"] = self.model_max_length
 
     def _known(self, name: str) -> int:
         """The id of a token that the settings name."""
-        token_id = self.backend.token_to_id(self.settings[name])
+        token = token_text(self.settings[name])
+        token_id = self.backend.token_to_id(token)
         if token_id is None:
-            raise ValueError(f"{name} {self.settings[name]!r} is not in the vocabulary of {len(self)} tokens")
+            raise ValueError(f"{name} {shown(token)} is not in the vocabulary of {len(self)} tokens")
         return token_id
 
     @classmethod
@@ -103,8 +105,7 @@ class TextTokenizer(TokenizerSpellings):
                 f"{folder} holds no tokenizer.json, and not both vocab.json and merges.txt"
             )
         add_tokens(backend, declared_tokens(folder, settings), folder)
-        path = folder / "chat_template.jinja"
-        template = path.read_text(encoding="utf-8") if path.is_file() else None
+        template = read_template(folder)
         try:
             return cls(backend, settings, template)
         except ValueError as error:
@@ -187,13 +188,6 @@ class TextTokenizer(TokenizerSpellings):
                 temporary.write_text(self.chat_template, encoding="utf-8")
 
 
-def read_bpe(vocab: Path, merges: Path, **options: Any) -> models.BPE:
-    try:
-        return models.BPE.from_file(str(vocab), str(merges), **options)
-    except Exception as error:  # the library raises plain Exception for every kind of damage
-        raise ValueError(f"{vocab} and {merges.name} are not a BPE vocabulary: {error}") from None
-
-
 def check_texts(texts: Any) -> list[str]:
     """A list of str. Raises TypeError for anything else, ValueError for text that has no UTF-8 form."""
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
@@ -233,100 +227,3 @@ def pad_rows(rows: Sequence[list[int]], pad_id: int, padding: bool | str, limit:
         input_ids=[row + [pad_id] * (length - len(row)) for row in rows],
         attention_mask=[[1] * len(row) + [0] * (length - len(row)) for row in rows],
     )
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json. special_tokens_map.json overrides it in folders so old that the former does not
-    describe the added tokens."""
-    config, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-    settings = read_json(config) if config.is_file() else {}
-    if "added_tokens_decoder" not in settings and special.is_file():
-        settings.update(read_json(special))
-    return settings
-
-
-def declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """The added tokens that the folder names beside its tokenizer.json, by id."""
-    if "added_tokens_decoder" in settings:
-        flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
-        return {
-            int(token_id): AddedToken(token["content"], **{flag: token.get(flag, False) for flag in flags})
-            for token_id, token in settings["added_tokens_decoder"].items()
-        }
-    path = folder / "added_tokens.json"
-    if not path.is_file():
-        return {}
-    listed = (settings.get(key) or () for key in ("additional_special_tokens", "extra_special_tokens"))
-    special = {token_text(v) for k, v in settings.items() if k.endswith("_token") and v}
-    special |= {token_text(token) for tokens in listed for token in tokens}
-    return {
-        token_id: AddedToken(text, special=text in special, normalized=text not in special)
-        for text, token_id in read_json(path).items()
-    }
-
-
-def plain_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with special tokens as text, without their flags."""
-    return {
-        k: token_text(v) if k.endswith("_token") and isinstance(v, Mapping) else v
-        for k, v in settings.items()
-    }
-
-
-def special_tokens(settings: Mapping[str, Any]) -> dict[str, AddedToken]:
-    """The tokens that the settings name, by text. Of one that has several roles the last says whether it is
-    looked for in the text as typed or in the lower-case one (`normalized`), as in transformers."""
-    flags = ("lstrip", "rstrip", "normalized", "single_word")
-    found = {}
-    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = settings[role]
-        given = token if isinstance(token, Mapping) else {}
-        text = token_text(token)
-        found[text] = AddedToken(text, special=True, **{flag: given.get(flag, False) for flag in flags})
-    return found
-
-
-def token_text(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
-
-
-def open_backend(path: Path) -> Tokenizer:
-    """A tokenizer.json, without the truncation and padding that it may hold."""
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for every kind of damage
-        raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def add_tokens(backend: Tokenizer, tokens: Mapping[int, AddedToken], folder: Path) -> None:
-    """Register the tokens that the backend does not match as a whole yet. Raises ValueError when one would
-    get another id than the folder gives it."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    backend.add_tokens([token for _, token in sorted(tokens.items()) if token.content not in known])
-    for token_id, token in tokens.items():
-        if backend.token_to_id(token.content) != token_id:
-            found = backend.token_to_id(token.content)
-            raise ValueError(
-                f"{folder}: added token {token.content!r} has id {token_id}, but comes out as {found}"
-            )
-
-
-def save_tokenizer(folder: Path, backend: Tokenizer, settings: Mapping[str, Any]) -> None:
-    """tokenizer.json, and tokenizer_config.json with all added tokens, so that older files have no say."""
-    added = {
-        str(token_id): {
-            "content": token.content,
-            "lstrip": token.lstrip,
-            "normalized": token.normalized,
-            "rstrip": token.rstrip,
-            "single_word": token.single_word,
-            "special": token.special,
-        }
-        for token_id, token in backend.get_added_tokens_decoder().items()
-    }
-    with replacing(folder / "tokenizer.json") as temporary:
-        backend.save(str(temporary))
-    write_json(folder / "tokenizer_config.json", {**settings, "added_tokens_decoder": added})

@@ -103,4 +103,4 @@ def to_tensors(batch: Batch, return_tensors: str | None) -> Batch:
         raise ValueError(f"texts of {sorted(lengths)} tokens make no tensor: pass padding=True")
     if return_tensors == "np":
         return Batch({name: np.asarray(rows, dtype=np.int64) for name, rows in batch.items()})
-    return Batch({name: torch.tensor(rows, dtype=torch.int64) for name, rows in batch.items()})
+    return Batch({name: torch.tensor(rows, dtype=torch.int64, device="cpu") for name, rows in batch.items()})

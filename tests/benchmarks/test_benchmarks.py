@@ -57,6 +57,7 @@ def test_quick_run(benchmark, tmp_path, capsys):
     assert [line.split()[0] for line in printed[1:-1]] == names
 
 
+@pytest.mark.slow
 def test_quick_run_of_diffedit(benchmark, tmp_path):
     side_by_side, diffedit = benchmark("side_by_side"), benchmark("diffedit")
     names = ["mask", "mask_negatives", "unet_step", "invert", "denoise", "whole"]
@@ -65,6 +66,7 @@ def test_quick_run_of_diffedit(benchmark, tmp_path):
     check_rows(json.loads((tmp_path / "out.json").read_text(encoding="utf-8")), names)
 
 
+@pytest.mark.slow
 def test_quick_run_of_chronoedit(benchmark, tmp_path):
     side_by_side, chronoedit = benchmark("side_by_side"), benchmark("chronoedit")
     names = ["step", "text", "vision", "encode_5", "decode_29", "whole", "reasoning"]

@@ -288,6 +288,7 @@ def test_cells_of_shapes_count_more():
     assert weights[row, column] == joyimage.WEIGHT and (weights == 1).float().mean() > 0.6
 
 
+@pytest.mark.slow
 def test_editing_reaches_every_weight_that_takes_part_and_learns(parts):
     pool, transformer, rates, encoder = parts
     transformer, encoder = copy.deepcopy(transformer), copy.deepcopy(encoder)

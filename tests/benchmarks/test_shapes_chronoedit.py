@@ -201,6 +201,7 @@ def test_training_sees_what_the_pipeline_gives(made, vae, tokenizer, pools):
     assert (velocity - expected).abs().max() < 0.01  # pools are in half precision
 
 
+@pytest.mark.slow
 def test_editing_reaches_every_weight_that_takes_part_and_learns(made, pools):
     editor, rates = copy.deepcopy(made)
     named = [(n, p) for network in editor for n, p in network.named_parameters()]
@@ -286,6 +287,7 @@ def test_the_checkpoint_is_an_ordinary_one(made, vae, tokenizer, tmp_path):
     assert result.shape == (96, 96, 3) and np.abs(result - copied[0]).mean() < 0.03
 
 
+@pytest.mark.slow
 def test_doing_nothing_fails_and_films_are_compared_frame_by_frame(made, vae, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluate_chronoedit, "REASONING_FRAMES", 9)
     pipe = chronoedit.assemble(made[0], vae, tokenizer)

@@ -228,6 +228,7 @@ def test_the_loss_is_the_weighted_error_of_v(networks, pool):
         assert torch.allclose(diffedit.denoising_loss(oracle, encoder, batch), expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_training_reaches_every_weight_and_learns(networks, pool):
     unet, encoder = (copy.deepcopy(network) for network in networks)
     optimizers = diffedit.optimizers(unet, encoder)
@@ -267,6 +268,7 @@ def small(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_a_stopped_training_goes_on(small, vae, tmp_path, monkeypatch):
     vae.save_pretrained(tmp_path / "vae")
 

@@ -96,7 +96,7 @@ def test_joyimage_edits_held_out_worlds_as_its_card_says(opened):
     check_kinds(evaluate.run(opened("joyimage"), edits, evaluate.STEPS), edits, stated("joyimage"), least=6)
 
 
-@pytest.mark.parametrize("side", ["model", "reasoning"])
+@pytest.mark.parametrize("side", ["model", pytest.param("reasoning", marks=pytest.mark.slow)])
 def test_chronoedit_edits_held_out_worlds_as_its_card_says(opened, side):
     counts = publish.SYSTEMS["chronoedit"].counts
     edits = evaluate.held_out(6, counts, learned(stated("chronoedit", side)))
@@ -105,6 +105,7 @@ def test_chronoedit_edits_held_out_worlds_as_its_card_says(opened, side):
     check_kinds(results, edits, stated("chronoedit", side), least=3)
 
 
+@pytest.mark.slow
 def test_chronoedit_goes_the_drawn_way(opened):
     """Nearer at every key frame than a film in which nothing happens; the first is the photograph."""
     edits = evaluate.held_out(2, (1, 2), learned(stated("chronoedit", "reasoning"))[:3])
@@ -115,8 +116,9 @@ def test_chronoedit_goes_the_drawn_way(opened):
     assert way["model"]["between"] > way["nothing"]["between"] + 3
 
 
-def test_diffedit_finds_the_place_and_keeps_the_rest(opened):
-    cases = evaluate_diffedit.held_out(10)
+@pytest.mark.parametrize("count", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_diffedit_finds_the_place_and_keeps_the_rest(opened, count):
+    cases = evaluate_diffedit.held_out(count)
     answers = evaluate_diffedit.run(opened("diffedit"), cases)
     found = evaluate_diffedit.summarize(
         [evaluate_diffedit.score(case, answer) for case, answer in zip(cases, answers, strict=True)]
@@ -136,7 +138,9 @@ def test_an_instruction_decides(opened):
     assert grey < 0.3 * colour
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    "system", ["joyimage", "chronoedit", pytest.param("diffedit", marks=pytest.mark.slow)]
+)
 def test_same_seed_same_bytes_and_a_batch_is_its_edits_one_by_one(opened, system):
     pipe, edits = opened(system), some(system, 3)
     together = np.asarray(edit(pipe, system, edits))
@@ -146,6 +150,7 @@ def test_same_seed_same_bytes_and_a_batch_is_its_edits_one_by_one(opened, system
     assert np.abs(np.concatenate(alone) - together).max() < 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("system", "decibel", "distance"), [("joyimage", 45, 0.04), ("chronoedit", 40, 0.05)]
 )
@@ -159,6 +164,7 @@ def test_bf16_stays_near_fp32(opened, monkeypatch, system, decibel, distance):
     assert psnr(edit(half, system, edits), edit(pipe, system, edits)) > decibel
 
 
+@pytest.mark.slow
 def test_bf16_finds_the_same_place(opened, monkeypatch):
     monkeypatch.setattr(ops, "CPU_HAS_BF16", True)
     cases = some("diffedit", 4)

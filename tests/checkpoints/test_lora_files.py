@@ -19,30 +19,21 @@ from joyedit.lora import Adapters
 from joyedit.models.clip import CLIPTextModel
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
 from joyedit.models.sd_unet import UNet2DConditionModel
-
-UNET = dict(
-    block_out_channels=[16, 32],
-    layers_per_block=2,
-    sample_size=8,
-    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-    cross_attention_dim=12,
-    attention_head_dim=[2, 4],
-    norm_num_groups=8,
+from tests.lora_layers import (
+    ATTENTION,
+    BLOCK,
+    JOY,
+    JOY_LAYERS,
+    UNET,
+    assert_changed_by,
+    factors,
+    filled,
+    joined,
+    product,
+    snapshot,
 )
 
-
-JOY = dict(hidden_size=48, num_attention_heads=3, num_layers=2, text_dim=20, rope_dim_list=[4, 6, 6])
-
-
 TEXT = dict(vocab_size=40, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2)
-
-
-BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
-
-
-ATTENTION = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn2.to_out.0"]
-
 
 UNET_LAYERS = [  # our name, and the one of the original code
     (f"{BLOCK}.attn1.to_q", "input_blocks.2.1.transformer_blocks.0.attn1.to_q"),
@@ -65,22 +56,6 @@ UNET_LAYERS = [  # our name, and the one of the original code
 ]
 
 
-JOY_LAYERS = [
-    "double_blocks.1.attn.img_attn_qkv",
-    "double_blocks.0.attn.txt_attn_proj",
-    "double_blocks.1.img_mlp.net.0.proj",
-    "condition_embedder.time_embedder.linear_1",
-    "img_in",
-]
-
-
-@torch.no_grad()
-def filled(network):
-    for parameter in network.parameters():
-        parameter.copy_(torch.randn(parameter.shape) / max(parameter[0].numel(), 4) ** 0.5)
-    return network.requires_grad_(False).eval()
-
-
 @pytest.fixture
 def unet():
     return filled(UNet2DConditionModel.from_config(UNET))
@@ -89,37 +64,6 @@ def unet():
 @pytest.fixture
 def joy():
     return filled(JoyImageEditTransformer3DModel.from_config(JOY))
-
-
-def factors(network, layer, rank=3, size=0.3):
-    """down and up as trainers store them: a convolution's down has its kernel, its up is 1x1."""
-    shape = network.state_dict()[f"{layer}.weight"].shape
-    ones = [1] * (len(shape) - 2)
-    return size * torch.randn(rank, *shape[1:]), size * torch.randn(shape[0], rank, *ones)
-
-
-def product(down, up):
-    return torch.einsum("or,ri->oi", up.double().flatten(1), down.double().flatten(1))
-
-
-def assert_changed_by(network, before, wanted):
-    """The stored weights are the old ones plus `wanted` (tensor -> difference), and nothing else changed."""
-    for name, tensor in network.state_dict().items():
-        if name in wanted:
-            truth = before[name].double() + wanted[name].reshape(tensor.shape)
-            assert (tensor.double() - truth).abs().max() < 1e-6 * (1 + truth.abs().max()), name
-            assert not torch.equal(tensor, before[name]), name
-        else:
-            assert torch.equal(tensor, before[name]), name
-
-
-def snapshot(network):
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
-
-
-# name: (which layers, key of the down factor, key of the up factor, key of alpha or None)
-def joined(name):
-    return name.replace(".", "_")
 
 
 UNET_FORMATS = {

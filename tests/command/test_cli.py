@@ -152,7 +152,7 @@ def test_output_folder_suffixes_and_no_metadata(photo, run):
 
 def test_photograph_from_a_url(photo, run, monkeypatch):
     content = Path(photo).read_bytes()
-    monkeypatch.setattr(images, "_download", lambda url, timeout, max_bytes: content)
+    monkeypatch.setattr(images, "download", lambda url, timeout, max_bytes: content)
     url = "https://example.org/a/my%20cat.png?token=secret"
     assert run("edit", url, "x", "--seed", 2, *QUICK)[1] == "my cat-edit-2.png\n"
     digest = hashlib.sha256(content).hexdigest()
@@ -306,8 +306,11 @@ ARGUMENT_ERRORS = {
     "edit photo.png x --offload all": "invalid choice",
     "edit photo.png x --part vae": "NAME=PATH",
     "edit photo.png x -o out.gif": "'out.gif' is neither a folder nor ends in",
-    "edit photo.png x --stpes 3": "unrecognized arguments: --stpes 3",
-    "edit photo.png x more": "unrecognized arguments: more",
+    "edit photo.png x --stpes 3": "unrecognized arguments: --stpes 3 (did you mean --steps?)",
+    "edit photo.png x more": "'x' is no photograph that is here: an instruction of several words goes in",
+    "edit photo.png x --mask m.png": "ambiguous option: --mask could match --mask-out, --mask-encode-",
+    "edit a.png b.png": "an instruction is missing: b.png is a photograph",
+    "generate a cat": "unrecognized arguments: cat; a text of several words goes in quotes",
     "convert a": "DST",
     "convert a b --to gguf": "invalid choice",
 }

@@ -122,6 +122,8 @@ def test_convert_refuses_a_target_that_holds_something(checkpoint, run, no_work,
 
 def test_convert_with_force_replaces_a_checkpoint(checkpoint, converted, run, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "a")
+    assert "README.md" in run("convert", checkpoint, tmp_path / "a", "--to", "comfyui", "--force", "-q")[2]
+    (tmp_path / "a" / "README.md").unlink()
     assert run("convert", checkpoint, tmp_path / "a", "--to", "comfyui", "--force", "-q")[0] == 0
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         "diffusion_models",
@@ -143,7 +145,7 @@ def test_convert_asks_the_disk_first(checkpoint, run, no_work, tmp_path, monkeyp
 @pytest.mark.parametrize("force", [False, True])
 def test_interrupted_conversion_leaves_things_as_they_were(checkpoint, run, tmp_path, monkeypatch, force):
     if force:
-        shutil.copytree(checkpoint, tmp_path / "a")
+        shutil.copytree(checkpoint, tmp_path / "a", ignore=shutil.ignore_patterns("README.md"))
 
     def interrupt(self, folder):
         assert list(Path(folder).parent.rglob("*.safetensors")), "something was written before"

@@ -112,7 +112,9 @@ def test_the_scenes_are_of_the_world_that_the_models_know(system, edit):
         assert round_trip(pipe, picture) > world.psnr
 
 
-@pytest.mark.parametrize("system", demo.FILES)
+@pytest.mark.parametrize(
+    "system", [pytest.param(s, marks=() if s == "joyimage" else pytest.mark.slow) for s in demo.FILES]
+)
 def test_an_edit_can_be_repeated_to_the_byte(folder, run, tmp_path, system):
     edit = PLAN[system][-1]
     given, result = (path_of(folder, system, edit, f"{name}.png") for name in ("input", "result"))

@@ -26,6 +26,11 @@ elif not torch.cuda.is_available():
     collect_ignore = ["ops"]
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests begin first, so that other processes do the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_interpreter.py")
+
+
 class Launches(TorchDispatchMode):
     """Counts what is called of `torch.ops.joyedit`, by name; the rest passes."""
 

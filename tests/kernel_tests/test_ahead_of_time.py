@@ -65,9 +65,9 @@ def compile_and_compare(module, name, row, target, entry):
         assert {key: expected[key] for key in result} == result, (row, target)
 
 
-@pytest.mark.parametrize("target", kernels_aot.TARGETS)
-def test_one_kernel_compiles_for_each_gpu(target):
-    """Another one for each: the whole table is slow."""
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_one_kernel_compiles_for_each_vendor(target):
+    """The whole table is slow."""
     name = FILES[list(kernels_aot.TARGETS).index(target) % len(FILES)]
     module = op_cases.modules()[name]
     entries = [(row, found[target]) for row, found in kernels_aot.table(module).items() if target in found]

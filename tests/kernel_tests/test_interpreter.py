@@ -15,23 +15,14 @@ def test_operations_under_the_interpreter():
 
 
 @pytest.mark.slow
-def test_trained_checkpoints_under_the_interpreter():
+def test_whole_systems_and_other_dtypes_under_the_interpreter():
     interpreted("slow")
 
 
 def interpreted(marks):
-    options = [
-        "-q",
-        "--tb=short",
-        "--color=no",
-        "-rfEs",
-        "-p",
-        "no:cacheprovider",
-        "--durations=5",
-        "-m",
-        marks,
-    ]
-    command = [sys.executable, "-m", "pytest", *options, str(HERE / "ops")]
+    options = ["-q", "--tb=short", "--color=no", "-rfEs", "--durations=5"]
+    options += ["-p", "no:cacheprovider", "-p", "no:xdist"]  # the process that waits has its core
+    command = [sys.executable, "-m", "pytest", *options, "-m", marks, str(HERE / "ops")]
     env = {**os.environ, "TRITON_INTERPRET": "1", "JOYEDIT_OPS": "auto"}
     done = subprocess.run(command, cwd=HERE.parents[1], env=env, capture_output=True, text=True)
     summary = done.stdout[-8000:]

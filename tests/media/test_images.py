@@ -82,7 +82,6 @@ def test_arrays_and_tensors_become_pictures():
         (np.linspace(0, 255, 48).reshape(4, 4, 3), r"holds 0 to 255"),
         (PIL.Image.new("RGB", (0, 3)), "is empty: 0 x 3 pixels"),
     ],
-    ids=str,
 )
 def test_arrays_that_are_no_pictures_are_refused(given, message):
     with pytest.raises(ValueError, match=f"photo .*{message}"):

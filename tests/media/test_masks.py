@@ -104,7 +104,6 @@ def test_what_is_passed_in_is_not_written_to():
         (photo(7, 16), ValueError, "image is 7 x 16 pixels"),
         ([torch.rand(3, 16, 16), torch.rand(3, 16, 24)], ValueError, "different sizes"),
     ],
-    ids=str,
 )
 def test_pictures_that_are_refused(given, error, message):
     with pytest.raises(error, match=message):
@@ -212,7 +211,6 @@ def test_mask_images_go_there_and_back():
         (BINARY * 256, 1, ValueError, "integers must be in 0 to 255"),
         (np.full((5, 7), np.nan), 1, ValueError, "NaN or infinity"),
     ],
-    ids=str,
 )
 def test_masks_that_are_refused(given, batch, error, message):
     with pytest.raises(error, match=message):

@@ -1,6 +1,5 @@
 """ChronoEdit's transformer against diffusers: values, names, layouts, and the pieces against the whole."""
 
-import gzip
 import json
 
 import pytest
@@ -16,6 +15,7 @@ from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.chronoedit_dit import layouts
 from joyedit.convert.table import plan_conversion
 from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
+from tests.parity.same_weights import check_layouts_run_backwards, difference, recorded_shapes, shapes
 
 # What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
 NEW_PARAMETERS: tuple[str, ...] = ()
@@ -113,12 +113,6 @@ def inputs(config, shape, length, tokens, seed=1):
     return latents, timestep, prompt, torch.randn(shape[0], tokens, config["image_dim"], generator=generator)
 
 
-def relative(got, wanted):
-    """Largest difference over the largest wanted value."""
-    assert got.shape == wanted.shape
-    return ((got.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
-
-
 def run_pieces(model, latents, timestep, prompt, image):
     """The velocity as a pipeline computes it."""
     vec, rope = model.embed_time(timestep), model.rope(model.token_grid(latents))
@@ -135,7 +129,7 @@ def test_forward_equals_the_reference(name, tmp_path):
     wanted = reference(*batch, return_dict=False)[0]
     got = ours(*batch)
     assert got.sample.dtype == torch.float32
-    assert relative(got.sample, wanted) < 1e-5
+    assert difference(got.sample, wanted) < 1e-5
     (as_tuple,) = ours(*batch, return_dict=False, attention_kwargs={"scale": 1.0})
     assert torch.equal(as_tuple, got.sample)
     assert torch.equal(run_pieces(ours, *batch), got.sample)
@@ -152,8 +146,8 @@ def test_pieces_are_what_a_pipeline_caches(config, tmp_path, monkeypatch):
     vec = ours.embed_time(timesteps)
     assert vec.shape == (3, 7, 24) and vec.dtype == torch.float32
     temb, six, _, _ = reference.condition_embedder(timesteps, prompts)
-    assert relative(vec[:, :6], six.unflatten(1, (6, -1))) < 1e-6
-    assert relative(vec[:, 6], temb) < 1e-6
+    assert difference(vec[:, :6], six.unflatten(1, (6, -1))) < 1e-6
+    assert difference(vec[:, 6], temb) < 1e-6
     rope = ours.rope(ours.token_grid(latents))
     texts, photograph = ours.embed_text(prompts), ours.embed_image(image)
 
@@ -164,7 +158,7 @@ def test_pieces_are_what_a_pipeline_caches(config, tmp_path, monkeypatch):
         got = ours.predict(latents, vec[i], texts, photograph, rope)
         for j in (0, 1):
             args = latents[j : j + 1], timestep[None], prompts[j : j + 1], image
-            assert relative(got[j : j + 1], reference(*args, return_dict=False)[0]) < 1e-5
+            assert difference(got[j : j + 1], reference(*args, return_dict=False)[0]) < 1e-5
     assert not [name for name in called if "condition_embedder" in name]
     assert {n.rpartition(".")[2] for n in called if ".attn2." in n} == {"to_q", "norm_q", "0"}
 
@@ -176,7 +170,7 @@ def test_text_of_any_length_with_added_keys(tmp_path):
     latents, timestep, prompt, image = inputs(TINY, (2, 7, 2, 6, 10), 64, 5)
     image = 0.01 * image  # small enough to tell the epsilon of the image embedder's norms
     wanted = reference(latents, timestep, prompt.repeat(1, 8, 1), image, return_dict=False)[0]
-    assert relative(ours(latents, timestep, prompt, image).sample, wanted) < 1e-5
+    assert difference(ours(latents, timestep, prompt, image).sample, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("config", [WIDE_HEAD, {**JOINT, "num_layers": 2}], ids=["added", "joint"])
@@ -196,7 +190,7 @@ def test_each_block_equals_the_reference(config, tmp_path):
         assert torch.equal(rope[0], tables[0][0, :, 0, ::2]) and torch.equal(
             rope[1], tables[1][0, :, 0, 1::2]
         )
-        assert relative(block(x, vec, text[i], photograph[i], rope), wanted) < 1e-5
+        assert difference(block(x, vec, text[i], photograph[i], rope), wanted) < 1e-5
 
 
 def test_forty_narrow_blocks(tmp_path):
@@ -204,7 +198,7 @@ def test_forty_narrow_blocks(tmp_path):
     reference = reference_model(config)
     ours = ours_from(reference, tmp_path)
     batch = inputs(config, (1, 7, 2, 6, 10), TEXT, 5)
-    assert relative(ours(*batch).sample, reference(*batch, return_dict=False)[0]) < 1e-5
+    assert difference(ours(*batch).sample, reference(*batch, return_dict=False)[0]) < 1e-5
 
 
 def kept_in_fp32(module):
@@ -226,12 +220,12 @@ def test_bf16_is_no_further_from_fp64_than_the_reference(name, bf16_units, tmp_p
     exact = Reference.from_pretrained(tmp_path).double()
     with torch.no_grad():
         wanted = exact(*(t.double() for t in batch), return_dict=False)[0]
-        their_error = relative(theirs(*batch, return_dict=False)[0], wanted)
+        their_error = difference(theirs(*batch, return_dict=False)[0], wanted)
     got = ours(*batch).sample
     assert got.dtype == torch.bfloat16
-    assert relative(got, wanted) < 2 * their_error
+    assert difference(got, wanted) < 2 * their_error
     in_fp32 = run_pieces(ours, batch[0].float(), *batch[1:])
-    assert in_fp32.dtype == torch.float32 and relative(in_fp32, wanted) < 2 * their_error
+    assert in_fp32.dtype == torch.float32 and difference(in_fp32, wanted) < 2 * their_error
 
 
 @torch.no_grad()
@@ -290,19 +284,13 @@ def released(shared_data):
     return ours, theirs
 
 
-def shapes(module):
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
 def test_released_names_and_shapes(released, shared_data):
     ours, theirs = released
     assert ours.config == ChronoEditConfig()
-    with gzip.open(shared_data / "goldens/keys/chronoedit_transformer.json.gz", "rt") as file:
-        recorded = json.load(file)
-    assert shapes(ours) == shapes(theirs) == {name: tuple(shape) for name, shape in recorded["keys"]}
+    assert shapes(ours) == shapes(theirs) == recorded_shapes(shared_data, "chronoedit_transformer")
     assert len(shapes(ours)) == 1303
     sizes = {name: parameter.numel() for name, parameter in ours.named_parameters()}
-    assert sum(sizes.values()) == recorded["parameters"] == 16_394_878_784
+    assert sum(sizes.values()) == 16_394_878_784
     assert sum(size for name, size in sizes.items() if name.startswith("blocks.7.")) == 403_838_464
     assert sum(size for name, size in sizes.items() if ours.stays_fp32(name)) == 29_196_800
     assert dict(ours.named_buffers()) == {}
@@ -368,15 +356,10 @@ def test_values_from_foreign_layouts(layout, config, tmp_path):
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in ours.state_dict().items())
 
 
-def test_layouts_invert():
-    reference = reference_model(TINY)
-    state = reference.state_dict()
-    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    for layout in layouts(ChronoEditConfig.from_dict(TINY)):
-        foreign = layout.invert(state)
-        assert len(foreign) == len(state)
-        plan = plan_conversion([layout], {key: tuple(t.shape) for key, t in foreign.items()}, wanted)
-        assert all(torch.equal(step.read(foreign), state[key]) for key, step in plan.steps.items())
+def test_layouts_run_backwards():
+    state = reference_model(TINY).state_dict()
+    written = check_layouts_run_backwards(layouts(ChronoEditConfig.from_dict(TINY)), state)
+    assert {len(foreign) for foreign in written.values()} == {len(state)}
 
 
 def test_every_layer_is_found_in_every_spelling_of_adapters():
@@ -405,7 +388,7 @@ def test_original_pickle(tmp_path):
     config = ChronoEditConfig.from_dict(TINY)
     ours = load_network(ChronoEditTransformer3DModel, config, TensorFiles([tmp_path / "wan.pth"]))
     batch = inputs(TINY, (1, 7, 2, 6, 10), TEXT, 5)
-    assert relative(ours(*batch).sample, reference(*batch, return_dict=False)[0]) < 1e-5
+    assert difference(ours(*batch).sample, reference(*batch, return_dict=False)[0]) < 1e-5
 
 
 def test_a_stray_norm_of_image_queries_is_dropped(tmp_path):
@@ -503,7 +486,6 @@ def test_unknown_config_key_names_the_nearest():
         ({"attention_kwargs": {"scale": 0.5}}, "scale"),
         ({"attention_kwargs": {"gligen": 1}}, "gligen"),
     ],
-    ids=str,
 )
 def test_inputs_that_do_not_fit_are_refused(change, message):
     names = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")

@@ -1,7 +1,6 @@
 """CLIP against transformers, and the safety checker against diffusers: the same random weights in both."""
 
 import copy
-import gzip
 import json
 import re
 
@@ -31,6 +30,12 @@ from joyedit.models.clip import (
     CLIPVisionModelWithProjection,
     StableDiffusionSafetyChecker,
     StableDiffusionSafetyCheckerConfig,
+)
+from tests.parity.same_weights import (
+    check_layouts_run_backwards,
+    difference,
+    recorded_shapes,
+    with_weights_of,
 )
 
 # What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
@@ -126,10 +131,7 @@ OURS = {
 
 def ours(model, cls=None):
     """Our network with the reference's weights, through its config and the key table."""
-    cls = cls or OURS[type(model)]
-    config = cls.Config.from_dict(model.config.to_dict())
-    files = TensorFiles.of(model.state_dict())
-    return load_network(cls, config, files, new_parameters=NEW_PARAMETERS)
+    return with_weights_of(model, cls or OURS[type(model)], NEW_PARAMETERS)
 
 
 def prompts(name, shape, seed=1):
@@ -144,11 +146,6 @@ def prompts(name, shape, seed=1):
 def pictures(model, number=2):
     config = getattr(model.config, "vision_config", model.config)
     return torch.randn(number, 3, config.image_size, config.image_size)
-
-
-def difference(a, b):
-    assert a.shape == b.shape
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -358,11 +355,6 @@ def test_flagged_pictures_are_black_copies(form, caplog):
         network(x, images[:2])
 
 
-def golden(shared_data, name):
-    with gzip.open(shared_data / "goldens" / "keys" / f"{name}.json.gz") as file:
-        return {key: tuple(shape) for key, shape in json.load(file)["keys"]}
-
-
 def on_meta(cls, raw):
     with torch.device("meta"):
         network = cls(cls.Config.from_dict(raw))
@@ -383,7 +375,7 @@ def on_meta(cls, raw):
 def test_real_text_configs(shared_data, folder, name, tensors, parameters):
     raw = json.loads((shared_data / folder / "text_encoder" / "config.json").read_text())
     shapes, count = on_meta(CLIPTextModel, raw)
-    assert shapes == golden(shared_data, f"{name}_clip_text")
+    assert shapes == recorded_shapes(shared_data, f"{name}_clip_text")
     assert (len(shapes), count) == (tensors, parameters)
     if name == "sd15":
         assert CLIPTextConfig.from_dict(raw) == CLIPTextConfig()
@@ -393,7 +385,7 @@ def test_real_text_configs(shared_data, folder, name, tensors, parameters):
 
 def test_real_vision_config(shared_data):
     raw = json.loads((shared_data / "chronoedit-14b" / "image_encoder" / "config.json").read_text())
-    wanted = golden(shared_data, "clip_vit_h_vision")
+    wanted = recorded_shapes(shared_data, "clip_vit_h_vision")
     shapes, count = on_meta(CLIPVisionModelWithProjection, raw)
     assert shapes == wanted and (len(shapes), count) == (520, 632_076_800)
     shapes, count = on_meta(CLIPVisionModel, raw)
@@ -483,7 +475,7 @@ def to_openclip_state(state, layers, prefix=""):
 
 @pytest.mark.parametrize("prefix", ["", "cond_stage_model.model."])
 def test_openclip_layout_of_the_real_config(shared_data, prefix):
-    wanted = golden(shared_data, "sd21_clip_text")
+    wanted = recorded_shapes(shared_data, "sd21_clip_text")
     raw = json.loads((shared_data / "stable-diffusion-2-1" / "text_encoder" / "config.json").read_text())
     state = {key: torch.empty(shape, device="meta") for key, shape in wanted.items()}
     found = {key: tuple(value.shape) for key, value in to_openclip_state(state, 23, prefix).items()}
@@ -525,13 +517,7 @@ def test_foreign_text_files_load_and_compute_the_same(tmp_path, form):
 def test_layouts_run_backwards():
     for model in (their_text("sd2"), their_vision("quick", TheirVision), their_checker()):
         network = ours(model)
-        state = network.state_dict()
-        wanted = {key: tuple(value.shape) for key, value in state.items()}
-        for layout in network.layouts():
-            foreign = layout.invert(state)
-            shapes = {key: tuple(value.shape) for key, value in foreign.items()}
-            plan = plan_conversion([layout], shapes, wanted)
-            assert all(torch.equal(plan.steps[key].read(foreign), value) for key, value in state.items())
+        check_layouts_run_backwards(network.layouts(), network.state_dict())
 
 
 def test_folders_open_here_and_there(tmp_path):

@@ -1,7 +1,5 @@
 """The JoyAI-Image-Edit MMDiT against diffusers: values, names, layouts, and the pieces against the whole."""
 
-import gzip
-import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from joyedit.models.joyimage_mmdit import (
 )
 from joyedit.models.layers import sinusoidal_embedding
 from joyedit.models.rope import grid_rope
+from tests.parity.same_weights import check_layouts_run_backwards, difference, recorded_shapes, shapes
 
 GOLDENS = Path(__file__).resolve().parents[2] / "../shared/data/goldens"
 needs_shared = pytest.mark.skipif(not GOLDENS.is_dir(), reason="needs ../shared")
@@ -100,12 +99,6 @@ def inputs(config, shape, length, seed=1):
     return latents, timestep, prompt
 
 
-def relative(got, wanted):
-    """Largest difference over the largest wanted value."""
-    assert got.shape == wanted.shape
-    return ((got.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
-
-
 def run_pieces(model, latents, timestep, prompt):
     """The target's velocity as a pipeline computes it. latents (B, I, C, T, H, W), the target last."""
     target, reference = latents[:, -1:], latents[:, :-1]
@@ -124,7 +117,7 @@ def test_forward_equals_the_reference(name, tmp_path):
     wanted = reference(*batch, return_dict=False)[0]
     got = ours(*batch)
     assert got.sample.shape == wanted.shape and got.sample.dtype == torch.float32
-    assert relative(got.sample, wanted) < 1e-5
+    assert difference(got.sample, wanted) < 1e-5
     (as_tuple,) = ours(*batch, return_dict=False)
     assert torch.equal(as_tuple, got.sample)
 
@@ -136,8 +129,8 @@ def test_target_alone_equals_its_part_of_the_reference(name, tmp_path):
     ours = ours_from(reference, tmp_path)
     batch = inputs(config, shape, length)
     got = run_pieces(ours, *batch)
-    assert relative(got, ours(*batch).sample[:, -1]) < 1e-6
-    assert relative(got, reference(*batch, return_dict=False)[0][:, -1]) < 1e-5
+    assert difference(got, ours(*batch).sample[:, -1]) < 1e-6
+    assert difference(got, reference(*batch, return_dict=False)[0][:, -1]) < 1e-5
 
 
 def test_pieces_are_what_a_pipeline_caches(tmp_path):
@@ -150,14 +143,14 @@ def test_pieces_are_what_a_pipeline_caches(tmp_path):
     assert vec.shape == (3, 6, 48) and vec.dtype == torch.float32
     for i, timestep in enumerate(timesteps):
         wanted = reference.condition_embedder(timestep[None], prompt)[1].unflatten(1, (6, -1))
-        assert relative(vec[i : i + 1], wanted) < 1e-6
+        assert difference(vec[i : i + 1], wanted) < 1e-6
     grid = ours.token_grid(latents)
     assert grid == (3, 3, 5)
     tokens = ours.embed_image(latents[:, -1:]), ours.embed_image(latents[:, :-1])
     whole = torch.cat([latents[:, -1:], latents[:, :-1]], dim=1)
-    assert relative(torch.cat(tokens, dim=1), ours.embed_image(whole)) < 1e-6
+    assert difference(torch.cat(tokens, dim=1), ours.embed_image(whole)) < 1e-6
     got = ours.predict_target(*tokens, ours.embed_text(prompt), vec[1], ours.rope(grid), grid)
-    assert relative(got, reference(latents, timesteps[1:2], prompt, return_dict=False)[0][:, -1]) < 1e-5
+    assert difference(got, reference(latents, timesteps[1:2], prompt, return_dict=False)[0][:, -1]) < 1e-5
     with pytest.raises(ValueError, match=r"45 image tokens do not fill the grid \(2, 3, 5\)"):
         ours.predict_target(*tokens, ours.embed_text(prompt), vec[1], ours.rope(grid), (2, 3, 5))
 
@@ -174,10 +167,10 @@ def test_each_block_equals_the_reference(tmp_path):
     for block, (given, (img, txt)) in zip(ours.double_blocks, seen, strict=True):
         args = given["hidden_states"], given["encoder_hidden_states"], given["temb"], rope
         got_img, got_txt = block(*args)
-        assert relative(got_img, img) < 1e-5
-        assert relative(got_txt, txt) < 1e-5
+        assert difference(got_img, img) < 1e-5
+        assert difference(got_txt, txt) < 1e-5
         got_img, same_txt = block(*args, 15)
-        assert relative(got_img, img[:, :15]) < 1e-5
+        assert difference(got_img, img[:, :15]) < 1e-5
         assert same_txt is args[1]
 
 
@@ -190,7 +183,7 @@ def test_both_ways_through_a_block_agree():
     whole, _ = block(img, txt, vec, rope)
     for targets in (1, 6, 12):
         part, _ = block(img, txt, vec, rope, targets)
-        assert relative(part, whole[:, :targets]) <= 1e-6
+        assert difference(part, whole[:, :targets]) <= 1e-6
 
 
 def test_forty_narrow_blocks(tmp_path):
@@ -199,8 +192,8 @@ def test_forty_narrow_blocks(tmp_path):
     ours = ours_from(reference, tmp_path)
     batch = inputs(config, (1, 2, 16, 1, 6, 10), 5)
     wanted = reference(*batch, return_dict=False)[0]
-    assert relative(ours(*batch).sample, wanted) < 1e-5
-    assert relative(run_pieces(ours, *batch), wanted[:, -1]) < 1e-5
+    assert difference(ours(*batch).sample, wanted) < 1e-5
+    assert difference(run_pieces(ours, *batch), wanted[:, -1]) < 1e-5
 
 
 @pytest.mark.slow
@@ -219,9 +212,9 @@ def test_block_of_the_released_width():
         wanted_img, wanted_txt = theirs(img, txt, vec, (tables, None))
         got_img, got_txt = ours(img, txt, vec, (cos, sin))
         target, _ = ours(img, txt, vec, (cos, sin), 12)
-    assert relative(got_img, wanted_img) < 1e-5
-    assert relative(got_txt, wanted_txt) < 1e-5
-    assert relative(target, wanted_img[:, :12]) < 1e-5
+    assert difference(got_img, wanted_img) < 1e-5
+    assert difference(got_txt, wanted_txt) < 1e-5
+    assert difference(target, wanted_img[:, :12]) < 1e-5
 
 
 @pytest.mark.parametrize("bf16_units", [True, False])
@@ -243,13 +236,13 @@ def test_bf16_is_no_further_from_fp64_than_the_reference(name, bf16_units, tmp_p
     exact = Reference.from_pretrained(tmp_path).double()
     with torch.no_grad():
         wanted = exact(latents.double(), timestep, prompt.double(), return_dict=False)[0]
-        their_error = relative(theirs(latents, timestep, prompt, return_dict=False)[0], wanted)
+        their_error = difference(theirs(latents, timestep, prompt, return_dict=False)[0], wanted)
     got = ours(latents, timestep, prompt).sample
     assert got.dtype == torch.bfloat16
-    assert relative(got, wanted) < 2 * their_error
+    assert difference(got, wanted) < 2 * their_error
     target = run_pieces(ours, latents, timestep, prompt)
     assert target.dtype == (torch.bfloat16 if bf16_units else torch.float32)
-    assert relative(target, wanted[:, -1]) < 2 * their_error
+    assert difference(target, wanted[:, -1]) < 2 * their_error
 
 
 def test_half_precision_keeps_the_time_embedder():
@@ -270,18 +263,18 @@ def test_recorded_outputs(case):
     batch = [recorded[f"{case}.{name}"] for name in ("hidden_states", "timestep", "encoder_hidden_states")]
     # The recording machine's exp differs by an ulp, which a timestep of 1000 makes an angle of 1e-4: the live
     # reference is 8e-6 from its own recording. The blocks below start from the recorded conditioning.
-    assert relative(ours(*batch).sample, recorded[f"{case}.output"]) < 3e-5
+    assert difference(ours(*batch).sample, recorded[f"{case}.output"]) < 3e-5
     if case != "n2":
         return
     latents, timestep, prompt = batch
     txt, vec = ours.embed_text(prompt), recorded["n2.timestep_proj"].unflatten(1, (6, -1))
-    assert relative(txt, recorded["n2.txt"]) < 1e-5
-    assert relative(ours.embed_time(timestep), vec) < 1e-5
+    assert difference(txt, recorded["n2.txt"]) < 1e-5
+    assert difference(ours.embed_time(timestep), vec) < 1e-5
     img, rope = ours.embed_image(latents.flip(1)), ours.rope(ours.token_grid(latents))
     for i, block in enumerate(ours.double_blocks):
         img, txt = block(img, txt, vec, rope)
-        assert relative(img, recorded[f"n2.block_{i}.img"]) < 1e-5
-        assert relative(txt, recorded[f"n2.block_{i}.txt"]) < 1e-5
+        assert difference(img, recorded[f"n2.block_{i}.img"]) < 1e-5
+        assert difference(txt, recorded[f"n2.block_{i}.txt"]) < 1e-5
 
 
 def test_time_embedding_values():
@@ -310,26 +303,23 @@ def released():
     return ours, theirs
 
 
-def shapes(module):
+def published(module):
     """The published names and their shapes: without what a fork adds."""
-    found = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = shapes(module)
     new = NewParameters(NEW_PARAMETERS).among(found)
     return {name: shape for name, shape in found.items() if name not in new}
 
 
 def test_released_names_and_shapes(released):
     ours, theirs = released
-    assert len(shapes(ours)) == 894
-    assert shapes(ours) == shapes(theirs)
-    assert sum(torch.Size(shape).numel() for shape in shapes(ours).values()) == 16_263_675_968
+    assert len(published(ours)) == 894
+    assert published(ours) == shapes(theirs)
+    assert sum(torch.Size(shape).numel() for shape in published(ours).values()) == 16_263_675_968
     assert dict(ours.named_buffers()) == {}
 
 
-@needs_shared
-def test_recorded_names_and_shapes(released):
-    with gzip.open(GOLDENS / "keys/joyimage_transformer.json.gz", "rt") as file:
-        recorded = json.load(file)["keys"]
-    assert shapes(released[0]) == {name: tuple(shape) for name, shape in recorded}
+def test_recorded_names_and_shapes(released, shared_data):
+    assert published(released[0]) == recorded_shapes(shared_data, "joyimage_transformer")
 
 
 ORIGINAL_NAMES = {  # written out by hand: ours -> original
@@ -392,19 +382,15 @@ def test_original_pickle(wrapped, tmp_path):
     files = TensorFiles([tmp_path / "transformer.pth"])
     ours = load_network(JoyImageEditTransformer3DModel, config, files, None, NEW_PARAMETERS)
     batch = inputs(TINY, (1, 2, 16, 1, 6, 10), 5)
-    assert relative(ours(*batch).sample, reference(*batch, return_dict=False)[0]) < 1e-5
+    assert difference(ours(*batch).sample, reference(*batch, return_dict=False)[0]) < 1e-5
 
 
-def test_layouts_invert(released):
+def test_layouts_run_backwards():
     state = reference_model(TINY).state_dict()
-    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    for layout in layouts(JoyImageEditConfig.from_dict(TINY)):
-        foreign = layout.invert(state)
-        assert len(foreign) == len(state)
-        name = FOREIGN.get(layout.name, lambda key: key)
-        assert set(foreign) == {name(key) for key in state}
-        plan = plan_conversion([layout], {key: tuple(t.shape) for key, t in foreign.items()}, wanted)
-        assert all(torch.equal(step.read(foreign), state[key]) for key, step in plan.steps.items())
+    written = check_layouts_run_backwards(layouts(JoyImageEditConfig.from_dict(TINY)), state)
+    for layout, foreign in written.items():
+        name = FOREIGN.get(layout, lambda key: key)
+        assert len(foreign) == len(state) and set(foreign) == {name(key) for key in state}
 
 
 @pytest.mark.parametrize("layout", ["diffusers", *FOREIGN])

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer as ReferenceTokenizer
 from transformers import Qwen3VLForConditionalGeneration as ReferenceEncoder
+from transformers.image_transforms import convert_to_rgb
 
 from benchmarks.random_checkpoint import write_random_checkpoint
 from joyedit.pipelines.joyimage import (
@@ -46,14 +47,23 @@ def picture(width, height, seed):
     return Image.fromarray(pixels)
 
 
+def transparent(image, mode):
+    """The picture with an opaque left side, a ramp, and a right side of which nothing is seen."""
+    ramp = np.linspace(400, -150, image.width).clip(0, 255)
+    image = image.convert(mode)
+    image.putalpha(Image.fromarray(np.uint8(np.broadcast_to(ramp, (image.height, image.width)))))
+    return image
+
+
 class ReferenceProcessor:
     """Our processor in the reference's place: the reference's needs torchvision, and ours equals its
-    recordings."""
+    recordings. What is transparent is put on white by the reference's own function."""
 
     def __init__(self, processor):
         self.processor = processor
 
     def __call__(self, text, images, padding, return_tensors):
+        images = [Image.fromarray(convert_to_rgb(image, return_numpy=True)) for image in images]
         inputs = self.processor(text=text, images=images, padding=padding, return_tensors=return_tensors)
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.processor.image_token_id).long()
         return inputs
@@ -112,11 +122,15 @@ def run_reference(pipe, **call):
     return image, torch.stack(steps)
 
 
-def run_ours(pipe, **call):
-    steps = []
-    image = pipe(
-        output_type="np", callback_on_step_end=lambda p, i, t, kw: steps.append(kw["latents"].clone()), **call
-    ).images
+def run_ours(pipe, told=None, **call):
+    """As `run_reference`; `told` gets the timesteps."""
+    steps, told = [], [] if told is None else told
+
+    def collect(pipe, i, t, tensors):
+        steps.append(tensors["latents"].clone())
+        told.append(t)
+
+    image = pipe(output_type="np", callback_on_step_end=collect, **call).images
     return image, torch.stack(steps)
 
 
@@ -136,6 +150,12 @@ CALLS = {
         negative_prompt="blurry, low quality",
         num_inference_steps=3,
         guidance_scale=2.5,
+    ),
+    "transparent": dict(
+        image=transparent(picture(150, 100, 7), "RGBA"), prompt="a", num_inference_steps=2, guidance_scale=3.0
+    ),
+    "transparent grey": dict(
+        image=transparent(picture(80, 100, 8), "LA"), prompt="a", num_inference_steps=2, guidance_scale=3.0
     ),
     "no guidance": dict(image=picture(64, 64, 2), prompt="a", num_inference_steps=2, guidance_scale=1.0),
     "text to image": dict(prompt="a cat on a bench", height=96, width=64, num_inference_steps=3),
@@ -288,8 +308,10 @@ def test_recorded_runs(goldens, name):
     )
     case = goldens.cases[name]
     generator = torch.manual_seed(case["seed"])
-    image, steps = run_ours(pipe, image=goldens.photos(name), generator=generator, **case["call"])
-    torch.testing.assert_close(pipe.scheduler.timesteps, goldens.runs[f"{name}.timesteps"], rtol=0, atol=0)
+    told = []
+    call = dict(image=goldens.photos(name), generator=generator, told=told, **case["call"])
+    image, steps = run_ours(pipe, **call)
+    torch.testing.assert_close(torch.stack(told), goldens.runs[f"{name}.timesteps"], rtol=0, atol=0)
     assert distance(steps, goldens.runs[f"{name}.latents"]) <= TOLERANCE
     assert_recorded_image(image, goldens.runs[f"{name}.image"])
 

@@ -1,6 +1,5 @@
 """Stable Diffusion UNet against diffusers: configs like 1.x and 2.x, the pieces, all layouts of weights."""
 
-import gzip
 import json
 
 import pytest
@@ -15,6 +14,7 @@ from joyedit.convert.sd_unet import SINGLE_FILE_PREFIX, layouts
 from joyedit.convert.table import plan_conversion
 from joyedit.models.layers import sinusoidal_embedding
 from joyedit.models.sd_unet import CrossAttention, ResnetBlock, UNet2DConditionConfig, UNet2DConditionModel
+from tests.parity.same_weights import difference, recorded_shapes, shapes, with_weights_of
 
 # What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
 NEW_PARAMETERS: tuple[str, ...] = ()
@@ -65,10 +65,7 @@ def reference(name: str) -> Reference:
 
 
 def ours(model: Reference) -> UNet2DConditionModel:
-    """Our network with the reference's weights, through its config and the key table."""
-    config = UNet2DConditionConfig.from_dict(json.loads(model.to_json_string()))
-    files = TensorFiles.of(model.state_dict())
-    return load_network(UNet2DConditionModel, config, files, new_parameters=NEW_PARAMETERS)
+    return with_weights_of(model, UNet2DConditionModel, NEW_PARAMETERS)
 
 
 def inputs(model: Reference, shape=(2, 8, 12), prompts: int | None = None):
@@ -76,11 +73,6 @@ def inputs(model: Reference, shape=(2, 8, 12), prompts: int | None = None):
     c = model.config
     width = c.cross_attention_dim if isinstance(c.cross_attention_dim, int) else c.cross_attention_dim[0]
     return torch.randn(b, c.in_channels, h, w), torch.randn(prompts or b, 7, width)
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -306,10 +298,6 @@ def on_meta(cls, config):
         return cls.from_config(config)
 
 
-def shapes(model) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in model.state_dict().items()}
-
-
 @pytest.mark.parametrize("folder", REAL)
 def test_real_configs(shared_data, folder):
     raw = real_config(shared_data, folder)
@@ -319,9 +307,7 @@ def test_real_configs(shared_data, folder):
     total = sum(torch.Size(shape).numel() for shape in found.values())
     assert total == (859_520_964 if folder.endswith("v1-5") else 865_910_724)
     if REAL[folder]:
-        path = shared_data / "goldens" / "keys" / f"{REAL[folder]}_unet.json.gz"
-        recorded = json.loads(gzip.decompress(path.read_bytes()))["keys"]
-        assert found == {name: tuple(shape) for name, shape in recorded}
+        assert found == recorded_shapes(shared_data, f"{REAL[folder]}_unet")
 
 
 def test_defaults_are_those_of_sd15(shared_data):
@@ -444,7 +430,7 @@ def test_original_names_of_real_configs(shared_data, folder):
         for original, name in names.items():
             assert plan.steps[name].sources == (prefix + original,)
         state = {name: torch.empty(shape, device="meta") for name, shape in wanted.items()}
-        assert {k: tuple(v.shape) for k, v in plan.layout.invert(state).items()} == found
+        assert shapes(plan.layout.invert(state)) == found
     found["output_blocks.2.2.conv.weight"] = found.pop(f"{prefix}output_blocks.2.1.conv.weight")
     with pytest.raises(
         ValueError, match="1 of 686 .*up_blocks.0.upsamplers.0.*1 unknown .*output_blocks.2.2"

@@ -1,6 +1,5 @@
 """The Stable Diffusion VAE against diffusers: sizes, tiles, the posterior, every layout of the weights."""
 
-import gzip
 import json
 import re
 
@@ -18,6 +17,13 @@ from joyedit.convert.table import plan_conversion
 from joyedit.models import sd_vae
 from joyedit.models.latents import DiagonalGaussian
 from joyedit.models.sd_vae import AutoencoderKL, AutoencoderKLConfig
+from tests.parity.same_weights import (
+    check_layouts_run_backwards,
+    difference,
+    recorded_shapes,
+    shapes,
+    with_weights_of,
+)
 
 
 def stages(*widths: int) -> dict:
@@ -65,9 +71,7 @@ def config_of(model: Reference) -> AutoencoderKLConfig:
 
 
 def ours(model: Reference) -> AutoencoderKL:
-    """Our network with the reference's weights, through its config and the key table."""
-    files = TensorFiles.of(model.state_dict())
-    return load_network(AutoencoderKL, config_of(model), files, new_parameters=NEW_PARAMETERS)
+    return with_weights_of(model, AutoencoderKL, NEW_PARAMETERS)
 
 
 def pixels(model: Reference, shape) -> torch.Tensor:
@@ -79,11 +83,6 @@ def latents(model: Reference, shape) -> torch.Tensor:
     b, h, w = shape
     factor = 2 ** (len(model.config.block_out_channels) - 1)
     return torch.randn(b, model.config.latent_channels, h // factor, w // factor)
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
 def check_codes(network, model, x, z, tolerance=1e-5):
@@ -311,20 +310,14 @@ def test_slicing(tiling):
     assert set(sizes) == {1, 3}
 
 
-def golden(shared_data, name: str) -> dict[str, tuple[int, ...]]:
-    with gzip.open(shared_data / "goldens" / "keys" / f"{name}.json.gz") as file:
-        return {key: tuple(shape) for key, shape in json.load(file)["keys"]}
-
-
 @pytest.mark.parametrize("name", ["sd15", "sd21"])
 def test_real_configs_have_the_names_and_shapes_of_the_reference(shared_data, name):
     folder = {"sd15": "stable-diffusion-v1-5", "sd21": "stable-diffusion-2-1"}[name]
     raw = json.loads((shared_data / folder / "vae" / "config.json").read_text())
     with torch.device("meta"):
         network = AutoencoderKL(AutoencoderKLConfig.from_dict(raw))
-    shapes = {key: tuple(p.shape) for key, p in network.state_dict().items()}
-    assert shapes == golden(shared_data, f"{name}_vae")
-    assert len(shapes) == 248 and all(p.is_meta for p in network.parameters())
+    assert shapes(network) == recorded_shapes(shared_data, f"{name}_vae")
+    assert len(shapes(network)) == 248 and all(p.is_meta for p in network.parameters())
 
     def count(part):
         return sum(p.numel() for p in part.parameters())
@@ -394,17 +387,17 @@ def to_ldm_state(state: dict, stages: int, prefix: str = "") -> dict:
 
 @pytest.mark.parametrize("layout", ["diffusers-old", "ldm", "ldm-first-stage", "ldm-vae"])
 def test_layouts_of_the_real_config(layout, shared_data):
-    wanted = golden(shared_data, "sd15_vae")
+    wanted = recorded_shapes(shared_data, "sd15_vae")
     state = {key: torch.empty(shape, device="meta") for key, shape in wanted.items()}
     prefix = {"ldm-first-stage": "first_stage_model.", "ldm-vae": "vae."}.get(layout, "")
     if layout == "diffusers-old":
         names = {key: to_old(key) for key in wanted}
         assert sum(names[key] != key for key in names) == 16
-        found = {names[key]: tuple(value.shape) for key, value in state.items()}
+        found = {names[key]: shape for key, shape in wanted.items()}
     else:
         names = {key: prefix + to_ldm(key, 4) for key in wanted}
         assert {names[key]: key for key in BY_HAND.values()} == {prefix + k: v for k, v in BY_HAND.items()}
-        found = {key: tuple(value.shape) for key, value in to_ldm_state(state, 4, prefix).items()}
+        found = shapes(to_ldm_state(state, 4, prefix))
         assert sum(len(shape) == 4 and ".attn_1." in key for key, shape in found.items()) == 8
     assert len(found) == 248
     plan = plan_conversion(layouts(AutoencoderKLConfig()), found, wanted)
@@ -444,17 +437,9 @@ def test_foreign_files_load_and_compute_the_same(tmp_path, name, form):
 def test_layouts_run_backwards():
     model = reference("four_stages")
     network = ours(model)
-    state = network.state_dict()
-    wanted = {key: tuple(value.shape) for key, value in state.items()}
-    for layout in network.layouts():
-        foreign = layout.invert(state)
-        assert len(foreign) == len(state)
-        plan = plan_conversion([layout], {key: tuple(value.shape) for key, value in foreign.items()}, wanted)
-        assert all(torch.equal(plan.steps[key].read(foreign), value) for key, value in state.items())
-        if layout.name == "ldm":
-            assert {k: v.shape for k, v in foreign.items()} == {
-                k: v.shape for k, v in to_ldm_state(model.state_dict(), 4).items()
-            }
+    written = check_layouts_run_backwards(network.layouts(), network.state_dict())
+    assert {len(foreign) for foreign in written.values()} == {len(network.state_dict())}
+    assert shapes(written["ldm"]) == shapes(to_ldm_state(model.state_dict(), 4))
 
 
 def test_weights_of_other_stages_are_refused(tmp_path):

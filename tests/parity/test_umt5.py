@@ -1,7 +1,6 @@
 """UMT5 against transformers: the same random weights in both."""
 
 import copy
-import gzip
 import json
 
 import pytest
@@ -17,6 +16,7 @@ from joyedit.checkpoints.network import load_network
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.umt5 import layouts
 from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel, distance_buckets, without_fp16
+from tests.parity.same_weights import difference, recorded_shapes, shapes
 
 # What a fork adds to the network, as patterns ("*.temperature"): the reference has no such tensors.
 NEW_PARAMETERS: tuple[str, ...] = ()
@@ -96,11 +96,6 @@ def prompts(model, lengths, padded=None):
         ids[row, length - 1] = 1
         mask[row, :length] = 1
     return ids, mask
-
-
-def difference(a, b):
-    assert a.shape == b.shape
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -287,11 +282,9 @@ def test_published_config_names_and_shapes(shared_data):
     assert saved == {key: value for key, value in raw.items() if key != "torch_dtype"}
     with torch.device("meta"):
         network = joyedit.UMT5EncoderModel(config)
-    with gzip.open(shared_data / "goldens/keys/umt5_encoder.json.gz") as file:
-        keys = {name: tuple(shape) for name, shape in json.load(file)["keys"]}
-    found = {name: tuple(p.shape) for name, p in network.state_dict().items()}
+    keys = recorded_shapes(shared_data, "umt5_encoder")
     assert len(keys) == 243 and keys.pop("encoder.embed_tokens.weight") == keys["shared.weight"]
-    assert found == keys
+    assert shapes(network) == keys
     assert sum(p.numel() for p in network.parameters()) == 5_680_910_336
 
 

@@ -419,14 +419,17 @@ def test_guidance_may_end_before_the_run(pipe, monkeypatch):
 
 
 def test_interrupt_stops_after_the_step(pipe):
+    counts = []
+
     def stop(pipe, step, timestep, tensors):
         pipe.interrupt = step == 1
+        counts.append(pipe.scheduler.step_index)
         return {}
 
     film = run(pipe, num_inference_steps=5, callback_on_step_end=stop, **reasoning(4))
-    assert film.shape[1] == 13 and pipe.scheduler.step_index == 2
-    run(pipe, num_inference_steps=2)
-    assert not pipe.interrupt and pipe.scheduler.step_index == 2
+    assert film.shape[1] == 13 and counts == [1, 2] and pipe.interrupt
+    run(pipe, num_inference_steps=2, callback_on_step_end=lambda pipe, *_: counts.append(pipe.num_timesteps))
+    assert not pipe.interrupt and counts[2:] == [2, 2]
 
 
 def test_progress_counts_the_steps(pipe, capsys):
@@ -647,7 +650,7 @@ BAD_CALLS = [
     (dict(latents=torch.full((1, 16, 2, 4, 6), float("inf"))), "NaN or infinite"),
     (dict(latents=[0.0]), "latents is a list"),
     (dict(preset="fast"), "preset='fast': known are"),
-    (dict(preset="distill", num_inference_steps=50, **reasoning(50)), "must be 0 to 8"),
+    (dict(preset="distill", num_inference_steps=50, **reasoning(51)), "must be 0 to 50"),
 ]
 
 
@@ -678,6 +681,5 @@ def test_parts_that_do_not_fit_are_refused(loaded, checkpoint):
             ChronoEditPipeline(**{**loaded.components, "transformer": other})
     with pytest.raises(TypeError, match="scheduler is a str"):
         ChronoEditPipeline(**{**loaded.components, "scheduler": "UniPC"})
-    for part in (None, object()):
-        with pytest.raises(TypeError, match=f"vae is a {type(part).__name__}: ChronoEditPipeline takes Auto"):
-            ChronoEditPipeline.from_pretrained(checkpoint, vae=part)
+    with pytest.raises(TypeError, match="vae is a object: ChronoEditPipeline takes Auto"):
+        ChronoEditPipeline.from_pretrained(checkpoint, vae=object())

@@ -301,7 +301,7 @@ MASK = torch.ones(1, 3)
         (dict(guidance_scale="4"), "guidance_scale='4'"),
         (dict(guidance_scale=None), "guidance_scale=None"),
         (dict(latents=np.zeros(3)), "latents is a ndarray"),
-        (dict(prompt=None, prompt_embeds=EMBEDS.numpy(), prompt_embeds_mask=MASK), "must be tensors"),
+        (dict(prompt=None, prompt_embeds=EMBEDS.numpy(), prompt_embeds_mask=MASK), "embeds is a ndarray"),
         (dict(prompt=None, prompt_embeds=EMBEDS / 0, prompt_embeds_mask=MASK), "prompt_embeds hold NaN"),
         (
             dict(prompt=["a", "b"], negative_prompt_embeds=EMBEDS, negative_prompt_embeds_mask=MASK),
@@ -360,8 +360,8 @@ def test_parts_of_another_class(loaded):
     parts = loaded.components
     with pytest.raises(TypeError, match="vae is a JoyImageEditTransformer3DModel: .* takes AutoencoderKLWan"):
         JoyImageEditPipeline(**{**parts, "vae": parts["transformer"]})
-    with pytest.raises(TypeError, match="transformer is a NoneType"):
-        JoyImageEditPipeline(**{**parts, "transformer": None})
+    with pytest.raises(TypeError, match="scheduler is a NoneType"):
+        JoyImageEditPipeline(**{**parts, "scheduler": None})
     made = JoyImageEditPipeline(**parts)
     with pytest.raises(TypeError, match="compile its blocks in place"):
         made.transformer = torch.compile(parts["transformer"])

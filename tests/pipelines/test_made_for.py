@@ -95,7 +95,7 @@ def test_one_line_says_what_a_small_model_does_not_know(desk, run):
     def lines(*words, model="joyimage"):
         status, _, err = run(*words, "-m", model, "--seed", 1, "--force", "-o", "out.png", "--steps", 1)
         assert status == 0
-        return [line for line in err.splitlines() if "knows only" in line]
+        return [line for line in err.splitlines() if "real weights" in line]
 
     def edit(prompt):
         return lines("edit", "photo.png", prompt)
@@ -108,7 +108,8 @@ def test_one_line_says_what_a_small_model_does_not_know(desk, run):
     say("joyimage", {"world": {**WORLD, "psnr": 60}})
     assert edit("Make it red.") == [f"{known} this photograph; {real}"]
     assert edit("Make it übel.") == [f"{known} this photograph and of 'übel'; {real}"]
-    assert lines("generate", "red") == [f"{known} a text without a picture; {real}"]
+    lacking = "joyimage was made to edit drawn things, and cannot make a picture from text alone"
+    assert lines("generate", "red") == [f"{lacking}: for that it takes {real.partition(' need ')[2]}"]
     assert run("edit", "photo.png", "cat", "-m", "joyimage", "--steps", 1, "-o", "q.png", "-q")[2] == ""
     say("joyimage", {})
     assert edit("Make a cat rouge.") == []

@@ -11,6 +11,10 @@ from joyedit import ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# How a processor draws normal values in fp32 depends on its vectors; in fp64 all draw the same. With other
+# inputs the largest of many roundings, which the tests bound, is another.
+DRAWN = torch.float64 if INTERPRETED else torch.float32
+
 if INTERPRETED:
     import numpy as np
     import triton.language as tl
@@ -57,7 +61,15 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+# Kernels compute both halves alike, so that under the interpreter one of them is enough for the fast tests.
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, id="bf16"),
+]
+
+
+@pytest.fixture(params=DTYPES)
 def dtype(request) -> torch.dtype:
     return request.param
 
@@ -76,9 +88,9 @@ def randn(device):
 
     def randn(*shape: int, dtype: torch.dtype = torch.float32, strided: bool = False) -> Tensor:
         if not strided:
-            return torch.randn(shape, device=device).to(dtype)
+            return torch.randn(shape, device=device, dtype=DRAWN).to(dtype)
         *outer, rows, width = shape
-        x = torch.randn((*outer, rows + 1, 3 * width), device=device).to(dtype)
+        x = torch.randn((*outer, rows + 1, 3 * width), device=device, dtype=DRAWN).to(dtype)
         return x[..., :-1, width : 2 * width]
 
     return randn
@@ -110,7 +122,7 @@ def compare(launches):
             bounded(out, rounded, wanted)
 
         if backward is not None:
-            gradient = [torch.randn_like(out) for out in ours]
+            gradient = [torch.randn_like(out, dtype=DRAWN).to(out.dtype) for out in ours]
             with launches() as counts:
                 ours = gradients(ours, gradient, args)
             assert counts == {backward: 1}, "something else was launched"
@@ -146,11 +158,9 @@ def gradients(outputs, upstream, args) -> tuple[Tensor, ...]:
 
 def bounded(ours: Tensor, half: Tensor, exact: Tensor) -> None:
     """At most twice as far from float64 as the plain computation, and a unit in the last place of what is of
-    order one. In fp32 four times: there the order of summation is all that differs, and PyTorch's is better
-    on processors with longer vectors."""
+    order one."""
     if not exact.numel():
         return
     error, plain_error = ((t.double() - exact).abs().max().item() for t in (ours, half))
     unit = torch.finfo(ours.dtype).eps * max(1.0, exact.abs().max().item())
-    factor = 4 if ours.dtype == torch.float32 else 2
-    assert error <= factor * plain_error + unit, f"error {error:.2e}, plain computation {plain_error:.2e}"
+    assert error <= 2 * plain_error + unit, f"error {error:.2e}, plain computation {plain_error:.2e}"

@@ -55,6 +55,7 @@ def test_mean_far_from_zero(compare, randn):
     compare(ops.layer_norm, plain_norm, 300 + randn(5, 1280))
 
 
+@pytest.mark.slow
 def test_registration(randn):
     from joyedit.kernels.ada_layer_norm import ada_layer_norm, layer_norm
 

@@ -108,6 +108,7 @@ def test_positions_without_length(randn):
 
 @OPERATIONS
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.slow
 def test_registration(randn, memory_format, silu):
     from joyedit.kernels.channel_rms_norm import channel_rms_norm, channel_rms_norm_silu
 

@@ -30,6 +30,7 @@ def graphs():
     return found, backend
 
 
+@pytest.mark.slow
 def test_fullgraph_at_several_sizes(graphs, randn):
     found, backend = graphs
     compiled = torch.compile(block, fullgraph=True, backend=backend)

@@ -59,6 +59,7 @@ def test_more_chunks_than_programs(compare, randn, monkeypatch):
     compare(ops.gate_residual_norm, plain_norm, x, y, gate, shift, scale, 1e-6)
 
 
+@pytest.mark.slow
 def test_registration(randn):
     from joyedit.kernels.gate_residual import gate_residual, gate_residual_norm
 

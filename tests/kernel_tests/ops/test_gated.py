@@ -154,6 +154,7 @@ def test_product_that_ends_in_the_gelu(monkeypatch, launches, randn):
     assert (out - exact).abs().max() <= 3 * torch.finfo(x.dtype).eps * exact.abs().max()
 
 
+@pytest.mark.slow
 def test_compiled(randn):
     """One graph at several sizes, and its gradients."""
 
@@ -174,6 +175,7 @@ def test_compiled(randn):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_registration(randn):
     from joyedit.kernels.gated import geglu, geglu_tanh, gelu_tanh, swiglu
 

@@ -64,7 +64,7 @@ def test_shared_groups(check, randn, shared, dtype, last, silu):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("partial_sums", [1, 18])
+@pytest.mark.parametrize("partial_sums", [1, pytest.param(18, marks=pytest.mark.slow)])
 def test_many_tiles(check, randn, shared, last, partial_sums):
     """2501 positions are three tiles of a contiguous map and 40 of one with channels last."""
     from joyedit.kernels import group_norm
@@ -133,6 +133,7 @@ def test_unequal_groups_are_refused(randn):
 
 @OPERATIONS
 @LAYOUTS
+@pytest.mark.slow
 def test_registration(randn, last, silu):
     from joyedit.kernels.group_norm import group_norm, group_norm_silu
 

@@ -127,6 +127,7 @@ def test_what_does_not_fit_is_refused(randn):
             ops.guide(*randn(2, 1, 129, 2), 2.0)
 
 
+@pytest.mark.slow
 def test_registration(randn):
     from joyedit.kernels.guide import guide
 

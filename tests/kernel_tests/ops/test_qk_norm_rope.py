@@ -176,6 +176,7 @@ def test_table_that_does_not_fit(randn, angles, backend):
             ops.qk_norm_rope(q, k, weight, weight, angles(5, 4), start=3)
 
 
+@pytest.mark.slow
 def test_fullgraph_with_a_start_that_varies(randn, angles):
     compiled = torch.compile(ops.qk_norm_rope, fullgraph=True, backend="aot_eager")
     for tokens, start in ((2, 1), (4, 2), (6, 3)):
@@ -189,6 +190,7 @@ def test_fullgraph_with_a_start_that_varies(randn, angles):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_registration(randn, projected, angles):
     from joyedit.kernels.qk_norm_rope import qk_norm_rope
 

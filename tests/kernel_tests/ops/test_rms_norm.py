@@ -58,6 +58,7 @@ def test_more_chunks_than_programs(compare, randn, monkeypatch):
     compare(ops.add_rms_norm, plain_sum, x, y, randn(1280), 1e-6)
 
 
+@pytest.mark.slow
 def test_registration(randn):
     from joyedit.kernels.rms_norm import add_rms_norm, rms_norm
 

@@ -211,6 +211,7 @@ def check_same(wanted, result, kernels):
     assert error <= tolerance, f"{error:.1e} apart, {tolerance:.1e} are explained"
 
 
+@pytest.mark.slow
 def test_joyimage(joyimage, launches):
     steps = 2
 
@@ -242,6 +243,7 @@ def test_joyimage(joyimage, launches):
     check_same(wanted, result, kernels)
 
 
+@pytest.mark.slow
 def test_diffedit(diffedit, launches):
     steps = 2
 
@@ -296,7 +298,13 @@ def film(pipe, frames, cut):
     return out.frames.float().cpu()
 
 
-@pytest.mark.parametrize("frames, cut", [(5, None), (9, 1)], ids=["edit", "pruned reasoning"])
+@pytest.mark.parametrize(
+    "frames, cut",
+    [
+        pytest.param(5, None, id="edit"),
+        pytest.param(9, 1, id="pruned reasoning", marks=pytest.mark.slow),
+    ],
+)
 def test_chronoedit(chronoedit, launches, frames, cut):
     wanted, result, kernels, rest = both_ways(launches, lambda: film(chronoedit, frames, cut))
     assert wanted.shape == (1, 5, 3, 16, 24)
@@ -304,6 +312,7 @@ def test_chronoedit(chronoedit, launches, frames, cut):
     check_same(wanted, result, kernels)
 
 
+@pytest.mark.slow
 def test_chronoedit_in_bf16(chronoedit, launches, monkeypatch):
     """About as far from fp32 as PyTorch is in bf16: both round between layers, which is most of the error."""
     monkeypatch.setattr(ops, "CPU_HAS_BF16", True)

@@ -1,0 +1,50 @@
+"""What DiffEdit's methods return.
+
+B images   C latent channels   T steps taken   H, W pixels   h, w latent size
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from joyedit.media import images as im
+from joyedit.media.clip_images import CLIPImageProcessor
+from joyedit.models.clip import StableDiffusionSafetyChecker
+
+Images = list[Image.Image] | np.ndarray | Tensor
+
+
+class StableDiffusionPipelineOutput(NamedTuple):
+    images: Images
+    nsfw_content_detected: list[bool] | None
+
+
+class DiffEditInversionPipelineOutput(NamedTuple):
+    """latents (B, T + 1, C, h, w), noisiest first, clean ones last; the pictures decoded from them, or
+    None."""
+
+    latents: Tensor
+    images: Images | None
+
+
+class DiffEditOutput(NamedTuple):
+    """Of `edit`. mask (B, h, w) int64 of 0 and 1; heat_map (B, h, w) in [0, 1] that it was cut from, None for
+    a mask that was given."""
+
+    images: Images
+    nsfw_content_detected: list[bool] | None
+    mask: np.ndarray
+    heat_map: np.ndarray | None
+
+
+def black_out(
+    pixels: Tensor, checker: StableDiffusionSafetyChecker, extractor: CLIPImageProcessor, device: torch.device
+) -> tuple[Tensor, list[bool]]:
+    """Pixels (B, 3, H, W) with the pictures that the checker flags in black, and which those are."""
+    inputs = extractor(im.to_output(pixels, "pil"))["pixel_values"]
+    _, flagged = checker(inputs.to(device, checker.dtype), pixels)
+    black = torch.tensor(flagged, device=pixels.device)[:, None, None, None]
+    return pixels.masked_fill(black, -1), flagged

@@ -1,0 +1,72 @@
+"""What DiffEdit does in every step of inversion and denoising: a prediction before it, callbacks after it.
+
+B images   C latent channels   h, w latent size   P prompts   T steps taken
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from joyedit import ops
+from joyedit.pipelines.checks import check_count
+from joyedit.pipelines.diffedit_request import Run
+
+if TYPE_CHECKING:
+    from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
+
+AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # step, timestep, latents -> the latents to go on with
+
+
+@contextlib.contextmanager
+def denoiser(
+    pipe: "StableDiffusionDiffEditPipeline", run: Run, label: str
+) -> Iterator[Callable[[int, Tensor], Tensor]]:
+    """A function: what the UNet predicts at run.steps[i] for x (B, C, h, w), guided if there are negatives,
+    as long as no callback ends it. A prompt serves B / P samples in a row."""
+    positive, negative = run.embeds
+    pair = None if negative is None or torch.equal(negative, positive) else (negative, positive)
+    pipe._num_timesteps = len(run.steps)
+    with (
+        pipe.on_device(pipe.unet) as unet,
+        pipe.adapters_scaled(run.adapter_scale),
+        pipe.progress_bar(len(run.steps), label) as bar,
+    ):
+        times = unet.embed_time(run.steps)
+        both = None if pair is None else unet.embed_context(torch.cat(pair))
+        alone = unet.embed_context(positive) if pair is None else None
+
+        def predict(i: int, x: Tensor) -> Tensor:
+            nonlocal alone
+            bar.update()
+            pipe._current_timestep = run.steps[i]
+            if both is not None and pipe.do_classifier_free_guidance:
+                uncond, cond = unet.predict(x, times[i], both, branches=2).chunk(2)
+                return ops.guide(cond, uncond, pipe.guidance_scale)
+            alone = alone or unet.embed_context(positive)
+            return unet.predict(x, times[i], alone)
+
+        yield predict
+    pipe._current_timestep = None
+
+
+def after_step(
+    pipe: "StableDiffusionDiffEditPipeline",
+    legacy: Callable | None,
+    every: Any,
+    on_step_end: Callable | None,
+    names: Sequence[str],
+) -> AfterStep:
+    """Calls the callbacks of both kinds."""
+    names = pipe.check_callback(on_step_end, names)
+    every = check_count("callback_steps", every)
+
+    def run(i: int, t: Tensor, latents: Tensor) -> Tensor:
+        latents = pipe.call_back(on_step_end, names, i, t, {"latents": latents})["latents"]
+        if legacy is not None and i % every == 0:
+            legacy(i, t, latents)
+        return latents
+
+    return run
