@@ -27,6 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from joyedit.checkpoints.lora_files import WEIGHT_NAME, Changes, Delta, open_lora, read_lora
+from joyedit.checkpoints.lora_spellings import (
+    BlockWeights,
+    Strength,
+    as_given,
+    packed_layers,
+    packed_metadata,
+    strength_at,
+)
 from joyedit.checkpoints.network import Network
 from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.summary import adapters
@@ -145,7 +153,9 @@ class Adapters:
         """Make these adapters the active ones.
 
         adapter_weights: one number for all, or one for each; in place of a number {"unet": 0.7,
-        "text_encoder": 0}, where a network without an entry has 1. Raises ValueError for unknown names.
+        "text_encoder": 0}, where a network without an entry has 1; of a UNet in place of its number
+        {"down": 0.5, "up": {"block_1": [0, 0.5, 1]}}, see `lora_spellings`. Raises
+        ValueError for unknown names.
         """
         names = self._known([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         weights: Any = adapter_weights
@@ -164,10 +174,10 @@ class Adapters:
         return list(dict.fromkeys(name for state in self._states.values() for name in state.active))
 
     @property
-    def active_weights(self) -> dict[str, dict[str, float]]:
+    def active_weights(self) -> dict[str, dict[str, Any]]:
         """The active adapters, each with its weight in each network, as `set_adapters` takes it."""
         return {
-            name: {network: state.weights.get(name, 1.0) for network, state in self._states.items()}
+            name: {network: as_given(state.weights.get(name, 1.0)) for network, state in self._states.items()}
             for name in self.get_active_adapters()
         }
 
@@ -262,24 +272,22 @@ class Adapters:
         save_directory: str | Path,
         adapter_name: str | None = None,
         *,
-        weight_name: str = WEIGHT_NAME,
-        **layers: Mapping[str, Tensor] | None,
+        weight_name: str | None = None,
+        **layers: Any,
     ) -> Path:
         """Write one adapter under Diffusers' names (PEFT factors) with its strength multiplied into `up`, so
         that every reader gives it the same. Returns the file.
 
         adapter_name: default the only active one. unet_lora_layers=, text_encoder_lora_layers=,
-        transformer_lora_layers=: save these factors (`<layer>.lora_A.weight`, ...) instead.
-        Raises ValueError when there is nothing to save.
+        transformer_lora_layers=: save these factors (`<layer>.lora_A.weight`, ..., a state dict or a module)
+        instead, as they are; unet_lora_adapter_metadata= and its like: the settings that go with them (r,
+        lora_alpha, ...), for the file's header. Raises ValueError when there is nothing to save.
         """
-        known = [f"{network}_lora_layers" for network in self.networks]
-        if unknown := set(layers) - set(known):
-            raise TypeError(f"unknown arguments {sorted(unknown)}; accepted: {known}")
-        state: dict[str, Tensor] = {}
-        for argument, tensors in layers.items():
-            prefix = argument.removesuffix("lora_layers").removesuffix("_")
-            state.update({f"{prefix}.{key}": tensor for key, tensor in (tensors or {}).items()})
+        layers, metadata = divided(layers)
+        state = packed_layers(layers, self.networks)
         if not layers:
+            if metadata:
+                raise ValueError(f"{sorted(metadata)} are the settings of layers, and there are no layers")
             active = self.get_active_adapters()
             if adapter_name is None and len(active) != 1:
                 raise ValueError(f"adapter_name: say which one to save, {active} are active")
@@ -291,11 +299,9 @@ class Adapters:
                     state.update({f"{network}.{key}": value for key, value in keys.items()})
         if not state:
             raise ValueError("save_lora_weights: there is nothing to save")
-        path = Path(save_directory) / weight_name
-        with replacing(path) as temporary:
-            made = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
-            save_file(made, temporary, {"format": "pt"})
-        return path
+        return write_lora(
+            Path(save_directory) / (weight_name or WEIGHT_NAME), state, packed_metadata(metadata)
+        )
 
     @property
     def _states(self) -> dict[str, "AdapterState"]:
@@ -316,20 +322,45 @@ class Adapters:
             raise ValueError(f"components={sorted(unknown)}: adapters go into {sorted(self.networks)}")
         return list(names or self.networks)
 
-    def _weight_table(self, weight: Any) -> dict[str, Any]:
+    def _weight_table(self, weight: Any) -> dict[str, Strength]:
         table = weight if isinstance(weight, Mapping) else dict.fromkeys(self.networks, weight)
         if unknown := set(table) - set(self.networks):
             raise ValueError(f"adapter_weights names {sorted(unknown)}; known are {sorted(self.networks)}")
+        table = {network: self._read_blocks(network, number) for network, number in table.items()}
         for network, number in table.items():
-            if number is not None and not _is_number(number):
+            if number is not None and not isinstance(number, BlockWeights) and not _is_number(number):
                 raise ValueError(f"adapter_weights: {number!r} for {network} is not a number")
         given = {network: number for network, number in table.items() if number is not None}
-        return {network: float(given.get(network, 1.0)) for network in self.networks}
+        return {network: _as_strength(given.get(network, 1.0)) for network in self.networks}
+
+    def _read_blocks(self, network: str, weight: Any) -> Any:
+        """A weight by block with what it means in the network; other weights as they are."""
+        if not isinstance(weight, Mapping):
+            return weight
+        return BlockWeights.read(weight, (name for name, _ in self.networks[network].named_parameters()))
 
     def _set_enabled(self, enabled: bool) -> None:
         for network, state in self._states.items():
             state.enabled = enabled
             state.sync(self.networks[network])
+
+
+def divided(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `save_lora_weights`: the layers, and the settings that go with them."""
+    settings = {name for name in given if name.endswith("_lora_adapter_metadata")}
+    return {n: v for n, v in given.items() if n not in settings}, {n: given[n] for n in settings}
+
+
+def write_lora(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write the tensors of an adapter, whole or not at all. Returns the file."""
+    with replacing(path) as temporary:
+        made = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
+        save_file(made, temporary, {"format": "pt", **metadata})
+    return path
+
+
+def _as_strength(weight: Any) -> Strength:
+    return weight if isinstance(weight, BlockWeights) else float(weight)
 
 
 def _is_number(value: Any) -> bool:
@@ -352,10 +383,10 @@ class AdapterState:
 
     def __init__(self):
         self.loaded: dict[str, Changes] = {}
-        self.weights: dict[str, float] = {}
+        self.weights: dict[str, Strength] = {}
         self.active: list[str] = []
         self.enabled = True
-        self.fused: dict[str, float] = {}  # adapter -> the strength with which it is in the weights
+        self.fused: dict[str, Strength] = {}  # adapter -> the strength with which it is in the weights
         self.originals: dict[str, Tensor] = {}  # tensor -> what it was before the first fuse
         self.reversible = True
         self.adapted: set[str] = set()  # modules whose parameters are read with their deltas
@@ -380,20 +411,21 @@ class AdapterState:
             read_with_deltas(network.get_submodule(path), live.get(path, {}), self)
         self.adapted = set(live)
 
-    def collect(self, strengths: Mapping[str, float]) -> dict[str, Weighted]:
+    def collect(self, strengths: Mapping[str, Strength]) -> dict[str, Weighted]:
         """Tensor -> the deltas of these adapters."""
         found: dict[str, Weighted] = {}
         for name, strength in strengths.items():
-            for tensor, deltas in self.loaded.get(name, {}).items() if strength else ():
-                found.setdefault(tensor, []).extend((delta, strength) for delta in deltas)
+            for tensor, deltas in self.loaded.get(name, {}).items():
+                if here := strength_at(strength, tensor):
+                    found.setdefault(tensor, []).extend((delta, here) for delta in deltas)
         return found
 
-    def check_finite(self, strengths: Mapping[str, float], network: nn.Module) -> None:
+    def check_finite(self, strengths: Mapping[str, Strength], network: nn.Module) -> None:
         for tensor, deltas in self.collect(strengths).items():
             if not merge(_parameter(network, tensor).data, deltas).isfinite().all():
                 raise ValueError(f"{tensor} would not be finite with {sorted(strengths)}: nothing was fused")
 
-    def fuse(self, strengths: Mapping[str, float], network: nn.Module, reversible: bool) -> None:
+    def fuse(self, strengths: Mapping[str, Strength], network: nn.Module, reversible: bool) -> None:
         """Sums are made from the originals, so that the order of several calls does not round differently."""
         together = {**self.fused, **strengths} if reversible and self.reversible else dict(strengths)
         changed = self.collect(strengths)

@@ -339,8 +339,8 @@ def test_arguments_are_checked(unet):
         adapters.set_adapters(["style", "other"])
     with pytest.raises(ValueError, match="adapter_weights has 2 values for 1 adapters"):
         adapters.set_adapters("style", [1.0, 2.0])
-    with pytest.raises(ValueError, match="'down': 1.0. for unet is not a number"):
-        adapters.set_adapters("style", {"unet": {"down": 1.0}})
+    with pytest.raises(ValueError, match=r"\['dawn'\] is none of down, mid, up"):
+        adapters.set_adapters("style", {"unet": {"dawn": 1.0}})
     with pytest.raises(ValueError, match="adapter_weights names .'text'"):
         adapters.set_adapters("style", {"text": 1.0})
     with pytest.raises(TypeError, match="unknown argument 'wieght_name'.*did you mean 'weight_name'"):

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from joyedit.checkpoints.bounds import MOST_TENSORS, as_value_errors, most_tensors
 from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.hub import Origin, choose_weight_files
 from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.network_spellings import NetworkSpellings, local_file, tensors_of_one
 from joyedit.checkpoints.new_parameters import NewParameters, WithoutInit, initial_values, without_numbers
+from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.shard_index import shards_of
 from joyedit.checkpoints.stored_dtypes import FP8, refuse_integers, refuse_quantised, widened
@@ -34,7 +36,7 @@ HALF = (torch.float16, torch.bfloat16)
 AUTO_BF16_BYTES = 4 * 10**9
 
 
-class Network(nn.Module):
+class Network(NetworkSpellings):
     """A network with a config, whose parameter names are those of the Diffusers checkpoint."""
 
     Config: ClassVar[type[Config]]
@@ -65,27 +67,60 @@ class Network(nn.Module):
         """Load from a Diffusers folder or Hub repository.
 
         Options: dtype (or torch_dtype), variant, use_safetensors, revision, token, cache_dir,
-        local_files_only, force_download; new_parameters: patterns of names ("*.temperature") that the files
-        need not hold, and that keep the value that `__init__` gives them. Raises FileNotFoundError when files
-        are missing, ValueError when they do not fit, or a pattern names nothing that they lack.
+        local_files_only, force_download; device_map: the one device that it goes to; new_parameters: patterns
+        of names ("*.temperature") that the files need not hold, and that keep the value that `__init__` gives
+        them. Raises FileNotFoundError when files are missing, ValueError when they do not fit, or a pattern
+        names nothing that they lack.
         """
         parsed = LoadOptions.parse(options)
+        _check_one_dtype(parsed)
         origin = Origin(str(name_or_path), **parsed.origin)
         planned = plan_folder(cls, origin, subfolder or "", parsed)
         parsed.new_parameters.check()
-        return planned.read()
+        return planned.read_to(parsed.device)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        config: Mapping[str, Any] | str | Path | None = None,
+        subfolder: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load from one weight file in any layout of this network, or from that of a whole model.
+
+        config: settings, or the folder, file or Hub name (with `subfolder`) of them; None takes the
+        config.json beside the file, or else the released ones. Options and errors as in `from_pretrained`.
+        """
+        parsed = LoadOptions.parse(options, also=("config", "subfolder"))
+        _check_one_dtype(parsed)
+        path = local_file(path)
+        if config is None:
+            beside = path.with_name("config.json")
+            config = read_json(beside) if beside.is_file() else {}
+        elif not isinstance(config, Mapping):
+            config = cls.load_config(config, subfolder=subfolder, **parsed.origin)
+        made = config if isinstance(config, cls.Config) else cls.Config.from_dict(config)
+        files = tensors_of_one(TensorFiles([path]), cls.table)
+        planned = plan_network(cls, made, files, parsed.dtype, parsed.new_parameters)
+        parsed.new_parameters.check()
+        return planned.read_to(parsed.device)
 
     def save_pretrained(
         self,
-        folder: str | Path,
+        save_directory: str | Path,
         *,
         max_shard_size: int | str = "5GB",
         variant: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> None:
         """Write config.json and safetensors (in shards when larger than `max_shard_size`) that open equal
-        here and in diffusers or transformers."""
-        folder = Path(folder)
+        here and in diffusers or transformers. options: safe_serialization=True, push_to_hub=False and their
+        like, with no other value."""
+        check_saving(options, ("max_shard_size", "variant", "metadata"))
+        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         inverse = self.layouts()[0].invert(self.state_dict())
         save_tensors(folder, self.weights_stem, inverse, max_shard_size, variant, metadata)
@@ -182,6 +217,16 @@ class PlannedNetwork:
         if left:
             raise ValueError(f"{self.files}: nothing was loaded for {left}")
         return self.network.requires_grad_(False).eval()
+
+    def read_to(self, device: torch.device | None) -> Any:
+        """`read`, and moved to the device if one is given."""
+        network = self.read()
+        return network if device is None else network.to(device)
+
+
+def _check_one_dtype(options: LoadOptions) -> None:
+    if options.dtypes:
+        raise ValueError(f"torch_dtype names the parts {sorted(options.dtypes)}: a network takes one dtype")
 
 
 def plan_folder(cls: type[Network], origin: Origin, subfolder: str, options: LoadOptions) -> PlannedNetwork:

@@ -28,8 +28,7 @@ from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
 from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
-from joyedit.checkpoints.new_parameters import NewParameters
-from joyedit.checkpoints.options import LoadOptions, parse_dtype
+from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.small_files import read_beginning, read_text
@@ -86,7 +85,8 @@ def load(
     *,
     pipeline: str | None = None,
     device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | Mapping[str, Any] = "auto",
+    torch_dtype: str | torch.dtype | Mapping[str, Any] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -105,7 +105,8 @@ def load(
     pipeline: class name, where a checkpoint serves several.
     device: "auto" takes the accelerator if there is one.
     dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16, and the VAE and
-        vision tower of ChronoEdit, which become fp32.
+        vision tower of ChronoEdit, which become fp32. {"transformer": ..., "default": ...}: by part.
+    torch_dtype: another name of dtype.
     variant: where only some folders hold it, the usual files of the others are used.
     offload: "none", "model" or "sequential".
     prediction_type, ema: of a single file of Stable Diffusion, which does not say it: "epsilon" or
@@ -128,8 +129,10 @@ def load(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    patterns = NewParameters(new_parameters)
-    options = LoadOptions(parse_dtype(dtype), variant, origin=source, new_parameters=patterns)
+    dtypes = {} if dtype == "auto" and torch_dtype is not None else {"dtype": dtype}
+    dtypes |= {} if torch_dtype is None else {"torch_dtype": torch_dtype}
+    options = LoadOptions.parse({**dtypes, **source, "variant": variant, "new_parameters": new_parameters})
+    patterns = options.new_parameters
 
     found = find_checkpoint(name_or_path, pipeline, **source)
     lora = None if preset is None else _preset_lora(found, preset)
@@ -137,6 +140,7 @@ def load(
         raise ValueError(
             f"prediction_type and ema are for single files of Stable Diffusion, not {found.origin.name}"
         )
+    options.check_parts(found.pipeline.parts)
     passed = _open_passed(found.pipeline, components, options)
 
     if found.layout == "diffusers":
@@ -371,7 +375,7 @@ def _open_part(cls: type[Pipeline], part: str, value: Any, options: LoadOptions)
 
 def _with_dtype(cls: type[Pipeline], part: str, options: LoadOptions) -> LoadOptions:
     """The options for one part: where no dtype is asked for, the one that the pipeline holds it in."""
-    return dataclasses.replace(options, dtype=options.dtype or cls.auto_dtypes.get(part))
+    return options.of_part(part, cls.auto_dtypes.get(part))
 
 
 def plan_file(kind: type[Network], path: Path, options: LoadOptions) -> PlannedNetwork:
@@ -417,12 +421,13 @@ def _open_original(found: Checkpoint, options: LoadOptions, passed: Mapping[str,
     def transformer(kind: type[Network]) -> PlannedNetwork:
         config = kind.Config.from_dict(settings.get("params", {}))
         file = TensorFiles([root / single["transformer"]])
-        return plan_network(kind, config, file, options.dtype, options.new_parameters)
+        dtype = options.of_part("transformer").dtype
+        return plan_network(kind, config, file, dtype, options.new_parameters)
 
     def text_part(kind: Any) -> Any:
         return kind.from_pretrained(root, subfolder=ORIGINAL_TEXT_ENCODER)
 
-    unvaried = dataclasses.replace(options, variant=None)  # this layout has no variants
+    unvaried = dataclasses.replace(options.of_part("text_encoder"), variant=None)  # this layout has none
     openers: dict[str, Callable[[Any], Any]] = {
         "tokenizer": text_part,
         "processor": text_part,
@@ -432,7 +437,7 @@ def _open_original(found: Checkpoint, options: LoadOptions, passed: Mapping[str,
             joyai_original=True,
         ),
         "transformer": transformer,
-        "vae": lambda kind: plan_file(kind, root / single["vae"], options),
+        "vae": lambda kind: plan_file(kind, root / single["vae"], options.of_part("vae")),
         "text_encoder": lambda kind: plan_folder(kind, Origin(str(root)), ORIGINAL_TEXT_ENCODER, unvaried),
     }
     return {name: openers[name](kind) for name, kind in kinds.items()}

@@ -2,7 +2,8 @@
 
 Such a file holds UNet, VAE and text encoder, often a second, averaged UNet and what the training left behind,
 but no settings. Sizes are read from the shapes. What no shape tells is that of the release: 1.x, or 2.x,
-whose UNet has linear layers around its transformers. No tensor tells whether a 2.x model predicts noise or v.
+whose UNet has linear layers around its transformers. Whether the network predicts noise or v is told by other
+things than shapes, see `prediction.py`, or by nothing.
 
 Source: CompVis stable-diffusion, Stability-AI stablediffusion; diffusers `loaders/single_file_utils.py`.
 """
@@ -18,6 +19,7 @@ from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.network import Network, PlannedNetwork, plan_network
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.loading.prediction import MARKS, Prediction
 from joyedit.models.clip import CLIPTextConfig, CLIPTextModel
 from joyedit.models.sd_unet import DOWN_BLOCKS, UP_BLOCKS, UNet2DConditionConfig, UNet2DConditionModel
 from joyedit.models.sd_vae import AutoencoderKL, AutoencoderKLConfig
@@ -57,6 +59,7 @@ LEFT_OUT = {
         "prompts are not compared with images",
     ),
     "embedding_manager.": "a learned word of the training",
+    **dict.fromkeys(MARKS, "a mark that the model predicts v, which is heeded"),
 }
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -71,11 +74,13 @@ class SingleFile:
     release: int  # 1 or 2
     networks: Mapping[str, tuple[type[Network], Config, TensorFiles]]
     left_out: Mapping[str, str]
+    prediction: Prediction
     steps: float | None  # of training, where the file states them
 
     def plan(self, part: str, options: LoadOptions, **changes: Any) -> PlannedNetwork:
         """One network, with `changes` to the settings that no shape tells."""
         kind, config, files = self.networks[part]
+        options = options.of_part(part)
         return plan_network(kind, config.replace(**changes), files, options.dtype, options.new_parameters)
 
 
@@ -87,8 +92,8 @@ def is_single_file(path: Path) -> bool:
 def read_single_file(path: Path, ema: bool = False) -> SingleFile:
     """Open the headers of a file and sort its tensors. ema: the averaged UNet instead of the last one.
 
-    Raises ValueError for other models than text-to-image 1.x and 2.x, for tensors of no known purpose, and
-    when there is no averaged UNet.
+    Tensors that belong to none of the networks are left out with a warning. Raises ValueError for other
+    models than text-to-image 1.x and 2.x, and when there is no averaged UNet.
     """
     files = TensorFiles([path])
     try:
@@ -113,11 +118,17 @@ def read_single_file(path: Path, ema: bool = False) -> SingleFile:
     purposes = (UNET, *VAES, OPENCLIP, CLIP)
     if strange := [name for name in files if name not in left_out and not name.startswith(purposes)]:
         shown = ", ".join(sorted(strange)[:4])
-        raise ValueError(f"{path}: {len(strange)} tensors of no known purpose ({shown}, ...)")
+        log.warning(
+            "%s: %d tensors of no known purpose are left out: %s%s",
+            path,
+            len(strange),
+            shown,
+            ", ..." if len(strange) > 4 else "",
+        )
     steps = files.numbers.get("global_step")
     if files.shapes.get("global_step") in ((), (1,)):
         steps = files["global_step"].item()
-    return SingleFile(path, release, networks, left_out, steps)
+    return SingleFile(path, release, networks, left_out, Prediction.read(path, files), steps)
 
 
 def open_single_file(
@@ -140,7 +151,7 @@ def open_single_file(
     made: dict[str, Any] = {"requires_safety_checker": False}
     scheduler = passed.get("scheduler")
     if scheduler is None:
-        scheduler = DDIMScheduler(**SCHEDULE, prediction_type=_predicts(found, prediction_type))
+        scheduler = DDIMScheduler(**SCHEDULE, **_predicts(found, prediction_type))
         made["scheduler"] = scheduler
     elif prediction_type is not None:
         raise ValueError("give prediction_type= or scheduler=, which says it too, not both")
@@ -176,10 +187,19 @@ def _say_what_is_left_out(found: SingleFile) -> None:
         log.info("  %d (%s, ...): %s", len(names), names[0], reason)
 
 
-def _predicts(found: SingleFile, prediction_type: str | None) -> str:
-    """What the network predicts: as told, or by the release."""
-    if prediction_type is not None:
-        return prediction_type
+def _predicts(found: SingleFile, prediction_type: str | None) -> dict[str, Any]:
+    """The scheduler's settings for what the network predicts: as told, or by the release."""
+    kind = found.prediction.settle(found.path, prediction_type) or _by_release(found)
+    if found.prediction.zero_signal is None:
+        return {"prediction_type": kind}
+    if kind == "epsilon":
+        what = "%s: %s says that training ended without signal, where noise cannot be predicted: not heeded"
+        log.warning(what, found.path, found.prediction.zero_signal)
+        return {"prediction_type": kind}
+    return {"prediction_type": kind, "rescale_betas_zero_snr": True}
+
+
+def _by_release(found: SingleFile) -> str:
     if found.release == 1:
         return "epsilon"
     guess, other = "v_prediction", "epsilon"

@@ -19,12 +19,14 @@ import PIL.Image
 import torch
 from einops import rearrange
 from PIL.Image import Image
-from torch import Tensor
 
 from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.missing import PROCESSORS, lacking
+from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.media.batch import Batch
 from joyedit.media.images import on_white, to_pil_list
 
 
@@ -58,8 +60,10 @@ class CLIPImageConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.crop_size) < 1 or self.size < max(self.crop_size):
-            raise ValueError(f"size={self.size} does not cover crop_size={self.crop_size} (height, width)")
+        if min(*self.crop_size, self.size) < 1:
+            raise ValueError(
+                f"size={self.size}, crop_size={self.crop_size} (height, width): must be positive"
+            )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -95,8 +99,15 @@ class CLIPImageProcessor:
     # Its other names there; of a CLIPProcessor's files the tokenizer is not read.
     relatives = frozenset({"CLIPFeatureExtractor", "CLIPImageProcessorPil", "CLIPProcessor"})
 
-    def __init__(self, config: CLIPImageConfig | None = None):
-        self.config = config or CLIPImageConfig()
+    missing = PROCESSORS
+
+    def __init__(self, config: CLIPImageConfig | None = None, **settings: Any):
+        """settings: keys of preprocessor_config.json in any of its forms, `size=32`, to use instead."""
+        config = config or CLIPImageConfig()
+        self.config = CLIPImageConfig.from_dict({**config, **settings}) if settings else config
+
+    def __getattr__(self, name: str) -> Any:
+        raise lacking(type(self), name)
 
     @classmethod
     def from_pretrained(
@@ -118,7 +129,7 @@ class CLIPImageProcessor:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def __call__(self, images: Any, return_tensors: str = "pt") -> dict[str, Tensor]:
+    def __call__(self, images: Any, return_tensors: str = "pt") -> Batch:
         """Images as in `to_pil_list`, transparent ones before white -> pixel_values (B, 3, 224, 224) float32,
         normalised."""
         if return_tensors != "pt":
@@ -132,10 +143,11 @@ class CLIPImageProcessor:
             torch.tensor(values, dtype=torch.float32, device=pixels.device)
             for values in (config.image_mean, config.image_std)
         )
-        return {"pixel_values": (pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)}
+        return Batch(pixel_values=(pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
 
     def crop(self, image: Image) -> Image:
-        """Scale the shorter side of an RGB image to `size` and crop the centre."""
+        """Scale the shorter side of an RGB image to `size` and crop the centre, with black around an image
+        that is smaller."""
         config = self.config
         shorter = min(image.size)
         width, height = (int(config.size * side / shorter) for side in image.size)
@@ -145,6 +157,8 @@ class CLIPImageProcessor:
         resized = image.resize((width, height), PIL.Image.Resampling(config.resample))
         return resized.crop((left, top, left + config.crop_size[1], top + config.crop_size[0]))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json, which opens equal here and in transformers."""
-        write_json(Path(folder) / "preprocessor_config.json", self.config.to_dict())
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write preprocessor_config.json, which opens equal here and in transformers. options:
+        push_to_hub=False."""
+        check_saving(options)
+        write_json(Path(save_directory) / "preprocessor_config.json", self.config.to_dict())

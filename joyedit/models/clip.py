@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from joyedit import ops
 from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.encoder_spellings import answer, check_all_attended, check_unused
 from joyedit.checkpoints.network import Network
 from joyedit.models.layers import Conv2d, LayerNorm, Linear
 
@@ -195,17 +196,30 @@ class CLIPTextModel(Network):
         self.encoder = Encoder(config, causal=True)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, input_ids: Tensor) -> TextOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> TextOutput:
         """input_ids (B, L), L <= 77, padded as the tokenizer does: padding is attended to like text.
 
         Pooled is the row of the first token `eos_token_id`. Where that is 2, an error of the published
         configs, it is the row of the largest id, which is the end of a text without learned words. Both
-        outputs are in the dtype of the weights. Raises ValueError for ids that do not fit.
+        outputs are in the dtype of the weights. output_hidden_states=True adds `hidden_states`, numbered as
+        above. Raises ValueError for ids that do not fit, or a mask that leaves something out.
         """
-        states = self.encode(input_ids)
+        check_all_attended(attention_mask)
+        check_unused(unused)
+        kept: list[Tensor] | None = [] if output_hidden_states else None
+        states = self.final_layer_norm(self._states(input_ids, self.config.num_hidden_layers, kept))
+        states = states.to(self.dtype)
         eos = self.config.eos_token_id
         ends = (input_ids if eos == 2 else (input_ids == eos).long()).argmax(dim=1)  # (B,)
-        return TextOutput(states, states[torch.arange(len(states), device=states.device), ends])
+        output = TextOutput(states, states[torch.arange(len(states), device=states.device), ends])
+        return answer(output, kept and [state.to(self.dtype) for state in kept], return_dict)
 
     def encode(self, input_ids: Tensor, clip_skip: int | None = None) -> Tensor:
         """Prompt embeddings (B, L, D) in the dtype of the weights: a hidden state, then the final norm.
@@ -223,9 +237,9 @@ class CLIPTextModel(Network):
         ValueError for ids that do not fit, or when there is no such layer."""
         return self._states(input_ids, _number(layer, self.config)).to(self.dtype)
 
-    def _states(self, input_ids: Tensor, number: int) -> Tensor:
+    def _states(self, input_ids: Tensor, number: int, kept: list[Tensor] | None = None) -> Tensor:
         x = self.embeddings(input_ids, ops.compute_dtype(self.dtype, input_ids.device))
-        return self.encoder(x, number)
+        return self.encoder(x, number, kept)
 
     def config_to_save(self) -> dict[str, Any]:
         return _saved(self)
@@ -247,11 +261,21 @@ class CLIPVisionModel(Network):
         self.encoder = Encoder(config, causal=False)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, pixel_values: Tensor) -> VisionOutput:
-        """pixel_values: as of `hidden_states`. Both outputs are in its dtype."""
-        states = self._states(pixel_values, self.config.num_hidden_layers)
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> VisionOutput:
+        """pixel_values: as of `hidden_states`. Both outputs are in its dtype. output_hidden_states=True adds
+        `hidden_states`, numbered as above."""
+        check_unused(unused)
+        kept: list[Tensor] | None = [] if output_hidden_states else None
+        states = self._states(pixel_values, self.config.num_hidden_layers, kept)
         pooled = self.post_layernorm(states[:, 0])
-        return VisionOutput(states.to(pixel_values.dtype), pooled.to(pixel_values.dtype))
+        output = VisionOutput(states.to(pixel_values.dtype), pooled.to(pixel_values.dtype))
+        return answer(output, kept and [state.to(pixel_values.dtype) for state in kept], return_dict)
 
     def hidden_states(self, pixel_values: Tensor, layer: int = -1) -> Tensor:
         """Hidden state `layer` (B, 1 + P, D) in the dtype of pixel_values; later layers do not run.
@@ -261,13 +285,13 @@ class CLIPVisionModel(Network):
         """
         return self._states(pixel_values, _number(layer, self.config)).to(pixel_values.dtype)
 
-    def _states(self, pixel_values: Tensor, number: int) -> Tensor:
+    def _states(self, pixel_values: Tensor, number: int, kept: list[Tensor] | None = None) -> Tensor:
         config = self.config
         wanted = (config.num_channels, config.image_size, config.image_size)
         if pixel_values.shape[1:] != wanted or not len(pixel_values):
             raise ValueError(f"pixel_values {tuple(pixel_values.shape)}: must be {('batch', *wanted)}")
         x = pixel_values.to(ops.compute_dtype(self.dtype, pixel_values.device))
-        return self.encoder(self.pre_layrnorm(self.embeddings(x)), number)
+        return self.encoder(self.pre_layrnorm(self.embeddings(x)), number, kept)
 
     def config_to_save(self) -> dict[str, Any]:
         return _saved(self)
@@ -285,10 +309,18 @@ class CLIPVisionModelWithProjection(Network):
         self.vision_model = CLIPVisionModel(self.config)
         self.visual_projection = Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
 
-    def forward(self, pixel_values: Tensor) -> ImageEmbeds:
-        """pixel_values: as of `hidden_states`. Both outputs are in its dtype."""
-        states, pooled = self.vision_model(pixel_values)
-        return ImageEmbeds(self.visual_projection(pooled), states)
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> ImageEmbeds:
+        """pixel_values: as of `hidden_states`. Both outputs are in its dtype. output_hidden_states=True adds
+        `hidden_states`, numbered as above."""
+        found: Any = self.vision_model(pixel_values, output_hidden_states, **unused)
+        output = ImageEmbeds(self.visual_projection(found.pooler_output), found.last_hidden_state)
+        return answer(output, found.hidden_states if output_hidden_states else None, return_dict)
 
     def hidden_states(self, pixel_values: Tensor, layer: int = -1) -> Tensor:
         """As `CLIPVisionModel.hidden_states`."""
@@ -397,10 +429,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config, causal) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor, number: int) -> Tensor:
-        """x (B, L, D) through the first `number` layers."""
+    def forward(self, x: Tensor, number: int, kept: list[Tensor] | None = None) -> Tensor:
+        """x (B, L, D) through the first `number` layers; `kept` gets x and what each of them gives."""
+        keep = kept.append if kept is not None else _forget
+        keep(x)
         for layer in islice(self.layers, number):
             x = layer(x)
+            keep(x)
         return x
 
 
@@ -443,6 +478,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
+
+
+def _forget(x: Tensor) -> None:
+    """A hidden state that nobody asked for."""
 
 
 def blacken(images: Any, flags: Sequence[bool]) -> Any:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from joyedit import ops
 from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.encoder_spellings import answer, check_unused
 from joyedit.checkpoints.network import Network
 from joyedit.models.layers import LayerNorm, Linear, RMSNorm
 from joyedit.models.rope import axis_angles
@@ -161,6 +162,10 @@ class Prefix(NamedTuple):
     has_images: bool
 
 
+class Logits(NamedTuple):
+    logits: Tensor  # (B, L, vocabulary), of the next token
+
+
 class Qwen3VLForConditionalGeneration(Network):
     Config = Qwen3VLConfig
     table = "qwen3_vl"
@@ -241,19 +246,32 @@ class Qwen3VLForConditionalGeneration(Network):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
-    ) -> Tensor:
-        """Logits of the next token, (B, L, vocabulary)."""
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        mm_token_type_ids: Any = None,
+        **unused: Any,
+    ) -> Logits:
+        """Logits of the next token; arguments as of `hidden_states` and `encode_images`. Which tokens stand
+        for images is read from input_ids, not from mm_token_type_ids.
+
+        output_hidden_states=True adds `hidden_states`: the embeddings, the outputs of all layers but the last
+        without DeepStack features, and the normed output of the last.
+        """
+        check_unused(unused)
         images = None
         if pixel_values is not None:
             if image_grid_thw is None:
                 raise ValueError("pixel_values need image_grid_thw")
             images = self.encode_images(pixel_values, image_grid_thw)
-        x = self._decode(input_ids, attention_mask, images)
+        kept: list[Tensor] | None = [] if output_hidden_states else None
+        x = self._decode(input_ids, attention_mask, images, kept=kept)
         text = self.model.language_model
         if images and len(text.layers) <= len(images.deepstack):
             x = add_at(x, input_ids == self.config.image_token_id, images.deepstack[len(text.layers) - 1])
-        logits = ops.linear(text.norm(x), self.lm_head.weight.to(x.device))
-        return logits.to(self.dtype)
+        x = text.norm(x)
+        logits = ops.linear(x, self.lm_head.weight.to(x.device))
+        states = kept and [state.to(self.dtype) for state in (*kept, x)]
+        return answer(Logits(logits.to(self.dtype)), states, return_dict)
 
     def _decode(
         self,
@@ -263,8 +281,10 @@ class Qwen3VLForConditionalGeneration(Network):
         prefix: Prefix | None = None,
         keep_from: int = 0,
         cache: list[tuple[Tensor, Tensor]] | None = None,
+        kept: list[Tensor] | None = None,
     ) -> Tensor:
-        """States of `hidden_states` in the dtype of the computation; `cache` collects the keys and values."""
+        """States of `hidden_states` in the dtype of the computation; `cache` collects the keys and values,
+        `kept` the inputs of the layers, without DeepStack features."""
         mask = None if attention_mask is None else valid_tokens(attention_mask)
         text, config = self.model.language_model, self.config.text_config
         positions = self.position_ids(input_ids, images.grid_thw if images else None, mask)
@@ -280,7 +300,7 @@ class Qwen3VLForConditionalGeneration(Network):
         past = prefix.keys_values if prefix else None
         visible = None if mask is None else visibility(mask, past[0][0].shape[1] if past else 0)
         deepstack = images.deepstack if images else ()
-        return text(x, rope, visible, places, deepstack, past, keep_from, cache)
+        return text(x, rope, visible, places, deepstack, past, keep_from, cache, kept)
 
     def config_to_save(self) -> dict[str, Any]:
         """As transformers writes it, with the dtype that the weights have now: transformers loads in it."""
@@ -314,9 +334,12 @@ class LanguageModel(nn.Module):
         past: Sequence[tuple[Tensor, Tensor]] | None,
         keep_from: int,
         cache: list[tuple[Tensor, Tensor]] | None,
+        kept: list[Tensor] | None = None,
     ) -> Tensor:
         """The output of the last layer, without the norm; only that layer leaves out the first tokens."""
         for i, layer in enumerate(self.layers):
+            if kept is not None:
+                kept.append(x)
             if 0 < i <= len(deepstack):
                 x = add_at(x, places, deepstack[i - 1])
             last = i + 1 == len(self.layers)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from joyedit import ops
 from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.encoder_spellings import answer, check_unused
 from joyedit.checkpoints.network import Network
 from joyedit.models.layers import Linear, RMSNorm
 
@@ -98,22 +99,44 @@ class UMT5EncoderModel(Network):
         self.encoder = Encoder(self.config)
         self.shared = nn.Embedding(self.config.vocab_size, self.config.d_model)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> EncoderOutput:
-        """As `encode`, under the name that the reference gives it."""
-        return EncoderOutput(self.encode(input_ids, attention_mask))
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> EncoderOutput:
+        """As `encode`, under the name that the reference gives it. output_hidden_states=True adds
+        `hidden_states`: the embeddings, the outputs of all blocks but the last, and the prompt embeddings."""
+        check_unused(unused)
+        kept: list[Tensor] | None = [] if output_hidden_states else None
+        last = self.encode(input_ids, attention_mask, kept)
+        return answer(EncoderOutput(last), kept, return_dict)
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, kept: list[Tensor] | None = None
+    ) -> Tensor:
         """Prompt embeddings (B, L, D) in the dtype of the weights, zero at the padding, which costs nothing.
 
-        input_ids (B, L). attention_mask (B, L), nonzero at valid tokens; None: all are. Raises ValueError
-        for ids that are not in the vocabulary, or a mask that is not one run of valid tokens in each row.
+        input_ids (B, L). attention_mask (B, L), nonzero at valid tokens; None: all are. `kept` gets the
+        hidden states in the same form, see `forward`. Raises ValueError for ids that are not in the
+        vocabulary, or a mask that is not one run of valid tokens in each row.
         """
         mask = self._checked(input_ids, attention_mask)
         table, device = self.shared.weight, input_ids.device
         dtype = torch.promote_types(ops.compute_dtype(self.dtype, device), torch.float32)
         x = table[input_ids[mask].to(table.device)].to(device, dtype)  # (N, D)
-        x = self.encoder(x, mask.sum(dim=1).tolist()).to(self.dtype)
-        return x.new_zeros(*input_ids.shape, x.shape[-1]).index_put_((mask,), x)
+        packed: list[Tensor] | None = None if kept is None else []
+        x = self.encoder(x, mask.sum(dim=1).tolist(), packed)
+
+        def padded(x: Tensor) -> Tensor:
+            x = x.to(self.dtype)
+            return x.new_zeros(*input_ids.shape, x.shape[-1]).index_put_((mask,), x)
+
+        if kept is not None and packed is not None:
+            kept += map(padded, [*packed[:-1], x])
+        return padded(x)
 
     def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The valid tokens, (B, L) boolean."""
@@ -149,13 +172,19 @@ class Encoder(nn.Module):
         self.block = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """x (N, D) in fp32: prompts of these lengths, one behind the other."""
+    def forward(self, x: Tensor, lengths: Sequence[int], kept: list[Tensor] | None = None) -> Tensor:
+        """x (N, D) in fp32: prompts of these lengths, one behind the other. `kept` gets x and what each block
+        gives."""
         longest = max(lengths)
         distances = torch.arange(1 - longest, longest, device=x.device)
         buckets = distance_buckets(distances, self.num_buckets, self.max_distance)
+        states = [x]
         for block in self.block:
             x = block(x, lengths, buckets)
+            if kept is not None:
+                states.append(x)
+        if kept is not None:
+            kept += states
         return self.final_layer_norm(x)
 
 

@@ -24,21 +24,21 @@ from tqdm.auto import tqdm
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.network import Network, plan_folder
+from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.summary import parts
-from joyedit.lora import Adapters, LoraReport
 from joyedit.memory import BlockStreaming, at_rest, visit
 from joyedit.pipelines.defaults import Unsaid, plain
 from joyedit.pipelines.diffusers_spellings import DiffusersSpellings
 from joyedit.pipelines.made_for import MadeFor
+from joyedit.pipelines.pipeline_spellings import PipelineSpellings, move
 from joyedit.schedulers.scheduler import Scheduler
 
 log = logging.getLogger("joyedit")
 
 Part = TypeVar("Part", bound=Network)
 
-ADAPTED = ("transformer", "unet", "text_encoder")  # the prefixes of adapter files
 DENOISERS = ("transformer", "unet")
 
 # What a running call is told from outside, and tells: under these names, which diffusers documents, too.
@@ -50,7 +50,7 @@ STATE_OF_CALLS = frozenset(
 REGISTERING = threading.Lock()
 
 
-class Pipeline(DiffusersSpellings):
+class Pipeline(DiffusersSpellings, PipelineSpellings):
     """Parts by name, and what users do with all of them at once.
 
     A subclass lists its parts in `parts`, and assigns each in `__init__`, which checks its class. All but
@@ -159,8 +159,7 @@ class Pipeline(DiffusersSpellings):
         pipe = cls.from_origin(
             Origin(str(name_or_path), **parsed.origin), parsed, replacements, reference_quirks
         )
-        if offload != "none":
-            pipe.set_offload(offload)
+        move(pipe, parsed.device, offload)
         return pipe
 
     @classmethod
@@ -172,6 +171,7 @@ class Pipeline(DiffusersSpellings):
         quirks: bool | Sequence[str] = False,
     ) -> Self:
         """`from_pretrained` with its arguments sorted. replacements: the parts that are not loaded."""
+        options.check_parts(cls.parts)
         for name, part in replacements.items():
             cls.check_part(name, part)
         classes, settings, made_for = {}, {}, MadeFor()
@@ -197,8 +197,8 @@ class Pipeline(DiffusersSpellings):
         loaded, planned = {}, {}
         for name, kind in classes.items():
             if name in stems:
-                dtype = options.dtype or cls.auto_dtypes.get(name)
-                chosen = dataclasses.replace(options, dtype=dtype, variant=variants[name])
+                chosen = options.of_part(name, cls.auto_dtypes.get(name))
+                chosen = dataclasses.replace(chosen, variant=variants[name])
                 planned[name] = plan_folder(kind, Origin(str(root)), name, chosen)
             else:
                 loaded[name] = kind.from_pretrained(root, subfolder=name)
@@ -242,17 +242,20 @@ class Pipeline(DiffusersSpellings):
 
     def save_pretrained(
         self,
-        folder: str | Path,
+        save_directory: str | Path,
         *,
         max_shard_size: int | str = "5GB",
         variant: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> None:
         """Write a Diffusers folder that opens equal here and in diffusers; `model_index.json` comes last.
 
-        `metadata` goes into the header of every safetensors file.
+        `metadata` goes into the header of every safetensors file. options: safe_serialization=True,
+        push_to_hub=False and their like, with no other value.
         """
-        folder = Path(folder)
+        check_saving(options, ("max_shard_size", "variant", "metadata"))
+        folder = Path(save_directory)
         for name, part in self.components.items():
             if isinstance(part, Network):
                 part.save_pretrained(
@@ -260,11 +263,15 @@ class Pipeline(DiffusersSpellings):
                 )
             elif part is not None:
                 part.save_pretrained(folder / name)
+        write_json(folder / self.config_name, self.config_to_save())
+
+    def config_to_save(self) -> dict[str, Any]:
+        """What `model_index.json` says."""
         index: dict[str, Any] = {"_class_name": type(self).__name__, **self.listed_parts()}
         index.update(self.settings_to_save())
         if said := self.made_for.to_dict():
             index["made_for"] = said
-        write_json(folder / "model_index.json", index)
+        return index
 
     def listed_parts(self) -> dict[str, tuple[str | None, str | None]]:
         """Library and class of each part, as `model_index.json` lists them; None for what is no part."""
@@ -339,38 +346,6 @@ class Pipeline(DiffusersSpellings):
         for network in self.networks.values():
             network.to(*args, **kwargs)
         return self
-
-    @property
-    def adapters(self) -> Adapters:
-        """The LoRA adapters of the networks that files of them name."""
-        return Adapters({name: network for name, network in self.networks.items() if name in ADAPTED})
-
-    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> LoraReport:
-        """Load an adapter; see `joyedit.lora.Adapters`, also for the methods below."""
-        return self.adapters.load_lora_weights(source, adapter_name, **options)
-
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
-        self.adapters.set_adapters(adapter_names, adapter_weights)
-
-    def get_active_adapters(self) -> list[str]:
-        return self.adapters.get_active_adapters()
-
-    def get_list_adapters(self) -> dict[str, list[str]]:
-        return self.adapters.get_list_adapters()
-
-    def fuse_lora(
-        self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None, **options: Any
-    ) -> None:
-        self.adapters.fuse_lora(lora_scale, adapter_names, **options)
-
-    def unfuse_lora(self, **options: Any) -> None:
-        self.adapters.unfuse_lora(**options)
-
-    def unload_lora_weights(self) -> None:
-        self.adapters.unload_lora_weights()
-
-    def save_lora_weights(self, folder: str | Path, **options: Any) -> None:
-        self.adapters.save_lora_weights(folder, **options)
 
     def set_offload(self, offload: str, device: torch.device | str | None = None) -> None:
         """ "none", "model" (one network on the device at a time) or "sequential" (one block at a time)."""

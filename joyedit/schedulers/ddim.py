@@ -29,9 +29,11 @@ from joyedit.noise import Generators, draw_noise
 from joyedit.schedulers.scheduler import (
     Scheduler,
     SchedulerConfig,
+    as_numbers,
     cumulative_alphas,
     threshold,
     to_fp32,
+    training_betas,
 )
 
 log = logging.getLogger("joyedit")
@@ -64,9 +66,8 @@ class DiffusionConfig(SchedulerConfig):
         super().__post_init__()
         if self.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps={self.num_train_timesteps!r}: must be at least 1")
-        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
-            given = len(self.trained_betas)
-            raise ValueError(f"{given} trained_betas for num_train_timesteps={self.num_train_timesteps}")
+        if self.trained_betas == ():
+            raise ValueError("trained_betas is empty")
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -77,7 +78,7 @@ class DiffusionConfig(SchedulerConfig):
         if "clip_sample" not in raw and not writer.startswith(("DDIM", "DDPM")):
             settings["clip_sample"] = False
         if raw.get("trained_betas") is not None:
-            settings["trained_betas"] = np.asarray(raw["trained_betas"]).tolist()
+            settings["trained_betas"] = as_numbers(raw["trained_betas"])
         return super().from_dict(settings)
 
 
@@ -99,7 +100,8 @@ class DDIMInverseConfig(DiffusionConfig):
 
     @classmethod
     def names(cls) -> set[str]:
-        return super().names() | {"set_alpha_to_zero"}
+        """`thresholding` is the solver's, kept here without effect, as in the reference."""
+        return super().names() | {"set_alpha_to_zero", "thresholding"}
 
 
 # The other solvers of Stable Diffusion; their files hold the settings that DDIM needs.
@@ -131,7 +133,8 @@ class DDIMScheduler(Scheduler):
 
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
         super().__init__(config, **settings)
-        self.alphas_cumprod = cumulative_alphas(self.config)
+        self.betas = training_betas(self.config)
+        self.alphas_cumprod = cumulative_alphas(self.betas)
         first = self.alphas_cumprod[0]
         self.final_alpha_cumprod = torch.ones_like(first) if self.config.set_alpha_to_one else first
         self._levels = Levels(self.alphas_cumprod, self.final_alpha_cumprod)
@@ -235,7 +238,8 @@ class DDIMInverseScheduler(Scheduler):
 
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
         super().__init__(config, **settings)
-        self.alphas_cumprod = cumulative_alphas(self.config)
+        self.betas = training_betas(self.config)
+        self.alphas_cumprod = cumulative_alphas(self.betas)
         first = self.alphas_cumprod[0]
         clean = torch.ones_like(first) if self.config.set_alpha_to_one else first
         self.initial_alpha_cumprod = clean

@@ -79,6 +79,10 @@ class FlowMatchEulerConfig(SchedulerConfig):
             raw = {**raw, "shift": raw["flow_shift"]}
         return super().from_dict(raw)
 
+    def handed_on(self) -> dict[str, Any]:
+        """As everywhere, and the shift: that there is one tells other solvers that this is a flow."""
+        return {**super().handed_on(), "shift": self.shift}
+
 
 class FlowMatchEulerDiscreteSchedulerOutput(NamedTuple):
     prev_sample: Tensor

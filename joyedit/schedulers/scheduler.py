@@ -3,7 +3,7 @@
 A scheduler holds a table, built by `set_timesteps`, and takes one step per call of `step`. Unlike a network
 it is constructed with keywords, and a config is handed from one class to another, as in
 `DDIMScheduler.from_config(pndm.config)`: keys of another solver of the family are kept and saved again, but
-have no effect.
+have no effect, and what the giver left at its default is left at that of the taker.
 
 Source: `scheduler_config.json` of Diffusers; Karras et al., arXiv 2206.00364; Lee et al., arXiv 2407.12173;
 Lin et al., arXiv 2305.08891, algorithm 1.
@@ -22,8 +22,11 @@ from torch import Tensor
 
 from joyedit.checkpoints.bounds import as_value_errors
 from joyedit.checkpoints.config import Config
+from joyedit.checkpoints.config_spellings import ConfigSpellings
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.missing import SCHEDULERS, lacking
+from joyedit.checkpoints.option_spellings import check_saving, check_without_value
 from joyedit.checkpoints.options import LoadOptions
 
 FILE = "scheduler_config.json"
@@ -50,6 +53,8 @@ class SchedulerConfig(Config):
 
     keeps_unknown: ClassVar[bool] = True
 
+    _given: frozenset[str] = frozenset()  # the fields that were not left at their defaults
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Read a published JSON mapping. Raises ValueError for a key that no scheduler of the family has."""
@@ -59,7 +64,21 @@ class SchedulerConfig(Config):
             raise ValueError(
                 f"{cls.__name__}: no scheduler has {strangers}; this one has {sorted(cls.names())}"
             )
-        return super().from_dict(settings)
+        config = super().from_dict(settings)
+        object.__setattr__(config, "_given", frozenset(cls.aliases.get(key, key) for key in settings))
+        return config
+
+    def handed_on(self) -> dict[str, Any]:
+        """What another scheduler takes from this config: what was given. Its other defaults are its own."""
+        return {key: value for key, value in self.items() if key in self._given}
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some values changed. Raises ValueError for a name that is not a key of this config."""
+        super().replace(**changes)  # for its errors
+        return type(self).from_dict({**self.handed_on(), **changes})
+
+    def __reduce__(self):
+        return type(self).from_dict, (self.handed_on(),)
 
     @classmethod
     def names(cls) -> set[str]:
@@ -67,7 +86,7 @@ class SchedulerConfig(Config):
         return {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
-class Scheduler:
+class Scheduler(ConfigSpellings):
     """A solver: `set_timesteps` builds its table, `step` takes one step.
 
     Settings are keywords; `config` is the config of this or another scheduler to start from.
@@ -76,6 +95,8 @@ class Scheduler:
 
     Config: ClassVar[type[SchedulerConfig]]
     library: ClassVar[str] = "diffusers"  # under which model_index.json lists it
+    config_name = FILE
+    missing: ClassVar[Mapping[str, str]] = SCHEDULERS
     order: ClassVar[int] = 1  # calls of the network per step
     init_noise_sigma: float = 1.0  # what unit noise is multiplied by to start from
 
@@ -84,14 +105,21 @@ class Scheduler:
         for name in settings:
             if name not in names:
                 raise TypeError(f"{type(self).__name__} has no setting {name!r}; it has {sorted(names)}")
-        self.config = self.Config.from_dict({**(config or {}), **settings})
+        self.config = self.Config.from_dict({**given_settings(config or {}), **settings})
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(type(self), name):  # a property that failed: its own error
+            return object.__getattribute__(self, name)
+        raise lacking(type(self), name)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | Path, **changes: Any) -> Self:
         """Build from a config mapping of any scheduler of the family, a scheduler_config.json or its folder.
+        What a scheduler in memory, ours or one of diffusers, left at its default is left at this class's.
 
         Raises TypeError for a change that the class does not know, ValueError for a config that none does.
         """
+        check_without_value("return_unused_kwargs", changes.pop("return_unused_kwargs", None))
         where = cls.__name__
         if isinstance(config, (str, Path)):
             path = Path(config) / FILE if Path(config).is_dir() else Path(config)
@@ -117,9 +145,11 @@ class Scheduler:
         file = posixpath.join(subfolder or "", FILE)
         return cls.from_config(origin.fetch([file]) / file, **changes)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write scheduler_config.json, with the keys of relatives that this scheduler was built from."""
-        folder = Path(folder)
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write scheduler_config.json, with the keys of relatives that this scheduler was built from.
+        options: push_to_hub=False."""
+        check_saving(options)
+        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / FILE, self.config_to_save())
 
@@ -132,6 +162,15 @@ class Scheduler:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+def given_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings that a scheduler takes from the config of another one, or from a file's."""
+    if isinstance(config, SchedulerConfig):
+        return config.handed_on()
+    defaults = {*config.get("_use_default_values", ())}  # of a scheduler of diffusers in memory
+    defaults -= {"shift"}  # that there is one tells a flow
+    return {key: value for key, value in config.items() if key not in defaults}
 
 
 class CountingScheduler(Scheduler):
@@ -256,8 +295,14 @@ def _beta_cdf(x: np.ndarray, a: float, b: float) -> np.ndarray:
     return x**a * (1 / a + x[..., None] ** k @ series) / math.exp(log_beta)
 
 
-def cumulative_alphas(config: SchedulerConfig) -> Tensor:
+def cumulative_alphas(betas: Tensor) -> Tensor:
     """abar: the product of 1 - beta up to and including each training timestep. (N,) float32, falling."""
+    return (1 - betas).cumprod(dim=0)
+
+
+def training_betas(config: SchedulerConfig) -> Tensor:
+    """beta: the share of noise that each training timestep adds, (N,) float32. Given ones may be of another
+    number than num_train_timesteps."""
     count, low, high = config.num_train_timesteps, config.beta_start, config.beta_end
     if config.trained_betas is not None:
         betas = torch.tensor(config.trained_betas, dtype=torch.float32, device="cpu")
@@ -271,7 +316,13 @@ def cumulative_alphas(config: SchedulerConfig) -> Tensor:
         betas = torch.tensor(ratios, dtype=torch.float32, device="cpu")
     if config.rescale_betas_zero_snr:
         betas = without_final_signal(betas)
-    return (1 - betas).cumprod(dim=0)
+    return betas
+
+
+def as_numbers(betas: Any) -> list:
+    """A list of numbers from a list, array or tensor."""
+    values = betas.tolist() if isinstance(betas, Tensor) else np.asarray(betas).tolist()
+    return values if isinstance(values, list) else [values]
 
 
 def without_final_signal(betas: Tensor) -> Tensor:

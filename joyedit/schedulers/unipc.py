@@ -34,6 +34,7 @@ from joyedit.checkpoints.bounds import MOST_STEPS
 from joyedit.schedulers.scheduler import (
     CountingScheduler,
     SchedulerConfig,
+    as_numbers,
     beta_sigmas,
     cumulative_alphas,
     exponential_sigmas,
@@ -41,6 +42,7 @@ from joyedit.schedulers.scheduler import (
     shift_sigmas,
     threshold,
     to_fp32,
+    training_betas,
 )
 
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -92,9 +94,8 @@ class UniPCConfig(SchedulerConfig):
         for name in ("num_train_timesteps", "solver_order"):
             if self[name] < 1:
                 raise ValueError(f"{name}={self[name]!r}: must be at least 1")
-        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
-            given = len(self.trained_betas)
-            raise ValueError(f"{given} trained_betas for num_train_timesteps={self.num_train_timesteps}")
+        if self.trained_betas == ():
+            raise ValueError("trained_betas is empty")
         spacings = [name for name in SPACINGS if self[name]]
         if len(spacings) > 1:
             raise ValueError(f"only one of {spacings} can be set")
@@ -123,7 +124,7 @@ class UniPCConfig(SchedulerConfig):
         if settings.get("solver_type") in OLDER_SOLVER_TYPES:
             settings["solver_type"] = "bh2"
         if raw.get("trained_betas") is not None:
-            settings["trained_betas"] = np.asarray(raw["trained_betas"]).tolist()
+            settings["trained_betas"] = as_numbers(raw["trained_betas"])
         if settings.get("disable_corrector", ()) is None:
             settings["disable_corrector"] = ()
         if raw.get("solver_p") is not None:
@@ -149,7 +150,8 @@ class UniPCMultistepScheduler(CountingScheduler):
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, solver_p: Any = None, **settings: Any):
         super().__init__(config, **settings)
-        self.alphas_cumprod = cumulative_alphas(self.config)
+        self.betas = training_betas(self.config)
+        self.alphas_cumprod = cumulative_alphas(self.betas)
         if self.config.rescale_betas_zero_snr:
             self.alphas_cumprod[-1] = 2**-24  # so that the first sigma is finite
         self.solver_p = solver_p

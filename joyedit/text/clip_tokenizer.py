@@ -57,7 +57,7 @@ class CLIPTokenizer(TextTokenizer):
         """The text of one row of ids, lower-case, one space after each word."""
         return super().decode(ids, skip_special_tokens).replace("</w>", " ").strip()
 
-    def add_tokens(self, tokens: Sequence[str]) -> list[int]:
+    def append_tokens(self, tokens: Sequence[str]) -> list[int]:
         """Append tokens, which texts then contain as a whole, whatever the case; returns their new ids.
 
         Raises ValueError, before any is added, for one that is in the vocabulary, is blank or comes twice.
@@ -71,8 +71,8 @@ class CLIPTokenizer(TextTokenizer):
         return self.convert_tokens_to_ids(list(tokens))
 
     def remove_tokens(self, tokens: Sequence[str]) -> list[int]:
-        """Take back what `add_tokens` appended; returns the ids that the tokens had. Later tokens move up, as
-        the rows of an embedding do when these rows are deleted.
+        """Take back what `append_tokens` appended; returns the ids that the tokens had. Later tokens move up,
+        as the rows of an embedding do when these rows are deleted.
 
         Raises ValueError, before any is removed, for a token that was not appended.
         """

@@ -11,6 +11,8 @@ from typing import Any, Self
 from joyedit.checkpoints.bounds import as_value_errors
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.missing import PROCESSORS, lacking
+from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import shown
 from joyedit.media.images import Qwen2VLImageConfig, Qwen2VLImageProcessor
@@ -26,6 +28,7 @@ class Qwen3VLProcessor:
 
     library = "transformers"
     image_token = "<|image_pad|>"
+    missing = PROCESSORS
 
     def __init__(
         self,
@@ -93,9 +96,14 @@ class Qwen3VLProcessor:
             texts = [re.sub(re.escape(self.image_token), lambda m: m[0] * next(counts), one) for one in texts]
         return Batch(**self.tokenizer(texts, padding=padding, return_tensors=return_tensors), **pictures)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer's files and the image settings, which open equal here and in transformers."""
-        folder = Path(folder)
+    def __getattr__(self, name: str) -> Any:
+        raise lacking(type(self), name)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the tokenizer's files and the image settings, which open equal here and in transformers.
+        options: push_to_hub=False."""
+        check_saving(options)
+        folder = Path(save_directory)
         self.tokenizer.save_pretrained(folder)
         named = {"processor_class": type(self).__name__}
         write_json(folder / "preprocessor_config.json", {**self.image_processor.config.to_dict(), **named})

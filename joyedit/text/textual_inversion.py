@@ -143,7 +143,7 @@ class TextualInversion:
         longer = torch.cat((weight, added))
         # Whatever may fail comes before the first change: half a word would shift the ids of the next one.
         tokens = [token for chain in chains.values() for token in chain]
-        ids = self.tokenizer.add_tokens(tokens)
+        ids = self.tokenizer.append_tokens(tokens)
         if ids != list(range(rows, len(longer))):
             self.tokenizer.remove_tokens(
                 [token for token, one in zip(tokens, ids, strict=True) if one >= rows]

@@ -15,14 +15,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from joyedit.checkpoints.hub import Origin
+from joyedit.checkpoints.missing import TOKENIZERS
+from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import shown
 from joyedit.checkpoints.replacing import replacing
+from joyedit.media.batch import Batch
 from joyedit.text.tokenizer_files import (
     TOKENIZER_FILES,
     add_tokens,
@@ -35,30 +37,15 @@ from joyedit.text.tokenizer_files import (
     save_tokenizer,
     token_text,
 )
+from joyedit.text.tokenizer_spellings import Reading, TokenizerSpellings, to_tensors
 
 
-class Batch(dict):
-    """What tokenizers and processors return: a dict whose keys are attributes too."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {sorted(self)}") from None
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move the tensors to `device`; those of floating point also to `dtype`. In place, returns itself."""
-        for name, value in self.items():
-            if isinstance(value, Tensor):
-                self[name] = value.to(device, dtype if value.is_floating_point() else None)
-        return self
-
-
-class TextTokenizer:
+class TextTokenizer(TokenizerSpellings):
     """What the tokenizers have in common. Each says what it reads a vocabulary as, and what it puts around a
     text."""
 
     library = "transformers"  # under which model_index.json lists it
+    missing = TOKENIZERS
     defaults: ClassVar[Mapping[str, Any]]  # of a folder that does not say
     only: ClassVar[Mapping[str, Any]]  # settings that change the ids -> the one value that is supported
 
@@ -128,29 +115,34 @@ class TextTokenizer:
         self,
         text: str | Sequence[str],
         *,
-        padding: bool | str = False,
-        truncation: bool = False,
+        padding: bool | str | None = False,
+        truncation: bool | str | None = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+        **others: Any,
     ) -> Batch:
         """Ids and mask (1 on tokens, 0 on padding) of one text or several.
 
         padding: False, True or "longest", or "max_length". truncation=True keeps the first `max_length`
-        tokens (default: model_max_length). Gives lists, L or (B, L); with return_tensors="pt" int64 (B, L).
+        tokens (default: model_max_length). Gives lists, L or (B, L); with return_tensors="pt" int64 (B, L),
+        with "np" arrays. add_special_tokens=False: the text alone, without what is put around it. others: see
+        `tokenizer_spellings`.
         """
+        reading = Reading.of(padding, truncation, others)
         texts = check_texts([text] if isinstance(text, str) else text)
-        limit = check_length(max_length, padding, truncation, self.model_max_length)
-        rows = [self.encode(one) for one in texts]
-        if truncation:
-            rows = [self.truncate(row, limit) for row in rows]
-        batch = pad_rows(rows, self.pad_token_id, padding, limit)
+        limit = check_length(max_length, reading.padding, reading.truncation, self.model_max_length)
+        rows = [self.encode(one, add_special_tokens) for one in texts]
+        if reading.truncation:
+            rows = [self.truncate(row, limit) if add_special_tokens else row[:limit] for row in rows]
+        batch = reading.shown(pad_rows(rows, self.pad_token_id, reading.padding, limit))
         if isinstance(text, str) and return_tensors is None:
             return Batch({name: values[0] for name, values in batch.items()})
         return to_tensors(batch, return_tensors)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text, not cut or padded."""
-        return self.backend.encode(check_texts([text])[0]).ids
+        return self.backend.encode(check_texts([text])[0], add_special_tokens=add_special_tokens).ids
 
     def truncate(self, row: list[int], limit: int) -> list[int]:
         """The first `limit` of the ids that `encode` gave."""
@@ -185,11 +177,14 @@ class TextTokenizer:
         """The tokens without the added ones."""
         return self.backend.get_vocab_size(with_added_tokens=False)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json and its companions, which open equal here and in transformers."""
-        save_tokenizer(Path(folder), self.backend, {**self.settings, "tokenizer_class": type(self).__name__})
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write tokenizer.json and its companions, which open equal here and in transformers. options:
+        push_to_hub=False and its like."""
+        check_saving(options)
+        folder = Path(save_directory)
+        save_tokenizer(folder, self.backend, {**self.settings, "tokenizer_class": type(self).__name__})
         if self.chat_template is not None:
-            with replacing(Path(folder) / "chat_template.jinja") as temporary:
+            with replacing(folder / "chat_template.jinja") as temporary:
                 temporary.write_text(self.chat_template, encoding="utf-8")
 
 
@@ -232,14 +227,3 @@ def pad_rows(rows: Sequence[list[int]], pad_id: int, padding: bool | str, limit:
         input_ids=[row + [pad_id] * (length - len(row)) for row in rows],
         attention_mask=[[1] * len(row) + [0] * (length - len(row)) for row in rows],
     )
-
-
-def to_tensors(batch: Batch, return_tensors: str | None) -> Batch:
-    if return_tensors is None:
-        return batch
-    if return_tensors != "pt":
-        raise ValueError(f"return_tensors={return_tensors!r}: must be 'pt' or None")
-    lengths = {len(row) for row in batch.input_ids}
-    if len(lengths) > 1:
-        raise ValueError(f"texts of {sorted(lengths)} tokens make no tensor: pass padding=True")
-    return Batch({name: torch.tensor(rows, dtype=torch.int64, device="cpu") for name, rows in batch.items()})

@@ -395,7 +395,10 @@ BROKEN = {
     ),
     "depth": (changed(f"{UNET}input_blocks.0.0.weight", torch.zeros(32, 5, 3, 3)), "a depth UNet"),
     "unclip": (changed(f"{UNET}label_emb.0.0.weight", torch.zeros(2, 2)), "this is a unCLIP UNet"),
-    "strange": (changed("control_model.a.weight", torch.zeros(1)), "1 tensors of no known purpose .control"),
+    "strange": (
+        changed(f"{UNET}input_blocks.1.0.extra.weight", torch.zeros(1)),
+        "0 of 684 tensors missing, 1 unknown",
+    ),
     "unet": (without(f"{UNET}out.2"), "lacks a tensor of Stable Diffusion: 'out.2.weight'"),
     "attention": (without(f"{UNET}middle_block.1.norm"), "closest layout 'ldm': 2 of 684 tensors missing"),
     "vae": (without("first_stage_model.decoder.mid"), "AutoencoderKL: closest layout 'ldm'"),

@@ -253,7 +253,7 @@ def test_added_tokens_equal_transformers(folder, tiny, tmp_path):
     theirs = Reference.from_pretrained(folder)
     before = len(tiny)
     names = ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "MyStyle", "moNa  lisa"]
-    assert tiny.add_tokens(names) == list(range(before, before + 5))
+    assert tiny.append_tokens(names) == list(range(before, before + 5))
     theirs.add_tokens(names)
     texts = [
         "a <cat-toy> in MyStyle",
@@ -271,7 +271,7 @@ def test_removed_tokens_leave_no_trace(tiny):
     texts = HARD + ["a <one> <two> <three> <four>"]
     plain = [tiny.encode(text) for text in texts]
     before = len(tiny)
-    tiny.add_tokens(["<one>", "<two>", "<three>", "<four>"])
+    tiny.append_tokens(["<one>", "<two>", "<three>", "<four>"])
     assert tiny.remove_tokens(["<three>", "<one>"]) == [before + 2, before]
     assert tiny.convert_tokens_to_ids(["<one>", "<two>", "<three>", "<four>"]) == [
         None,
@@ -281,10 +281,10 @@ def test_removed_tokens_leave_no_trace(tiny):
     ]
     assert len(tiny) == before + 2 and tiny.encode("<two><four>")[1:-1] == [before, before + 1]
     assert tiny.decode([before, before + 1]) == "<two><four>"
-    assert tiny.add_tokens(["<one>"]) == [before + 2]
+    assert tiny.append_tokens(["<one>"]) == [before + 2]
     assert tiny.remove_tokens(["<two>", "<one>", "<four>"]) == [before, before + 2, before + 1]
     assert [tiny.encode(text) for text in texts] == plain and len(tiny) == before
-    assert tiny.add_tokens([]) == tiny.remove_tokens([]) == []
+    assert tiny.append_tokens([]) == tiny.remove_tokens([]) == []
 
 
 def test_tokens_that_cannot_be_added_or_removed(tiny):
@@ -298,9 +298,9 @@ def test_tokens_that_cannot_be_added_or_removed(tiny):
         ([""], "'' is blank"),
     ]:
         with pytest.raises(ValueError, match=message):
-            tiny.add_tokens(names)
+            tiny.append_tokens(names)
         assert len(tiny) == before
-    tiny.add_tokens(["<new>"])
+    tiny.append_tokens(["<new>"])
     for name in ("<other>", "cat</w>", END, "!"):
         with pytest.raises(ValueError, match=r"was not added; those that were: \['<new>'\]"):
             tiny.remove_tokens(["<new>", name])
@@ -481,7 +481,7 @@ def test_published_settings(path, shared_data):
         ({"do_center_crop": False}, "do_center_crop=False"),
         ({"do_normalize": False}, "do_normalize=False"),
         ({"size": {"height": 224, "width": 224}}, "only a shortest_edge"),
-        ({"size": 100}, "size=100 does not cover"),
+        ({"size": 0}, "size=0, crop_size"),
         ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type='ViTImageProcessor'"),
     ],
     ids=str,

@@ -140,6 +140,63 @@ def test_several_adapters_equal_the_reference(tmp_path):
     assert difference(run(ours), run(reference)) < 1e-5
 
 
+WEIGHTS_BY_BLOCK = [
+    {"down": 0.5, "mid": -1, "up": 2},
+    {"down": {"block_0": 0.3}},
+    {"down": {"block_0": [0.2, -0.7]}, "mid": [0.4]},
+    {"up": {"block_1": [0.1, 0.9, -0.5]}},
+    {"up": {"block_1": [0.6]}, "down": 0},
+    {},
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS_BY_BLOCK, ids=str)
+def test_weights_by_block_equal_the_reference(weights, tmp_path):
+    """Of layers inside of blocks: for the others the reference's rule fails."""
+    reference, ours = pair(SD1)
+    adapters = Adapters({"unet": ours})
+    path = peft_file(ours, tmp_path / "ink.safetensors")
+    inside = {key: value for key, value in load_file(path).items() if "_block" in key}
+    save_file(inside, path)
+    load_reference(reference, path, "ink")
+    adapters.load_lora_weights(path, "ink")
+    full = run(reference)
+    reference.set_adapters("ink", dict(copy.deepcopy(weights)))
+    adapters.set_adapters("ink", {"unet": weights})
+    theirs = run(reference)
+    assert difference(run(ours), theirs) < 1e-5
+    assert bool(weights) == (difference(theirs, full) > 1e-3)
+    assert adapters.active_weights["ink"] == {"unet": weights}
+    if weights:
+        with adapters.scaled(0.5):
+            halfway = run(reference, cross_attention_kwargs={"scale": 0.5})
+            assert difference(run(ours), halfway) < 1e-5
+    adapters.fuse_lora()
+    assert difference(run(ours), theirs) < 1e-5
+    adapters.unfuse_lora()
+    adapters.set_adapters(["ink"], [{"unet": 0.7}])
+    reference.set_adapters("ink", 0.7)
+    assert difference(run(ours), run(reference)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"down": {"block_1": 1}}, "down has no .'block_1'.; with transformers are .'block_0'."),
+        ({"up": {"block_1": [1, 2]}}, "up wants 3 numbers"),
+        ({"side": 1}, "'side'. is none of down, mid, up"),
+        ({"mid": "much"}, "'much' for mid is not a number"),
+    ],
+)
+def test_weights_of_blocks_that_are_not_there(weights, message, tmp_path):
+    ours = pair(SD1)[1]
+    adapters = Adapters({"unet": ours})
+    adapters.load_lora_weights(peft_file(ours, tmp_path / "ink.safetensors"), "ink")
+    with pytest.raises(ValueError, match=message):
+        adapters.set_adapters("ink", {"unet": weights})
+    assert adapters.active_weights["ink"] == {"unet": 1.0}
+
+
 def test_half_precision_is_as_close_to_the_truth_as_the_reference(tmp_path):
     reference, ours = pair(SD2)
     path = peft_file(reference, tmp_path / "style.safetensors")

@@ -229,7 +229,7 @@ def test_files_that_are_refused(inversion, tmp_path):
 
 
 def test_a_tokenizer_of_another_size_is_refused(inversion, tokenizer):
-    tokenizer.add_tokens(["<more>"])
+    tokenizer.append_tokens(["<more>"])
     with pytest.raises(ValueError, match=f"the tokenizer has {len(tokenizer)} tokens, the text encoder"):
         inversion.load_textual_inversion({"<toy>": torch.ones(WIDTH)})
 

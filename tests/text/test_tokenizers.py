@@ -288,7 +288,10 @@ def test_texts_that_are_not_text_are_refused(tiny):
         (dict(padding="left"), "padding='left'"),
         (dict(max_length=5), "needs truncation"),
         (dict(max_length=0, truncation=True), "must be positive"),
-        (dict(return_tensors="np"), "return_tensors='np'"),
+        (dict(return_tensors="tf"), "return_tensors='tf'"),
+        (dict(pad_to_multiple_of=8), "pad_to_multiple_of=8 is not supported: pad with"),
+        (dict(truncation="left"), "truncation='left'"),
+        (dict(padding_side="left"), "padding_side: always 'right'"),
         (dict(return_tensors="pt"), "pass padding=True"),
     ],
     ids=str,
@@ -297,7 +300,7 @@ def test_options_that_make_no_sense_are_refused(call, message, tiny):
     with pytest.raises(ValueError, match=message):
         tiny(["a", "two words"], **call)
     with pytest.raises(TypeError):
-        tiny("a", pad_to_multiple_of=8)
+        tiny("a", pad_to_multiple=8)
 
 
 @pytest.mark.parametrize(
