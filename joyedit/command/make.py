@@ -251,8 +251,8 @@ def warn_of_the_unknown(
         if round_trip(pipe, system.seen(pipe, call)) < world.psnr
     ]
     pictured = "this photograph" if len(photos) == 1 else f"the photographs {', '.join(strange[:4])}"
-    texts = [] if args.lora else [calls[0][name] for name in system.texts]
-    words = ", ".join(shown(word, 40) for word in world.unknown(texts)[:4])
+    texts = [calls[0][name] for name in system.texts]
+    words = ", ".join(shown(word, 40) for word in pipe.unknown_words(texts)[:4])
     known = next(filter(None, map(world.respelt, texts)), None)
     if words and known:
         words += f" (it knows {shown(known, 120)})"

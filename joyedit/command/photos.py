@@ -1,12 +1,10 @@
 """The photographs of a command: read from paths or URLs, named without their folders, and resized."""
 
 import logging
-import re
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
-from joyedit.checkpoints.mistaken import is_pointer
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import hides
 from joyedit.media.download import is_url, shown_url
@@ -15,9 +13,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image, Resampling
 
 log = logging.getLogger("joyedit")
-
-# What starts a file of these kinds, which Pillow does not read by itself.
-HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
 
 
 class Photo(NamedTuple):
@@ -38,10 +33,7 @@ def read_photo(source: str) -> Photo:
 
     if not is_url(source) and (path := expanded(source)).is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the photographs in it, as in {path / '*.png'}")
-    try:
-        image, digest = load_photo(source)
-    except ValueError as error:
-        raise ValueError(f"{error}{'' if is_url(source) else mistaken(expanded(source))}") from None
+    image, digest = load_photo(source)
     return Photo(image, {"name": photo_name(source), "sha256": digest}, rgb_profile(image))
 
 
@@ -51,23 +43,6 @@ def photo_name(source: str) -> str:
         return Path(source).name
     path = shown_url(source).partition("://")[2].partition("/")[2]
     return "".join("_" if hides(letter) else letter for letter in PurePath(unquote(path)).name) or "photo"
-
-
-def mistaken(path: Path) -> str:
-    """What a file is that no picture could be read from, where that is known, with what to do."""
-    if is_pointer(path):
-        return ": it is a git-lfs pointer, not the picture itself; `git lfs pull` fetches that"
-    try:
-        with path.open("rb") as file:
-            start = file.read(32)
-    except OSError:
-        return ""
-    if HEIC.match(start):
-        return (
-            ": it is HEIC, as telephones write it; save it as JPEG or PNG, or open it in Python after "
-            "`pillow_heif.register_heif_opener()` (pip install pillow-heif)"
-        )
-    return ""
 
 
 def rgb_profile(image: "Image") -> bytes | None:

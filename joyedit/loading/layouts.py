@@ -29,6 +29,7 @@ from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
 from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.small_files import read_beginning, read_text
@@ -195,7 +196,7 @@ def find_checkpoint(name_or_path: str | Path, pipeline: str | None = None, **opt
     origin = Origin(name, **options)
     listing = [] if Path(name).is_file() else origin.listing()
     if origin.is_local:  # git-lfs may have left texts in the place of large files
-        refuse_pointers(Path(name).expanduser() / file for file in listing)
+        refuse_pointers(expanded(name) / file for file in listing)
     layout = layout_of(name, listing)
     if pipeline is not None and layout == "diffusers":
         return Checkpoint(origin, listing, layout, pipeline)

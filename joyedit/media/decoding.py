@@ -6,6 +6,7 @@ than PIL.Image.MAX_IMAGE_PIXELS is read with a warning, one of twice as many is 
 """
 
 import logging
+import re
 import struct
 import warnings
 from typing import Any
@@ -15,6 +16,7 @@ import PIL.Image
 import PIL.ImageOps
 from PIL.Image import Image, Transpose
 
+from joyedit.checkpoints.mistaken import POINTER
 from joyedit.checkpoints.plain_text import visible
 
 log = logging.getLogger("joyedit")
@@ -29,6 +31,9 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+
+# What starts a file of this kind, which Pillow does not read by itself.
+HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
 
 
 def decode(file: Any, name: str, size: tuple[int, int] | None = None) -> Image:
@@ -53,12 +58,27 @@ def decode(file: Any, name: str, size: tuple[int, int] | None = None) -> Image:
                 "to None if you trust the file"
             ) from None
         except PIL.UnidentifiedImageError:
-            raise ValueError(f"image {name!r} is not in an image format that Pillow reads") from None
+            kind = kind_of(file)
+            raise ValueError(f"image {name!r} is not in an image format that Pillow reads{kind}") from None
         except MemoryError:
             raise ValueError(f"image {name!r} needs more memory than there is") from None
         except Exception as error:
             raise ValueError(f"image {name!r} is damaged: {reason(error)}") from None
     return opened
+
+
+def kind_of(file: Any) -> str:
+    """What a file is that no picture could be read from, where that is known, with what to do."""
+    file.seek(0)
+    start = file.read(64)
+    if start.startswith(POINTER):
+        return ": it is a git-lfs pointer, not the picture itself; `git lfs pull` fetches that"
+    if HEIC.match(start):
+        return (
+            ": it is HEIC, as telephones write it; save it as JPEG or PNG, or open it in Python after "
+            "`pillow_heif.register_heif_opener()` (pip install pillow-heif)"
+        )
+    return ""
 
 
 def reduce_huge(opened: Image, name: str, size: tuple[int, int] | None) -> None:

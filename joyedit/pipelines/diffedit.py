@@ -66,9 +66,9 @@ from joyedit.pipelines.diffedit_results import (
     black_out,
 )
 from joyedit.pipelines.diffedit_steps import AfterStep, after_step, denoiser
-from joyedit.pipelines.diffusers_spellings import ImageProcessor
 from joyedit.pipelines.made_for import words_of
 from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.pipeline_spellings import ImageProcessor
 from joyedit.pipelines.regularization import regularize
 from joyedit.pipelines.sd_latents import LatentCoder, draw, with_clean_level
 from joyedit.pipelines.sd_prompts import Embeds, PromptReader

@@ -44,7 +44,6 @@ from joyedit.pipelines.checks import (
     check_tensor,
 )
 from joyedit.pipelines.defaults import unsaid
-from joyedit.pipelines.diffusers_spellings import ImageProcessor
 from joyedit.pipelines.joyimage_prompts import SYSTEM, USER, VISION, Prompt, PromptReader
 from joyedit.pipelines.joyimage_request import (
     Request,
@@ -55,6 +54,7 @@ from joyedit.pipelines.joyimage_request import (
     one_per_prompt,
 )
 from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.pipeline_spellings import ImageProcessor
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer
 from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor

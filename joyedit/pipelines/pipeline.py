@@ -30,7 +30,6 @@ from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.summary import parts
 from joyedit.memory import BlockStreaming, at_rest, visit
 from joyedit.pipelines.defaults import Unsaid, plain
-from joyedit.pipelines.diffusers_spellings import DiffusersSpellings
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline_spellings import PipelineSpellings, move
 from joyedit.schedulers.scheduler import Scheduler
@@ -50,7 +49,7 @@ STATE_OF_CALLS = frozenset(
 REGISTERING = threading.Lock()
 
 
-class Pipeline(DiffusersSpellings, PipelineSpellings):
+class Pipeline(PipelineSpellings):
     """Parts by name, and what users do with all of them at once.
 
     A subclass lists its parts in `parts`, and assigns each in `__init__`, which checks its class. All but

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -148,10 +149,12 @@ class TextTokenizer(TokenizerSpellings):
         """The first `limit` of the ids that `encode` gave."""
         return row[:limit]
 
-    def decode(self, ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
+    def decode(
+        self, ids: int | Sequence[int] | np.ndarray | Tensor, skip_special_tokens: bool = False
+    ) -> str:
         """The text of one row of ids; bytes that are not valid UTF-8 become U+FFFD."""
-        ids = ids.tolist() if isinstance(ids, Tensor) else ids
-        return self.backend.decode([ids] if isinstance(ids, int) else list(ids), skip_special_tokens)
+        row = np.atleast_1d(np.asarray(ids)).astype(np.int64).tolist()
+        return self.backend.decode(row, skip_special_tokens)
 
     def batch_decode(self, rows: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
         return [self.decode(row, skip_special_tokens) for row in rows]
@@ -164,9 +167,9 @@ class TextTokenizer(TokenizerSpellings):
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
         """The token of an id, or the list of several; None for what is not in the vocabulary."""
-        if isinstance(ids, int):
-            return self.backend.id_to_token(ids)
-        return [self.backend.id_to_token(token_id) for token_id in ids]
+        if isinstance(ids, (int, np.integer)):
+            return self.backend.id_to_token(int(ids))
+        return [self.backend.id_to_token(int(token_id)) for token_id in ids]
 
     def __len__(self) -> int:
         """All tokens, the added ones included."""

@@ -408,3 +408,18 @@ def test_pictures_are_written_in_formats_that_pillow_writes(tmp_path):
 def test_an_unknown_user_in_a_path_is_a_missing_file():
     with pytest.raises(FileNotFoundError, match="~nobody_of_that_name/photo.png"):
         im.load_image("~nobody_of_that_name/photo.png")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), "HEIC.*pillow-heif"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs pointer"),
+        (b"<!DOCTYPE html><html></html>", "not in an image format"),
+    ],
+)
+def test_what_is_no_picture_is_named_as_what_it_is(tmp_path, content, said):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        im.load_image(path)
