@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import functools
 import os
 import re
 import subprocess
@@ -68,10 +69,12 @@ every_module = pytest.mark.parametrize("name", SOURCES)
 
 
 @functools.cache
+@functools.cache
 def tree(name: str) -> ast.Module:
     return ast.parse(SOURCES[name].read_text(encoding="utf-8"))
 
 
+@functools.cache
 def imports(name: str) -> list[tuple[str, bool]]:
     """(module, whether it waits for a call) of every import statement; ours down to the module named."""
     found = []

@@ -211,6 +211,7 @@ def install(environment: Path, *what: str | Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.slow)])
 def test_install_elsewhere(kind, environment, tmp_path, request):
     install(environment, request.getfixturevalue(kind))

@@ -123,6 +123,7 @@ def held_out(name, count):
         yield Image.fromarray(scenes.to_levels(scenes.draw(scene, side))), texts
 
 
+@pytest.mark.slow
 @every_one
 def test_its_world_holds_scenes_and_no_photograph(name):
     pipe, world = joyedit.load(name, device="cpu"), layouts.read_made_for(name).world

@@ -35,6 +35,7 @@ def check_rows(results, names):
             assert row["difference"] <= row["tolerance"], name
 
 
+@pytest.mark.slow
 def test_quick_run(benchmark, tmp_path, capsys):
     side_by_side, joyimage = benchmark("side_by_side"), benchmark("joyimage")
     names = [

@@ -96,6 +96,7 @@ def test_joyimage_edits_held_out_worlds_as_its_card_says(opened):
     check_kinds(evaluate.run(opened("joyimage"), edits, evaluate.STEPS), edits, stated("joyimage"), least=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["model", pytest.param("reasoning", marks=pytest.mark.slow)])
 def test_chronoedit_edits_held_out_worlds_as_its_card_says(opened, side):
     counts = publish.SYSTEMS["chronoedit"].counts
@@ -116,6 +117,7 @@ def test_chronoedit_goes_the_drawn_way(opened):
     assert way["model"]["between"] > way["nothing"]["between"] + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_diffedit_finds_the_place_and_keeps_the_rest(opened, count):
     cases = evaluate_diffedit.held_out(count)
@@ -138,6 +140,7 @@ def test_an_instruction_decides(opened):
     assert grey < 0.3 * colour
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "system", ["joyimage", "chronoedit", pytest.param("diffedit", marks=pytest.mark.slow)]
 )
@@ -185,6 +188,7 @@ def test_cards_say_what_was_recorded(system):
     assert curve[0]["samples"] < 3000 and curve[-1]["loss"] < 0.5 * curve[0]["loss"]
 
 
+@pytest.mark.slow
 def test_publishing_keeps_what_is_there_until_all_is_made(tmp_path):
     shipped, target = publish.ASSETS / "tiny-diffedit", tmp_path / "tiny-diffedit"
     publish.install(shipped, shipped / "vae", target)

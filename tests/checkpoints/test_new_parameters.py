@@ -204,6 +204,7 @@ def test_a_construction_that_differs_each_time_is_refused():
         initial_values(lambda: nn.Sequential(*(Fickle() for _ in range(2))), ["0.weight"])
 
 
+@pytest.mark.slow
 def test_new_parameters_of_a_large_network_take_their_own_memory(tmp_path):
     """Of 1 GB of weights, that nobody asked for, nothing is made."""
     code = """

@@ -90,6 +90,7 @@ def test_what_no_weights_need_is_refused(tmp_path, name, form):
     assert "weights_only=" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_pickle_of_gigabytes_takes_none(tmp_path):
     """Two kilobytes, which torch's own reader makes six gigabytes of."""
     torch.save({"a": REFUSED["bytearray"][0]}, tmp_path / "x.pt")

@@ -261,6 +261,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_every_setting_is_recorded_and_repeated(photo, run, checkpoint):
     words = [word for option, (_, value) in SETTINGS.items() for word in (option, value)]
     lora = checkpoint / "lora" / "chronoedit_distill_lora.safetensors"

@@ -87,6 +87,7 @@ def round_trip(photo, size=(96, 64)):
     return clean, images.to_output(pipe.vae.decode(clean / pipe.vae.config.scaling_factor).sample)[0]
 
 
+@pytest.mark.slow
 def test_outside_the_mask_is_the_round_trip_of_the_autoencoder(photo, run, monkeypatch):
     """Exactly so in the latents. The decoder mixes all pixels a little, so that of a picture only one with an
     empty mask can be compared."""
@@ -131,6 +132,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_every_setting_is_recorded_and_repeated(photo, run, checkpoint):
     words = [word for option, (_, value) in SETTINGS.items() for word in (option, value)]
     words += ["--composite", "-m", checkpoint, "--dtype", "fp32", "--seed", 9, "-o", "first.png", "-q"]
@@ -212,6 +214,7 @@ def test_size_to_work_at(side, size, words, wanted):
         assert made.width * made.height <= side**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "side"), [(64, 512), (96, 768), ([32, 48], 256), (None, 512), (8, 64)])
 def test_pictures_are_as_large_as_those_of_the_training(
     checkpoint, tmp_path, photo, run, monkeypatch, stored, side

@@ -261,6 +261,7 @@ def pixels(name):
     return np.asarray(Image.open(name)).astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scales", "used"), [((), (1, 1)), ((0.5,), (0.5, 0.5)), ((0.5, -2), (0.5, -2))])
 def test_several_adapters_are_used_recorded_and_repeated(run, loras, scales, used):
     words = [word for name in loras for word in ("--lora", name)]

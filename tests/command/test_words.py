@@ -157,6 +157,7 @@ def test_of_captions_the_way_back_counts_too(run, tmp_path):
     assert "no effect" not in run(*words, "--invert-guidance-scale", 2)[2]
 
 
+@pytest.mark.slow
 def test_a_preset_is_without_guidance(run, tmp_path):
     write_random_chronoedit_checkpoint(tmp_path / "chrono")
     words = (

@@ -141,6 +141,7 @@ LOAD = """
 SLACK = 24 << 20  # headers, names and modules
 
 
+@pytest.mark.slow
 def test_casting_takes_the_result_and_one_tensor(tmp_path):
     config = ChronoEditConfig(num_attention_heads=8, ffn_dim=6144, num_layers=4, added_kv_proj_dim=1024)
     shards = write_shards(tmp_path / "t", shapes_of(config), limit=5 * 10**7)

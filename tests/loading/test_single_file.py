@@ -275,6 +275,7 @@ def guessed(path, tokenizer, caplog, **options):
     return pipe.scheduler.config.prediction_type, pipe.unet.config.sample_size, caplog.text
 
 
+@pytest.mark.slow
 def test_prediction_type_is_told_or_guessed_aloud(single_files, sd_states, tokenizer, caplog, tmp_path):
     first, second = single_files / "first.safetensors", single_files / "second.safetensors"
     assert guessed(first, tokenizer, caplog)[0] == "epsilon" and "is assumed" not in caplog.text

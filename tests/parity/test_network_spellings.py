@@ -156,6 +156,7 @@ def test_single_files_that_cannot_be(unet, tmp_path):
         joyedit.UNet2DConditionModel.from_single_file(url)
 
 
+@pytest.mark.slow
 def test_compile_reaches_the_blocks_in_place(unet):
     before = run(unet)
     compiled = []

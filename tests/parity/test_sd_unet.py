@@ -464,6 +464,7 @@ def test_uneven_layers_in_original_names():
     assert {"output_blocks.2.2.conv.weight", "output_blocks.4.0.skip_connection.weight"} <= names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_folders_open_equal_here_and_there(tmp_path, name):
     model = reference(name)

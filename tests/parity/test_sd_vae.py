@@ -230,6 +230,7 @@ TILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, shape", [(name, shape) for name in TILED for shape in TILED[name]], ids=str)
 def test_tiling(name, shape):
     model = reference(name)
@@ -262,6 +263,7 @@ def test_tiles_of_another_size_and_small_pictures():
     check_codes(network, model, pixels(model, (1, 56, 63)), latents(model, (1, 56, 63)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, overlap", [(5, 0.25), (6, 0.4), (1, 0.25), (3, 0.0)])
 def test_tiles_that_do_not_divide_evenly_keep_the_size_of_the_picture(size, overlap):
     """The reference rounds the steps of pixels and of latents apart, and its results are too large."""

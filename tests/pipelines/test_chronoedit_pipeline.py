@@ -178,6 +178,7 @@ def test_only_last_frame_of_a_run(pipe, call):
     assert len(film) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiled", [False, True], ids=["sliced", "tiled"])
 def test_slices_and_tiles_apply_to_the_parts_of_a_film(pipe, tiled):
     z = torch.randn(2, 16, 3, 8, 10, generator=seeded())

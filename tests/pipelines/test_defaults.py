@@ -70,6 +70,7 @@ def test_a_preset_comes_before_the_checkpoint_and_after_the_caller(pipes):
     assert settings(pipe) == (8, 1.0) and settings(pipe, num_inference_steps=50) == (50, 1.0)
 
 
+@pytest.mark.slow
 def test_the_settings_of_an_edit_between_captions(pipes, monkeypatch):
     pipe = pipes["diffedit"]
     said = {"num_inference_steps": 5, "inpaint_strength": 0.6, "guidance_scale": 3.0, "composite": True}

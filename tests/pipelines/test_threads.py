@@ -81,6 +81,7 @@ def test_calls_at_once_give_what_they_give_alone(pipe, own):
     assert same(at_once(run, range(THREADS)), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_offloaded_networks_stay_while_they_run(loaded, monkeypatch, offload):
     """With the CPU in the accelerator's place, where nothing shows a network that was moved away; so its
@@ -164,6 +165,7 @@ def adapter(network, prefix, seed):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["tiny-diffedit", "tiny-chronoedit"])
 def test_a_scale_of_adapters_is_that_of_its_call(loaded, system):
     pipe = copy.deepcopy(loaded[system])
@@ -301,6 +303,7 @@ def test_a_call_leaves_the_scheduler_of_its_pipeline_as_it_was(pipe):
     assert state() == before
 
 
+@pytest.mark.slow
 def test_pipelines_are_copied_and_pickled_also_during_a_call(pipe):
     copies = []
 
@@ -315,6 +318,7 @@ def test_pipelines_are_copied_and_pickled_also_during_a_call(pipe):
         assert torch.equal(guided(made), wanted)
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_active_adapters_is_pickled(loaded):
     pipe = copy.deepcopy(loaded["tiny-diffedit"])
     pipe.set_progress_bar_config(disable=True)

@@ -78,6 +78,7 @@ def diffedit(dtype: torch.dtype) -> list[np.ndarray]:
     return [heat, none, latents.float().numpy(), edit]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["run in fp32", "run in bf16"])
 @pytest.mark.parametrize("run", [joyimage, chronoedit, diffedit], ids=lambda run: run.__name__)
 def test_pipelines_do_not_follow_torch_defaults(run, dtype):

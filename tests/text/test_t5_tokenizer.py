@@ -119,6 +119,7 @@ def test_ids_are_those_of_the_file(real, folder):
         assert torch.equal(found.attention_mask, wanted.attention_mask)
 
 
+@pytest.mark.slow
 def test_cleaned_prompts_have_the_ids_of_the_reference(real, folder):
     """transformers 5 rebuilds the tokenizer. Of a cleaned text without special tokens the ids are equal, but
     for unknown characters: 2, which is <s>, where the file says 3."""
