@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import functools
 import os
 import re
 import subprocess
@@ -68,7 +67,6 @@ SOURCES = sources()
 every_module = pytest.mark.parametrize("name", SOURCES)
 
 
-@functools.cache
 @functools.cache
 def tree(name: str) -> ast.Module:
     return ast.parse(SOURCES[name].read_text(encoding="utf-8"))
