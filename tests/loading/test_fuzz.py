@@ -270,14 +270,17 @@ def configs(bench):
     from joyedit.checkpoints.hub import Origin
     from joyedit.checkpoints.network import Network, plan_folder
     from joyedit.checkpoints.options import LoadOptions
-    from joyedit.loading.layouts import made_for, pipeline_name
+    from joyedit.loading.layouts import pipeline_name, read_made_for
 
     torch.set_num_threads(1)
     for asset in ("tiny-joyimage", "tiny-diffedit", "tiny-chronoedit"):
         folder = bench.copied(asset)
         index = json.loads((folder / "model_index.json").read_text())
         bench.cases.append(
-            (folder / "model_index.json", lambda path: (pipeline_name(path.parent), made_for(path.parent)))
+            (
+                folder / "model_index.json",
+                lambda path: (pipeline_name(path.parent), read_made_for(path.parent)),
+            )
         )
         for part, listed in index.items():
             if (
