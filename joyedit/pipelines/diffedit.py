@@ -468,7 +468,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         drawn = {"sampled": SAMPLED_INVERSION in self.quirks, "generator": generator}
         latents = self._encode(pixels, len(run.embeds.positive), **drawn)
         levels = [latents]
-        with denoiser(self, run, "inverting") as predict:
+        with denoiser(self, self.unet, run, "inverting") as predict:
             for i, t in enumerate(run.steps):
                 if self.interrupt:
                     break
@@ -565,7 +565,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     ) -> Tensor:
         """Latents x (B, C, h, w) at the noisiest level, denoised in the mask, the photograph's outside."""
         late = LATE_BLEND in self.quirks
-        with denoiser(self, run, "denoising") as predict:
+        with denoiser(self, self.unet, run, "denoising") as predict:
             for i, t in enumerate(run.steps):
                 if self.interrupt:
                     break

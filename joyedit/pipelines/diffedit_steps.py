@@ -5,24 +5,23 @@ B images   C latent channels   h, w latent size   P prompts   T steps taken
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from joyedit import ops
+from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.pipelines.checks import check_count
 from joyedit.pipelines.diffedit_request import Run
-
-if TYPE_CHECKING:
-    from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
+from joyedit.pipelines.pipeline import Pipeline
 
 AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # step, timestep, latents -> the latents to go on with
 
 
 @contextlib.contextmanager
 def denoiser(
-    pipe: "StableDiffusionDiffEditPipeline", run: Run, label: str
+    pipe: Pipeline, network: UNet2DConditionModel, run: Run, label: str
 ) -> Iterator[Callable[[int, Tensor], Tensor]]:
     """A function: what the UNet predicts at run.steps[i] for x (B, C, h, w), guided if there are negatives,
     as long as no callback ends it. A prompt serves B / P samples in a row."""
@@ -30,7 +29,7 @@ def denoiser(
     pair = None if negative is None or torch.equal(negative, positive) else (negative, positive)
     pipe._num_timesteps = len(run.steps)
     with (
-        pipe.on_device(pipe.unet) as unet,
+        pipe.on_device(network) as unet,
         pipe.adapters_scaled(run.adapter_scale),
         pipe.progress_bar(len(run.steps), label) as bar,
     ):
@@ -53,7 +52,7 @@ def denoiser(
 
 
 def after_step(
-    pipe: "StableDiffusionDiffEditPipeline",
+    pipe: Pipeline,
     legacy: Callable | None,
     every: Any,
     on_step_end: Callable | None,
