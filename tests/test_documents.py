@@ -283,6 +283,7 @@ def guide_blocks(shared_data, number="000", language="python"):
         )
 
 
+@pytest.mark.slow
 def test_code_blocks_of_the_guide_run_with_their_imports_changed(shared_data, desk, published):
     sources = list(guide_blocks(shared_data))
     assert len(sources) == 2
@@ -331,6 +332,7 @@ def public_names():
     return {name: getattr(joyedit, name) for name in joyedit.__all__}
 
 
+@pytest.mark.slow
 def test_code_blocks_of_the_diffedit_reference_run_with_their_imports_changed(
     shared_data, web, stable_diffusion
 ):
@@ -348,6 +350,7 @@ def test_code_blocks_of_the_diffedit_reference_run_with_their_imports_changed(
     assert whole["image_latents"].shape == inversion["inverted_latents"].shape == (1, 41, 4, 8, 8)
 
 
+@pytest.mark.slow
 def test_code_blocks_of_the_diffedit_guide_run_with_their_imports_changed(shared_data, web, stable_diffusion):
     """One after the other, as a reader types them."""
     sources = list(guide_blocks(shared_data, "003", "py"))
@@ -398,6 +401,7 @@ def released_chronoedit(desk, chronoedit, monkeypatch):
     return chronoedit
 
 
+@pytest.mark.slow
 def test_code_blocks_of_the_chronoedit_page_run_with_their_imports_changed(shared_data, released_chronoedit):
     """The second goes on from the first; the third uses names that it does not import."""
     first, second, third, example = chronoedit_sources(shared_data)

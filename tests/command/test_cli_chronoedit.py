@@ -163,6 +163,7 @@ def test_reasoning_makes_the_way_of_29_frames(photo, run, pipe):
     assert (found["num_frames"], found["num_temporal_reasoning_steps"], found["fps"]) == (29, 2, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "frames", "made"), [(1, 13, 5), (0, 13, 5), (2, 13, 13)])
 def test_frames_and_steps_of_reasoning(photo, run, pipe, steps, frames, made):
     words = ("--reasoning-steps", steps, "--frames", frames, "--video", "out", "--seed", 2, "-o", "a.png")
@@ -365,6 +366,7 @@ def test_what_is_said_wins_over_a_preset_even_where_it_is_the_usual_value(photo,
     assert (found["num_inference_steps"], found["guidance_scale"]) == (2, 5.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [None, 0.25, 0])
 def test_an_adapter_runs_with_its_scale(photo, run, checkpoint, scale):
     shutil.copy(checkpoint / "lora" / "chronoedit_distill_lora.safetensors", "mine.safetensors")
@@ -533,6 +535,7 @@ def test_an_empty_folder_takes_frames(photo, run):
     assert len(list(Path("out").iterdir())) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["out.mp4", "out.webp", "new/out.mov", "frames", "new/frames"])
 def test_ctrl_c_while_the_film_is_written_leaves_no_file(photo, run, monkeypatch, target, tmp_path):
     """The film is all there under a temporary name, or the third of its frames."""

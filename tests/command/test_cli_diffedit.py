@@ -179,6 +179,7 @@ def test_settings_that_are_not_given_are_those_of_the_pipeline(photo, run, monke
     assert (found["num_inference_steps"], found["inpaint_strength"], found["composite"]) == (50, 0.8, False)
 
 
+@pytest.mark.slow
 def test_each_of_several_images_equals_the_run_of_its_own_seed(photo, run):
     words = (*CAPTIONS, "--mask-out", "mask.png", "--grid", "grid.png", *QUICK)
     out = run("edit", photo, *words, "--seed", 4, "--num-images", 2, "-o", "many.png")[1]

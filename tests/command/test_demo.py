@@ -55,6 +55,7 @@ def test_what_is_shown():
     assert {edit.get("reasoning", False) for edit in PLAN["chronoedit"]} == {False, True}
 
 
+@pytest.mark.slow
 def test_files(folder):
     names = {path_of(folder, system, edit, file) for system, edit in EDITS for file in demo.FILES[system]}
     assert set(folder.iterdir()) == {*names, folder / "demo.png"}
@@ -103,6 +104,7 @@ def test_the_page_shows_every_picture(folder):
         assert 100 < (between.min(-1) < 128).sum() < between[..., 0].size / 4, "the instruction"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("system", "edit"), EDITS)
 def test_the_scenes_are_of_the_world_that_the_models_know(system, edit):
     world = layouts.read_made_for(f"tiny-{system}").world
@@ -144,6 +146,7 @@ def quick(monkeypatch, tmp_path):
     return [f"joyimage-{PLAN['joyimage'][0]['name']}-{file}" for file in demo.FILES["joyimage"]]
 
 
+@pytest.mark.slow
 def test_the_command_prints_where_the_picture_is(quick, run):
     status, out, err = run("demo")
     assert (status, out) == (0, f"{Path('joyedit-demo/demo.png')}\n") and "editing" not in err
@@ -153,6 +156,7 @@ def test_the_command_prints_where_the_picture_is(quick, run):
     assert "editing: 100%" in run("demo", "--out", "b/c", "-v")[2] and Path("b/c/demo.png").is_file()
 
 
+@pytest.mark.slow
 def test_the_bar_is_for_terminals(quick, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -164,6 +168,7 @@ def test_the_bar_is_for_terminals(quick, monkeypatch):
         assert ("editing: 100%" in stream.getvalue()) == shown
 
 
+@pytest.mark.slow
 def test_files_are_not_replaced_without_force(quick, run, monkeypatch):
     for name in (quick[1], "demo.png"):
         Path("out").mkdir()

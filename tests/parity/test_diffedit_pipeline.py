@@ -356,6 +356,7 @@ def test_edits_are_equal(both, case):
     assert float(np.std(theirs.images)) > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_output_types_are_equal(pair, output_type):
     call = dict(
@@ -391,6 +392,7 @@ def test_whole_run_of_the_three_stages(both):
     assert distance(results[1][1], results[0][1]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_each_quirk_matters(made):
     """Turned off alone, each makes what the reference does not."""
     reference, folder = made["sd1"]

@@ -150,6 +150,7 @@ WEIGHTS_BY_BLOCK = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", WEIGHTS_BY_BLOCK, ids=str)
 def test_weights_by_block_equal_the_reference(weights, tmp_path):
     """Of layers inside of blocks: for the others the reference's rule fails."""

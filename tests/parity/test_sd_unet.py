@@ -412,6 +412,7 @@ def compvis_names(model, num_res_blocks: int, attention_levels: set[int]) -> dic
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["stable-diffusion-v1-5", "stable-diffusion-2-1"])
 def test_original_names_of_real_configs(shared_data, folder):
     raw = real_config(shared_data, folder)

@@ -360,6 +360,7 @@ TILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TILES)
 def test_tiling(case):
     shape, sizes = TILES[case]
@@ -389,6 +390,7 @@ def test_tiling_of_another_factor_and_small_pictures():
     check_codes(network, model, pixels(model, (1, 1, 24, 20)), latents(model, (1, 1, 24, 20)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiling", [False, True])
 def test_slicing(tiling):
     model = reference("narrow")

@@ -200,6 +200,7 @@ def test_slices_and_tiles_apply_to_the_parts_of_a_film(pipe, tiled):
     assert close(film, plain, 1e-5) is not tiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("euler", [False, True], ids=["UniPC", "Euler"])
 @pytest.mark.parametrize("k", range(5))
 def test_frames_between_are_denoised_until_they_are_dropped(pipe, monkeypatch, k, euler):
@@ -319,6 +320,7 @@ def test_shorter_prompts_and_what_is_cut_off(pipe, caplog):
     assert len(cut) == 2 and "cut to 4 tokens; lost: 'in the basket'" in cut[0] and "'it'" in cut[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [0, 2, 5])
 def test_reasoning_without_being_enabled_is_told(pipe, caplog, k):
     with caplog.at_level(logging.WARNING, "joyedit"):

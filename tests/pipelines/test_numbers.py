@@ -89,6 +89,7 @@ def run(pipes, case, call):
     return (pipe.edit if case == "diffedit" else pipe)(**call)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("like", LIKE)
 @pytest.mark.parametrize("case", CASES)
 def test_numbers_of_others_are_numbers(pipes, case, like):

@@ -247,6 +247,7 @@ def test_an_interrupt_from_outside_reaches_calls_within_calls(loaded, monkeypatc
     assert len(calls) == 3 + 1 + 4 + 4 and not pipe.interrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["guidance_scale", "_guidance_scale"])
 def test_a_callback_changes_the_guidance_of_its_call(pipe, name):
     """And the pipeline says afterwards what its last call had."""

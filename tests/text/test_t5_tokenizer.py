@@ -149,6 +149,7 @@ def test_empty_prompt_is_one_token(real):
     assert batch.input_ids.tolist() == [[1, 0, 0, 0]] and batch.attention_mask.tolist() == [[1, 0, 0, 0]]
 
 
+@pytest.mark.slow
 def test_save_and_open_again(real, tmp_path):
     real.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))

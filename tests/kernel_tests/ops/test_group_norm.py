@@ -73,6 +73,7 @@ def test_many_tiles(check, randn, shared, last, partial_sums):
     check(True, maps(randn, last, 1, 34, 61, 41), 2)
 
 
+@pytest.mark.slow
 @LAYOUTS
 def test_one_program_takes_many_tiles(check, randn, dtype, last):
     check(True, maps(randn, last, 1, 8, 71, 61, dtype), 1)

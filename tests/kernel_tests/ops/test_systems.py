@@ -298,6 +298,7 @@ def film(pipe, frames, cut):
     return out.frames.float().cpu()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "frames, cut",
     [
