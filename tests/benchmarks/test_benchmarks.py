@@ -141,6 +141,7 @@ print(sorted({"torch._dynamo", "sympy"} & set(sys.modules)))
 """
 
 
+@pytest.mark.slow
 def test_loading_imports_no_compiler(benchmark, tmp_path):
     """Building on the meta device can do so by the way: a second, and 120 MB of the peak."""
     write_random_checkpoint(tmp_path)

@@ -89,6 +89,7 @@ def learned(stated):
     return [kind for kind, row in stated["kinds"].items() if row["ok"] >= 0.8]
 
 
+@pytest.mark.slow
 def test_joyimage_edits_held_out_worlds_as_its_card_says(opened):
     kinds = learned(stated("joyimage"))
     assert "move" in kinds

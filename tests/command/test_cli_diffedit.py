@@ -71,6 +71,7 @@ def test_edit_writes_result_mask_and_grid(photo, run):
     assert abs(shown[inside] - (first[inside] + [255, 0, 0]) / 2).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_mask_depends_on_the_target(photo, run):
     for name, target in (("a", "a bowl of pears"), ("b", "a big dog")):
         words = ("--target", target, "--mask-out", f"{name}-mask.png", "-o", f"{name}.png", "--seed", 1)
@@ -312,6 +313,7 @@ def test_two_results_do_not_share_a_file(photo, run, no_work):
     assert status == 1 and "two results would be written to one file" in err
 
 
+@pytest.mark.slow
 def test_prediction_type_reaches_the_loader(photo, run, monkeypatch, tmp_path):
     seen = []
     real = layouts.load

@@ -85,6 +85,7 @@ def test_each_photograph_is_edited_as_it_would_be_alone(run, loads):
         assert found["input"] == {"name": name, "sha256": hashlib.sha256(Path(name).read_bytes()).hexdigest()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -185,6 +185,7 @@ def test_the_size_to_work_at_is_said_and_whether_it_crops(run, quick):
     assert "working at" not in run("edit", "fits.png", "x")[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-chronoedit", "tiny-diffedit"])
 def test_a_photograph_is_said_to_be_stretched_only_where_it_could_be_less_so(run, name):
     texts = (

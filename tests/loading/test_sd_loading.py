@@ -216,6 +216,7 @@ def test_variants_fall_back_folder_by_folder(folder, sd_states, caplog):
         joyedit.load(folder, device="cpu", variant="int8")
 
 
+@pytest.mark.slow
 def test_order_of_preference_of_weight_files(folder, sd_states):
     """Variant as safetensors, variant as pickle, plain safetensors, plain pickle."""
 
@@ -281,6 +282,7 @@ RELEASES = {  # UNet, VAE, text encoder; what the scheduler says; the tokenizer'
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASES)
 def test_published_folders_at_their_own_size(shared_data, sd_released, write_zeros, tmp_path, name):
     counts, prediction_type, padding = RELEASES[name]

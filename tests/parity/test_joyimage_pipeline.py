@@ -366,6 +366,7 @@ def test_bf16_is_no_further_from_fp32_than_twice_the_reference(goldens):
 RECORDED_AT_LENGTH = ["edit", "edit_tall_negative", "edit_no_cfg", "edit_batch2", "t2i", "t2i_batch2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED_AT_LENGTH)
 def test_larger_recorded_runs(shared_data, name):
     folder = shared_data / "goldens"

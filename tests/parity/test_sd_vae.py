@@ -281,6 +281,7 @@ def test_tiles_that_do_not_divide_evenly_keep_the_size_of_the_picture(size, over
     assert difference(moments[..., :keep, :keep], first) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [49, 55])
 def test_a_last_tile_of_less_than_one_latent_is_left_out(width):
     """The reference fails there: tiles begin every 24 pixels, and fewer than 8 make no latent."""

@@ -91,6 +91,7 @@ def test_settings_of_a_film(desk, run):
     assert status == 1 and "--reasoning-steps 4 is above the 3 steps" in err
 
 
+@pytest.mark.slow
 def test_one_line_says_what_a_small_model_does_not_know(desk, run):
     def lines(*words, model="joyimage"):
         status, _, err = run(*words, "-m", model, "--seed", 1, "--force", "-o", "out.png", "--steps", 1)

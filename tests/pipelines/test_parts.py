@@ -34,6 +34,7 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
+@pytest.mark.slow
 def test_joyimage_runs_from_embeddings_and_embeds_alone(loaded):
     pipe = loaded["joyimage"]
     call = {"image": PHOTO, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}

@@ -103,6 +103,7 @@ def test_special_tokens(real):
     assert real.decode(real.encode("a cat"), skip_special_tokens=True) == "a cat"
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_the_file(real, folder):
     """The library itself, and transformers on the same tokenizer.json, with their truncation and padding."""
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -152,6 +152,7 @@ def added(q, k, v):
     return sum(plain(torch.cat(q, dim=1), *pair) for pair in zip(k, v, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [16, 72, 128])
 @pytest.mark.parametrize("keys", [(70, 9), (3, 130), (64, 32), (5,)], ids=str)
 def test_summed_softmaxes(check, keys, width):
@@ -173,6 +174,7 @@ def packed(lengths, one):
 LENGTHS_OF_SAMPLES = [[70], [5, 1, 0, 67, 64], [1, 131, 2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", LENGTHS_OF_SAMPLES, ids=str)
 def test_packed_samples(check, lengths):
     shape = Shape((sum(lengths),), (sum(lengths),), width=72, groups=1)

@@ -49,6 +49,7 @@ def maps(randn, last, b, c, h, w, dtype=torch.float32):
     return randn(b, h, w, c, dtype=dtype).movedim(-1, 1) if last else randn(b, c, h, w, dtype=dtype)
 
 
+@pytest.mark.slow
 @OPERATIONS
 @LAYOUTS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
