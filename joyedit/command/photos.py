@@ -34,7 +34,7 @@ def read_photo(source: str) -> Photo:
     if not is_url(source) and (path := expanded(source)).is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the photographs in it, as in {path / '*.png'}")
     image, digest = load_photo(source)
-    return Photo(image, {"name": photo_name(source), "sha256": digest}, rgb_profile(image))
+    return Photo(image, {"name": photo_name(source), "sha256": digest}, image.info.get("icc_profile"))
 
 
 def photo_name(source: str) -> str:
@@ -43,12 +43,6 @@ def photo_name(source: str) -> str:
         return Path(source).name
     path = shown_url(source).partition("://")[2].partition("/")[2]
     return "".join("_" if hides(letter) else letter for letter in PurePath(unquote(path)).name) or "photo"
-
-
-def rgb_profile(image: "Image") -> bytes | None:
-    """The colour profile of a picture, as far as it is one of RGB, which its results are."""
-    profile = image.info.get("icc_profile")
-    return profile if profile and profile[16:20] == b"RGB " else None
 
 
 def resized(image: "Image", size: tuple[int, int], resample: "Resampling", own: tuple[int, int]) -> "Image":

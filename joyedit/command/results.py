@@ -138,11 +138,8 @@ def write_image(
     image: Any, path: Path, temporary: Path, metadata: dict[str, Any] | None, profile: Any
 ) -> None:
     """Write PNG with its metadata; JPEG and WebP, which are lossy, without. All carry the colour profile."""
-    from joyedit.media.images import save_png
+    from joyedit.media.images import save_picture
 
-    if path.suffix.lower() == ".png":
-        save_png(image, temporary, metadata, force=True, icc_profile=profile)
-        return
-    if metadata is not None:
+    if metadata is not None and path.suffix.lower() != ".png":
         log.info("%s carries no parameters: only .png files do", path)
-    image.save(temporary, quality=95, icc_profile=profile)
+    save_picture(image, temporary, metadata, force=True, icc_profile=profile)
