@@ -1,9 +1,10 @@
 """The fused operations of the networks: each one in plain PyTorch, and the choice of its Triton kernel.
 
 Models call these and know nothing of what runs underneath. Every function returns fresh tensors and never
-writes to its arguments. `backend` chooses:
+writes to its arguments, but for those called `out`, which are for inference alone. `backend` chooses:
 
-    auto     (the default) the kernel for what it supports on a CUDA or ROCm device, PyTorch for the rest
+    auto     (the default) the kernel for what it supports on a CUDA or ROCm device, PyTorch for the rest; and
+             where a kernel cannot be built, with a warning
     triton   the kernel, or a RuntimeError that says why it cannot run here: nothing falls back unseen
     torch    PyTorch, which is the definition of each operation and what its kernel is tested against
 
@@ -21,16 +22,19 @@ B batch   N tokens   D width   H heads   E = D / H
 import contextlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Size = int | tuple[int, ...]  # one number for all axes, or one per axis
+log = logging.getLogger("joyedit")
 
+Size = int | tuple[int, ...]  # one number for all axes, or one per axis
 
 CPU_HAS_BF16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -43,6 +47,7 @@ GUIDED_CHANNELS = 128  # the most that a program of `guide` holds in registers
 
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _backend = "auto"
+_unbuilt: dict[str, str] = {}  # kernels that could not be built, and why: "auto" leaves them to PyTorch
 
 
 def backend(name: str) -> contextlib.AbstractContextManager:
@@ -84,6 +89,26 @@ def _problem(tensors: list[Tensor], has_backward: bool) -> str | None:
     if not has_backward and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "a gradient is wanted and the kernel has no backward"
     return None
+
+
+def _launched(kernel: Callable[..., Any], *args: Any) -> Any:
+    """What the kernel returns; NotImplemented where it cannot be built (there is no C compiler, or this
+    version of Triton fails on it) and "auto" goes on with PyTorch, which a warning says the first time."""
+    if _backend != "auto" or torch.compiler.is_compiling():
+        return kernel(*args)
+    name = str(kernel)
+    if name in _unbuilt:
+        return NotImplemented
+    try:
+        return kernel(*args)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # PyTorch would meet them too
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip()
+        if reason not in _unbuilt.values():
+            log.warning("the kernel %s cannot run here, PyTorch computes it from now on: %s", name, reason)
+        _unbuilt[name] = reason
+        return NotImplemented
 
 
 def _too_wide(x: Tensor, dim: int = -1) -> str | None:
@@ -130,6 +155,53 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D_in), weight (D_out, D_in), bias (D_out) -> (..., D_out) in the dtype of x."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`linear` whose result is written to `out`, a part of `joint_buffers`, and returned; inference only.
+
+    out (B, N, H, E), x (B, N, D_in), weight (H * E, D_in), bias (H * E).
+    """
+    weight, bias = weight.to(x.dtype).t(), bias.to(x.dtype)
+    for rows, place in zip(x, out.flatten(2), strict=True):
+        torch.addmm(bias, rows, weight, out=place)
+    return out
+
+
+def joint_buffers(
+    count: int, first: Tensor, second: Tensor, num_heads: int
+) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+    """Where two streams (image and text) write what `attention` reads of both, so that nothing is joined.
+
+    first (B, N, D), second (B, M, D). Returns `count` tensors (B, N, H, E), and as many (B, M, H, E) that lie
+    behind them in memory. None and None where operations are to return fresh tensors: without a kernel, where
+    a gradient may be wanted, and where torch.compile looks on.
+    """
+    has_kernels = first.is_cuda or (_interpreted and _backend == "triton")
+    if not has_kernels or _backend == "torch" or first.dtype != second.dtype or _records():
+        return None, None
+    (b, n, d), m = first.shape, second.shape[1]
+    joint = [first.new_empty(b, n + m, num_heads, d // num_heads) for _ in range(count)]
+    return tuple(t[:, :n] for t in joint), tuple(t[:, n:] for t in joint)
+
+
+def _records() -> bool:
+    """Whether somebody may want to know how a tensor was computed."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def _unsplit(segments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Segments from `joint_buffers` as the one tensor that they are, others as they are."""
+    if len(segments) != 2 or _records():
+        return segments
+    x, y = segments
+    (b, n, *_), m = x.shape, y.shape[1]
+    if x.untyped_storage() is not y.untyped_storage() or x.stride() != y.stride() or x.dtype != y.dtype:
+        return segments
+    stride_b, stride_n = x.stride()[:2]
+    if y.storage_offset() != x.storage_offset() + n * stride_n or (b > 1 and stride_b != (n + m) * stride_n):
+        return segments
+    return (x.as_strided((b, n + m, *x.shape[2:]), x.stride()),)
 
 
 def conv2d(
@@ -232,7 +304,7 @@ def attention(
     """Scaled dot-product attention over tokens; k and v may have fewer heads than q (grouped queries).
 
     q (B, N, H, E); k, v (B, M, H_kv, E); each may be a sequence of segments that follow one another along the
-    token axis. Returns (B, N, H, E).
+    token axis; those from `joint_buffers` are not copied. Returns (B, N, H, E).
 
     causal   the last query sees the last key: a cached prefix may be longer than the queries
     summed   each segment of k and v has a softmax of its own, and the results are added
@@ -251,6 +323,8 @@ def attention(
         _check_packing(q, k, lengths, mask)
     if scale is None:
         scale = float(q[0].shape[-1] ** -0.5)
+    if not summed:
+        q, k, v = map(_unsplit, (q, k, v))
     problem = _no_attention_kernel(q, k, v, causal, scale)
     if mask is None and _triton(*q, *k, *v, problem=problem, has_backward=False):
         from joyedit.kernels import attention as kernels
@@ -258,7 +332,10 @@ def attention(
         lengths = lengths or ()
         stock = _backend != "triton" and kernels.stock_is_faster(q, k, lengths, causal, summed)
         if not stock and _triton(*q, problem=kernels.no_tiles(q[0].device), has_backward=False):
-            return kernels.attention(q, k, v, lengths, causal, summed, scale)
+            if (
+                out := _launched(kernels.attention, q, k, v, lengths, causal, summed, scale)
+            ) is not NotImplemented:
+                return out
     if summed:
         first, *others = (_attention(q, [a], [b], False, None, scale) for a, b in zip(k, v, strict=True))
         return sum(others, start=first)
@@ -341,7 +418,8 @@ def layer_norm(
     if _triton(x, weight, bias, problem=_too_wide(x)):
         from joyedit.kernels.ada_layer_norm import layer_norm as kernel
 
-        return kernel(x, weight, bias, eps)
+        if (out := _launched(kernel, x, weight, bias, eps)) is not NotImplemented:
+            return out
     dtype = wide_dtype(x)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
@@ -352,7 +430,8 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
     if _triton(x, shift, scale, problem=_too_wide(x)):
         from joyedit.kernels.ada_layer_norm import ada_layer_norm as kernel
 
-        return kernel(x, shift, scale, eps)
+        if (out := _launched(kernel, x, shift, scale, eps)) is not NotImplemented:
+            return out
     dtype = wide_dtype(x)
     shift, scale = shift.to(dtype), 1 + scale.to(dtype)
     if len(shift) == 1:
@@ -370,7 +449,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if _triton(x, y, gate, problem=_too_wide(x)):
         from joyedit.kernels.gate_residual import gate_residual as kernel
 
-        return kernel(x, y, gate)
+        if (out := _launched(kernel, x, y, gate)) is not NotImplemented:
+            return out
     return torch.addcmul(x, y, gate[:, None].to(wide_dtype(x))).to(x.dtype)
 
 
@@ -384,9 +464,26 @@ def gate_residual_norm(
     if _triton(x, y, gate, shift, scale, problem=_too_wide(x)):
         from joyedit.kernels.gate_residual import gate_residual_norm as kernel
 
-        return kernel(x, y, gate, shift, scale, eps)
+        if (out := _launched(kernel, x, y, gate, shift, scale, eps)) is not NotImplemented:
+            return out
     x = (x + y).to(x.dtype) if gate is None else gate_residual(x, y, gate)
     return x, ada_layer_norm(x, shift, scale, eps)
+
+
+def gate_residual_layer_norm(
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The gated residual and its `layer_norm` with learned scale and shift: one pass over both.
+
+    x, y (B, N, D); gate (B or 1, D); weight, bias (D). Returns the sum in the dtype of x, and its norm.
+    """
+    if _triton(x, y, gate, weight, bias, problem=_too_wide(x)):
+        from joyedit.kernels.gate_residual import gate_residual_layer_norm as kernel
+
+        if (out := _launched(kernel, x, y, gate, weight, bias, eps)) is not NotImplemented:
+            return out
+    x = gate_residual(x, y, gate)
+    return x, layer_norm(x, weight, bias, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -394,7 +491,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     if _triton(x, weight, problem=_too_wide(x)):
         from joyedit.kernels.rms_norm import rms_norm as kernel
 
-        return kernel(x, weight, eps)
+        if (out := _launched(kernel, x, weight, eps)) is not NotImplemented:
+            return out
     dtype = wide_dtype(x)
     return F.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), eps).to(x.dtype)
 
@@ -404,7 +502,8 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float = 1e-6) -> tup
     if _triton(x, y, weight, problem=_too_wide(x)):
         from joyedit.kernels.rms_norm import add_rms_norm as kernel
 
-        return kernel(x, y, weight, eps)
+        if (out := _launched(kernel, x, y, weight, eps)) is not NotImplemented:
+            return out
     x = (x + y).to(x.dtype)
     return x, rms_norm(x, weight, eps)
 
@@ -418,7 +517,8 @@ def channel_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     if _triton(x, gamma, problem=_too_wide(x, 1)):
         from joyedit.kernels.channel_rms_norm import channel_rms_norm as kernel
 
-        return kernel(x, gamma)
+        if (out := _launched(kernel, x, gamma)) is not NotImplemented:
+            return out
     return _channel_rms_norm(x, gamma).to(x.dtype)
 
 
@@ -427,7 +527,8 @@ def channel_rms_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
     if _triton(x, gamma, problem=_too_wide(x, 1)):
         from joyedit.kernels.channel_rms_norm import channel_rms_norm_silu as kernel
 
-        return kernel(x, gamma)
+        if (out := _launched(kernel, x, gamma)) is not NotImplemented:
+            return out
     return F.silu(_channel_rms_norm(x, gamma), inplace=True).to(x.dtype)
 
 
@@ -443,7 +544,8 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
     if _triton(x, weight, bias, problem=_uneven(x, groups)):
         from joyedit.kernels.group_norm import group_norm as kernel
 
-        return kernel(x, weight, bias, groups, eps)
+        if (out := _launched(kernel, x, weight, bias, groups, eps)) is not NotImplemented:
+            return out
     return _group_norm(x, weight, bias, groups, eps).to(x.dtype)
 
 
@@ -452,7 +554,8 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     if _triton(x, weight, bias, problem=_uneven(x, groups)):
         from joyedit.kernels.group_norm import group_norm_silu as kernel
 
-        return kernel(x, weight, bias, groups, eps)
+        if (out := _launched(kernel, x, weight, bias, groups, eps)) is not NotImplemented:
+            return out
     return F.silu(_group_norm(x, weight, bias, groups, eps), inplace=True).to(x.dtype)
 
 
@@ -480,6 +583,7 @@ def qk_norm_rope(
     eps: float = 1e-6,
     half_split: bool = False,
     start: int = 0,
+    out: tuple[Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of q and k and their rotary embedding: from slices of a projection to what attention reads.
 
@@ -487,6 +591,8 @@ def qk_norm_rope(
     token together; None, no norm. rope: cos and sin, each (N, E / 2) or (B or 1, N, E / 2); token n of k
     turns by row n, token m of q by row start + m; None, no rotation. What turns are the pairs
     (x[2 j], x[2 j + 1]) or, half_split, (x[j], x[j + E / 2]).
+
+    out: where to write the results, from `joint_buffers`; in place of the first, None is a fresh tensor.
 
     Statistics and rotation in fp32, rounded once, at the end: the references round the norm too, and Qwen's
     also cos and sin. Raises ValueError for a table that does not fit the tokens.
@@ -496,12 +602,21 @@ def qk_norm_rope(
         raise ValueError(f"a rotary table of {rope[0].shape[-2]} rows does not fit {tokens}")
     tensors = q, k, q_weight, k_weight, *(rope or (None, None))
     if _triton(*tensors, problem=_too_wide(q if q_weight is None else q_weight)):
-        from joyedit.kernels.qk_norm_rope import qk_norm_rope as kernel
+        from joyedit.kernels import qk_norm_rope as kernels
 
-        return kernel(*tensors, eps, half_split, start)
+        settings = eps, half_split, start
+        if out is not None:
+            places = q.new_empty(q.shape) if out[0] is None else out[0], out[1]
+            if _launched(kernels.qk_norm_rope_out, *tensors, *settings, *places) is not NotImplemented:
+                return places
+        elif (made := _launched(kernels.qk_norm_rope, *tensors, *settings)) is not NotImplemented:
+            return made
     stop = start + q.shape[1]
     q_rope = None if rope is None else (rope[0][..., start:stop, :], rope[1][..., start:stop, :])
-    return _norm_rope(q, q_weight, q_rope, eps, half_split), _norm_rope(k, k_weight, rope, eps, half_split)
+    q, k = _norm_rope(q, q_weight, q_rope, eps, half_split), _norm_rope(k, k_weight, rope, eps, half_split)
+    if out is None:
+        return q, k
+    return q if out[0] is None else out[0].copy_(q), out[1].copy_(k)
 
 
 def _norm_rope(
@@ -545,7 +660,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if _triton(gate, up, problem=_unlike(gate, up)):
         from joyedit.kernels.gated import swiglu as kernel
 
-        return kernel(gate, up)
+        if (out := _launched(kernel, gate, up)) is not NotImplemented:
+            return out
     return F.silu(gate) * up
 
 
@@ -555,7 +671,8 @@ def geglu(value_gate: Tensor) -> Tensor:
     if _triton(value_gate, problem=f"there are no halves of {width}" if width % 2 else None):
         from joyedit.kernels.gated import geglu as kernel
 
-        return kernel(value_gate)
+        if (out := _launched(kernel, value_gate)) is not NotImplemented:
+            return out
     value, gate = value_gate.chunk(2, dim=-1)
     return F.gelu(gate).mul_(value)
 
@@ -565,7 +682,8 @@ def geglu_tanh(gate: Tensor, value: Tensor) -> Tensor:
     if _triton(gate, value, problem=_unlike(gate, value)):
         from joyedit.kernels.gated import geglu_tanh as kernel
 
-        return kernel(gate, value)
+        if (out := _launched(kernel, gate, value)) is not NotImplemented:
+            return out
     return F.gelu(gate, approximate="tanh") * value
 
 
@@ -579,7 +697,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
     if _triton(x):
         from joyedit.kernels.gated import gelu_tanh as kernel
 
-        return kernel(x)
+        if (out := _launched(kernel, x)) is not NotImplemented:
+            return out
     return F.gelu(x, approximate="tanh")
 
 
@@ -637,7 +756,8 @@ def guide(
     if _triton(cond, uncond, sample, delta, problem=_unguided(cond, uncond, sample), has_backward=False):
         from joyedit.kernels.guide import guide as kernel
 
-        return kernel(cond, uncond, scale, rescale, sample, delta)
+        if (out := _launched(kernel, cond, uncond, scale, rescale, sample, delta)) is not NotImplemented:
+            return out
     comb = uncond + scale * (cond - uncond)
     if rescale:
         comb = comb * (cond.norm(dim=1, keepdim=True) / comb.norm(dim=1, keepdim=True).clamp_min(1e-6))

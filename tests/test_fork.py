@@ -122,13 +122,13 @@ CHECKS = {
             print(error)
         """,
     "A new sampler: Heun": """
-        calls, predict = [], type(pipe.transformer).predict_target
-        def counted(*args):
-            calls.append(1)
-            return predict(*args)
-        type(pipe.transformer).predict_target = counted
+        calls, predict = [], type(pipe.transformer).predict_branches
+        def counted(network, target, references, texts, *others):
+            calls.extend(texts)
+            return predict(network, target, references, texts, *others)
+        type(pipe.transformer).predict_branches = counted
         np.save("changed", edited(pipe))
-        assert len(calls) == 2 * 3, calls  # with guidance
+        assert len(calls) == 2 * 3, len(calls)  # with guidance
         assert type(pipe.scheduler) is FlowMatchHeunDiscreteScheduler
         pipe.scheduler = joyedit.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
         np.save("published", edited(pipe))

@@ -8,7 +8,8 @@ fp32; the cross-attention between them has neither shift, scale nor gate.
 
 `forward` is the whole network. An edit calls its pieces instead, so that nothing is computed twice: all
 timesteps (`embed_time`), and what every block's cross-attention reads of prompts and photograph
-(`embed_text`, `embed_image`), once per run, the rotary table once per grid (`rope`), and `predict` per step.
+(`embed_text`, `embed_image`), once per run, the rotary table once per grid (`rope`), and `predict_branches`
+per step, which brings all branches of the guidance through each block in turn.
 Padded rows of a prompt are attended to like words, as in training.
 
 B batch   C latent channels   T frames   N video tokens   L text tokens   M image tokens
@@ -18,7 +19,7 @@ Source: diffusers `transformer_chronoedit.py`; WAN 2.1 `wan/modules/model.py`; a
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -177,23 +178,32 @@ class ChronoEditTransformer3DModel(Network):
     def predict(
         self, latents: Tensor, vec: Tensor, text: Context, image: Context | None, rope: Rope
     ) -> Tensor:
-        """Velocity, (B, out_channels, T, H, W) in the dtype of the latents: the part of `forward` that every
-        step repeats.
+        """`predict_branches` of one branch: velocity (B, out_channels, T, H, W)."""
+        return self.predict_branches(latents, vec, [text], image, rope)[0]
 
-        latents (B, in_channels, T, H, W); vec (7, D) or (B or 1, 7, D) from `embed_time`; text and image
-        from `embed_text` and `embed_image`, of B samples or one for all; rope from `rope(token_grid)`.
-        Raises ValueError for latents that do not fit the network or the rotary table.
+    def predict_branches(
+        self, latents: Tensor, vec: Tensor, texts: Sequence[Context], image: Context | None, rope: Rope
+    ) -> list[Tensor]:
+        """Velocity under each text, (B, out_channels, T, H, W) in the dtype of the latents: the part of
+        `forward` that every step repeats. The branches go through the blocks together, so that each block is
+        visited once.
+
+        latents (B, in_channels, T, H, W); vec (7, D) or (B or 1, 7, D) from `embed_time`; texts and image
+        from `embed_text` and `embed_image`, of B samples or one for all; rope from `rope(token_grid)`. Raises
+        ValueError for latents that do not fit the network or the rotary table.
         """
         grid = self.token_grid(latents)
         if rope[0].shape[0] != math.prod(grid):
             raise ValueError(f"a rotary table of {rope[0].shape[0]} tokens does not fit the grid {grid}")
         vec = vec if vec.ndim == 3 else vec[None]
         img = self.patch_embedding(latents.to(self.activation_dtype(latents.device)))  # (B, N, D)
+        imgs = [img] * len(texts)
         for i, block in enumerate(self.blocks):
-            img = block(img, vec[:, :6], text[i], image[i] if image else None, rope)
+            seen = image[i] if image else None
+            imgs = [block(x, vec[:, :6], text[i], seen, rope) for x, text in zip(imgs, texts, strict=True)]
         shift, scale = (self.scale_shift_table + vec[:, 6:]).unbind(1)
-        patches = self.proj_out(ops.ada_layer_norm(img, shift, scale, self.config.eps))
-        return self.unpatchify(patches, grid).to(latents.dtype)
+        patches = [self.proj_out(ops.ada_layer_norm(x, shift, scale, self.config.eps)) for x in imgs]
+        return [self.unpatchify(x, grid).to(latents.dtype) for x in patches]
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Modulation by timesteps in [0, 1000], of a batch or of a whole schedule at once. (S) -> (S, 7, D)
@@ -282,7 +292,7 @@ class Block(nn.Module):
         self.eps = c.eps
         self.attn1 = SelfAttention(c.width, c.num_attention_heads, c.eps)
         self.attn2 = cross_attention(c.width, c.num_attention_heads, c.eps)
-        self.norm2 = LayerNorm(c.width, c.eps) if c.cross_attn_norm else nn.Identity()
+        self.norm2 = GatedResidualNorm(c.width, c.eps) if c.cross_attn_norm else GatedResidual()
         self.ffn = FeedForward(c.width, c.ffn_dim)
         self.scale_shift_table = modulation_table(6, c.width)
 
@@ -290,10 +300,26 @@ class Block(nn.Module):
         """x (B, N, D), vec (B or 1, 6, D) fp32 -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + vec).unbind(1)
         attended = self.attn1(ops.ada_layer_norm(x, shift1, scale1, self.eps), rope)
-        x = ops.gate_residual(x, attended, gate1)
-        attended = self.attn2(self.norm2(x), text, image)
+        x, normed = self.norm2(x, attended, gate1)
+        attended = self.attn2(normed, text, image)
         x, normed = ops.gate_residual_norm(x, attended, None, shift2, scale2, self.eps)
         return ops.gate_residual(x, self.ffn(normed), gate2)
+
+
+class GatedResidualNorm(LayerNorm):
+    """The gated residual before the cross-attention, and its norm, in one pass over both."""
+
+    def forward(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """x, y (B, N, D), gate (B or 1, D) -> x + gate * y, and its LayerNorm."""
+        return ops.gate_residual_layer_norm(x, y, gate, self.weight, self.bias, self.eps)
+
+
+class GatedResidual(nn.Module):
+    """The same without a norm."""
+
+    def forward(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        x = ops.gate_residual(x, y, gate)
+        return x, x
 
 
 class SelfAttention(nn.Module):

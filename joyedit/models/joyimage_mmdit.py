@@ -7,8 +7,9 @@ reference 1, ...) are told apart by the frame axis of the rotary embedding and n
 
 `forward` is the whole network on all items. An edit calls its pieces instead, so that nothing is computed
 twice or thrown away: the prompt, all timesteps, the references and the rotary table once per run
-(`embed_text`, `embed_time`, `embed_image`, `rope`), and per step `predict_target`, whose last block and head
-see target tokens only. To change the attention, change `JointAttention`.
+(`embed_text`, `embed_time`, `embed_image`, `rope`), and per step `predict_branches`, which takes all branches
+of the guidance through each block in turn, and whose last block and head see target tokens only. To change
+the attention, change `JointAttention`.
 
 B batch   I items   C latent channels   T frames   N image tokens   M target tokens, the first M of N
 L text tokens   D width   H heads   E = D / H
@@ -17,7 +18,7 @@ Source: diffusers `transformer_joyimage.py`; arXiv 2605.04128.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -33,6 +34,8 @@ from joyedit.models.rope import grid_rope
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (N, E / 2)
 Grid = tuple[int, int, int]  # frames (all items together), rows and columns of the token grid
+Places = tuple[Any, ...] | None  # where q, k and v are written; None: to fresh tensors
+Streams = tuple[Tensor, Tensor]  # image tokens (B, N, D), text tokens (B, L, D)
 
 TIME_CHANNELS = 256  # width of the sinusoidal timestep embedding
 
@@ -150,7 +153,7 @@ class JoyImageEditTransformer3DModel(Network):
         img = self.embed_image(items)
         txt, vec = self.embed_text(encoder_hidden_states), self.embed_time(timestep)
         rope = self.rope(grid, img.device)
-        out = self.denoise(img, img.shape[1], txt, vec, rope, grid)  # (B, C, I * T, H, W)
+        (out,) = self.denoise([(img, txt)], img.shape[1], vec, rope, grid)  # (B, C, I * T, H, W)
         out = rearrange(out, "b c (i t) h w -> b i c t h w", i=items.shape[1]).roll(-1, dims=1)
         out = (out if hidden_states.ndim == 6 else out[:, 0]).to(hidden_states.dtype)
         return JoyImageTransformerOutput(out) if return_dict else (out,)
@@ -158,30 +161,49 @@ class JoyImageEditTransformer3DModel(Network):
     def predict_target(
         self, target: Tensor, reference: Tensor | None, txt: Tensor, vec: Tensor, rope: Rope, grid: Grid
     ) -> Tensor:
-        """Velocity of the target alone, (B, C, T, H, W), in the dtype of its tokens; its part of `forward`.
+        """`predict_branches` of one branch: velocity of the target, (B, C, T, H, W)."""
+        return self.predict_branches(target, reference, [txt], vec, rope, grid)[0]
 
-        target (B, M, D) and reference (B, N - M, D) or None, from `embed_image`; txt (B, L, D) from
-        `embed_text`; vec (6, D) or (B or 1, 6, D) from `embed_time`; rope from `rope(grid)`; grid: of target
-        and references together. Raises ValueError when the tokens do not fill the grid.
+    def predict_branches(
+        self,
+        target: Tensor | Sequence[Tensor],
+        references: Tensor | Sequence[Tensor | None] | None,
+        texts: Sequence[Tensor],
+        vec: Tensor,
+        rope: Rope,
+        grid: Grid,
+    ) -> list[Tensor]:
+        """Velocity of the target alone under each text, (B, C, T, H, W) in the dtype of its tokens: its part
+        of `forward`. The branches go through the blocks together, so that each block is visited once.
+
+        target (B, M, D) and references (B, N - M, D) or None, from `embed_image`: one for all texts, or one
+        for each; texts (B, L, D) each, of any lengths, from `embed_text`; vec (6, D) or (B or 1, 6, D) from
+        `embed_time`; rope from `rope(grid)`; grid: of target and references together. Raises ValueError when
+        the tokens do not fill the grid.
         """
-        img = target if reference is None else torch.cat((target, reference), dim=1)
-        if img.shape[1] != math.prod(grid):
-            raise ValueError(f"{img.shape[1]} image tokens do not fill the grid {grid}")
-        return self.denoise(img, target.shape[1], txt, vec, rope, grid)
+        targets = one_for_each(target, len(texts))
+        branches = []
+        for img, reference, txt in zip(targets, one_for_each(references, len(texts)), texts, strict=True):
+            img = img if reference is None else torch.cat((img, reference), dim=1)
+            if img.shape[1] != math.prod(grid):
+                raise ValueError(f"{img.shape[1]} image tokens do not fill the grid {grid}")
+            branches.append((img, txt))
+        return self.denoise(branches, targets[0].shape[1], vec, rope, grid) if branches else []
 
     def denoise(
-        self, img: Tensor, num_targets: int, txt: Tensor, vec: Tensor, rope: Rope, grid: Grid
-    ) -> Tensor:
-        """The blocks and the head: velocities of the first M = num_targets of N image tokens, unpatchified.
+        self, branches: list[Streams], num_targets: int, vec: Tensor, rope: Rope, grid: Grid
+    ) -> list[Tensor]:
+        """The blocks and the head: of each branch the velocities of the first M = num_targets of N image
+        tokens, unpatchified.
 
         Of the last block and the head, only what those tokens need is computed.
         """
         vec = vec if vec.ndim == 3 else vec[None]
         *blocks, last = self.double_blocks
         for block in blocks:
-            img, txt = block(img, txt, vec, rope)
-        img, _ = last(img, txt, vec, rope, num_targets)  # (B, M, D)
-        return self.unpatchify(self.proj_out(ops.layer_norm(img)), grid)
+            branches = [block(img, txt, vec, rope) for img, txt in branches]
+        targets = [last(img, txt, vec, rope, num_targets)[0] for img, txt in branches]  # (B, M, D) each
+        return [self.unpatchify(self.proj_out(ops.layer_norm(x)), grid) for x in targets]
 
     def embed_image(self, latents: Tensor) -> Tensor:
         """(B, I, C, T, H, W) or (B, C, T, H, W) -> (B, N, D), item after item in the order given.
@@ -310,31 +332,54 @@ class JointAttention(nn.Module):
 
     def forward(self, img: Tensor, txt: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """img (B, N, D), txt (B, L, D) -> the same shapes."""
-        img_q, img_k, img_v = self.heads(self.img_attn_qkv(img))
-        txt_q, txt_k, txt_v = self.heads(self.txt_attn_qkv(txt))
-        img_q, img_k = ops.qk_norm_rope(
-            img_q, img_k, self.img_attn_q_norm.weight, self.img_attn_k_norm.weight, rope
-        )
-        txt_q, txt_k = ops.qk_norm_rope(
-            txt_q, txt_k, self.txt_attn_q_norm.weight, self.txt_attn_k_norm.weight, None
-        )
+        img_out, txt_out = ops.joint_buffers(3, img, txt, self.num_heads)
+        img_q, img_k, img_v = self.project(self.img_attn_qkv, img, img_out)
+        txt_q, txt_k, txt_v = self.project(self.txt_attn_qkv, txt, txt_out)
+        img_q, img_k = self.norm_img(img_q, img_k, rope, img_out)
+        txt_q, txt_k = self.norm_txt(txt_q, txt_k, txt_out)
 
         out = ops.attention((img_q, txt_q), (img_k, txt_k), (img_v, txt_v)).flatten(2)  # (B, N + L, D)
-        img_out, txt_out = out.split((img.shape[1], txt.shape[1]), dim=1)
-        return self.img_attn_proj(img_out), self.txt_attn_proj(txt_out)
+        img_attn, txt_attn = out.split((img.shape[1], txt.shape[1]), dim=1)
+        return self.img_attn_proj(img_attn), self.txt_attn_proj(txt_attn)
 
     def forward_target(self, img: Tensor, txt: Tensor, rope: Rope, num_targets: int) -> Tensor:
         """As `forward`, when only the first M = num_targets image tokens ask. -> (B, M, D)."""
-        width = img.shape[-1]
-        target = img[:, :num_targets]
-        (q,) = self.heads(project_rows(self.img_attn_qkv, target, 0, width))
-        img_k, img_v = self.heads(project_rows(self.img_attn_qkv, img, width, 3 * width))
-        txt_k, txt_v = self.heads(project_rows(self.txt_attn_qkv, txt, width, 3 * width))
-        q, img_k = ops.qk_norm_rope(q, img_k, self.img_attn_q_norm.weight, self.img_attn_k_norm.weight, rope)
-        txt_k = self.txt_attn_k_norm(txt_k)
+        img_out, txt_out = ops.joint_buffers(2, img, txt, self.num_heads)
+        q, img_k, img_v = self.project(self.img_attn_qkv, img, img_out, num_targets)
+        no_q, txt_k, txt_v = self.project(self.txt_attn_qkv, txt, txt_out, 0)
+        q, img_k = self.norm_img(q, img_k, rope, img_out and (None, *img_out))
+        _, txt_k = self.norm_txt(no_q, txt_k, txt_out and (None, *txt_out))
 
         out = ops.attention(q, (img_k, txt_k), (img_v, txt_v)).flatten(2)  # (B, M, D)
         return self.img_attn_proj(out)
+
+    def project(
+        self, qkv: Linear, x: Tensor, out: Places, num_queries: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """q of the first `num_queries` tokens (None: of all), k and v of all, each (B, N, H, E). x (B, N, D).
+
+        Where the results have places, v is written to its own, the last one.
+        """
+        if out is None and num_queries is None:
+            return self.heads(qkv(x))
+        weight, bias, d = qkv.weight, qkv.bias, x.shape[-1]  # read once: reading adds adapters to them
+        assert bias is not None
+        if num_queries is None:
+            q, k = self.heads(ops.linear(x, weight[: 2 * d], bias[: 2 * d]))
+        else:
+            (q,) = self.heads(ops.linear(x[:, :num_queries], weight[:d], bias[:d]))
+            (k,) = self.heads(ops.linear(x, weight[d : 2 * d], bias[d : 2 * d]))
+        if out is None:
+            return q, k, *self.heads(ops.linear(x, weight[2 * d :], bias[2 * d :]))
+        return q, k, ops.linear_into(out[-1], x, weight[2 * d :], bias[2 * d :])
+
+    def norm_img(self, q: Tensor, k: Tensor, rope: Rope, out: Places) -> tuple[Tensor, Tensor]:
+        q_norm, k_norm = self.img_attn_q_norm, self.img_attn_k_norm
+        return ops.qk_norm_rope(q, k, q_norm.weight, k_norm.weight, rope, out=out and out[:2])
+
+    def norm_txt(self, q: Tensor, k: Tensor, out: Places) -> tuple[Tensor, Tensor]:
+        q_norm, k_norm = self.txt_attn_q_norm, self.txt_attn_k_norm
+        return ops.qk_norm_rope(q, k, q_norm.weight, k_norm.weight, None, out=out and out[:2])
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, N, P * D) -> P views (B, N, H, E)."""
@@ -399,7 +444,6 @@ class TextEmbedder(nn.Module):
         return self.linear_2(ops.linear_gelu(x, self.linear_1.weight, self.linear_1.bias))
 
 
-def project_rows(linear: Linear, x: Tensor, start: int, stop: int) -> Tensor:
-    """Outputs start:stop of a linear layer. x (..., D_in) -> (..., stop - start)."""
-    assert linear.bias is not None
-    return ops.linear(x, linear.weight[start:stop], linear.bias[start:stop])
+def one_for_each(given: Any, count: int) -> list[Any]:
+    """`given`, if it is a list or a tuple, else as often as there are branches."""
+    return list(given) if isinstance(given, (list, tuple)) else [given] * count

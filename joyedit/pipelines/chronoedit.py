@@ -377,9 +377,10 @@ class ChronoEditPipeline(Pipeline):
                     rope = None
                 x = torch.cat((latents, condition), dim=1)
                 rope = rope or transformer.rope(transformer.token_grid(x), x.device)
-                velocity = transformer.predict(x, modulation[i], cond, image, rope)
-                if uncond is not None and self.guidance_scale > 1:  # a callback may have turned it off
-                    velocity_uncond = transformer.predict(x, modulation[i], uncond, image, rope)
+                guided = uncond is not None and self.guidance_scale > 1  # a callback may have turned it off
+                texts = [cond, uncond] if guided else [cond]
+                velocity, *others = transformer.predict_branches(x, modulation[i], texts, image, rope)
+                for velocity_uncond in others:
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 

@@ -90,6 +90,13 @@ class Group(NamedTuple):
 Branch = list[Group]  # all samples, under the positive prompts or under the negative ones
 
 
+def in_order(branch: Branch, parts: list[Tensor]) -> Tensor:
+    """What was computed group by group, in the order of the samples."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[torch.cat([group.rows for group in branch]).argsort()]
+
+
 class JoyImageEditPipeline(Pipeline):
     """Edit images by instruction, or make them from text.
 
@@ -335,10 +342,10 @@ class JoyImageEditPipeline(Pipeline):
                     break
                 self._current_timestep = timestep
                 target = transformer.embed_image(latents)  # (B, N, D)
-                velocity, velocity_uncond = self._velocity(target, cond, modulation[i], rope, grid), None
-                if uncond is not None and self.guidance_scale > 1:  # a callback may have turned it off
-                    velocity_uncond = self._velocity(target, uncond, modulation[i], rope, grid)
-                latents = self._step(timestep, latents, velocity, velocity_uncond)
+                guided = uncond is not None and self.guidance_scale > 1  # a callback may have turned it off
+                branches = [cond, uncond] if guided else [cond]
+                velocities = self._velocities(target, branches, modulation[i], rope, grid)
+                latents = self._step(timestep, latents, *velocities)
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive.embeds}
                 tensors["negative_prompt_embeds"] = None if negative is None else negative.embeds
@@ -354,7 +361,9 @@ class JoyImageEditPipeline(Pipeline):
         self._current_timestep = None
         return latents
 
-    def _step(self, timestep: Tensor, latents: Tensor, velocity: Tensor, uncond: Tensor | None) -> Tensor:
+    def _step(
+        self, timestep: Tensor, latents: Tensor, velocity: Tensor, uncond: Tensor | None = None
+    ) -> Tensor:
         """Latents (B, 1, C, 1, h, w) at the next noise level. velocity (B, C, 1, h, w); uncond: the one
         without the prompt, if there is guidance, of which an Euler step is part."""
         if uncond is not None:
@@ -365,18 +374,17 @@ class JoyImageEditPipeline(Pipeline):
         velocity = velocity[:, None].to(latents.dtype)
         return self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
-    def _velocity(self, target: Tensor, branch: Branch, vec: Tensor, rope: Rope, grid: Grid) -> Tensor:
-        """What the transformer predicts for the target latents, group by group. target (B, N, D) ->
-        (B, C, 1, h, w)."""
-        if len(branch) == 1:
-            _, txt, references = branch[0]
-            return self.transformer.predict_target(target, references, txt, vec, rope, grid)
-        parts = [
-            self.transformer.predict_target(target[rows], references, txt, vec, rope, grid)
-            for rows, txt, references in branch
-        ]
-        order = torch.cat([group.rows for group in branch])
-        return torch.cat(parts)[order.argsort()]
+    def _velocities(
+        self, target: Tensor, branches: list[Branch], vec: Tensor, rope: Rope, grid: Grid
+    ) -> list[Tensor]:
+        """What the transformer predicts for the target latents in each branch. target (B, N, D) -> (B, C, 1,
+        h, w) each."""
+        groups = [group for branch in branches for group in branch]
+        targets = [target if len(group.rows) == len(target) else target[group.rows] for group in groups]
+        references = [group.references for group in groups]
+        texts = [group.txt for group in groups]
+        parts = iter(self.transformer.predict_branches(targets, references, texts, vec, rope, grid))
+        return [in_order(branch, list(islice(parts, len(branch)))) for branch in branches]
 
     def _branch(self, prompt: Prompt, references: Tensor | None) -> Branch:
         """All samples under `prompt`, in groups whose prompts are of one length. references (B, M, D)."""

@@ -219,7 +219,7 @@ def test_what_does_not_change_is_computed_once(pipe, photo, monkeypatch):
         monkeypatch.setattr(owner, name, counted)
 
     for owner, names in (
-        (pipe.transformer, ("rope", "embed_time", "embed_text", "embed_image", "predict_target")),
+        (pipe.transformer, ("rope", "embed_time", "embed_text", "embed_image", "predict_branches")),
         (pipe.text_encoder, ("encode_images", "prefill", "hidden_states")),
         (pipe.vae, ("encode", "decode")),
     ):
@@ -234,7 +234,7 @@ def test_what_does_not_change_is_computed_once(pipe, photo, monkeypatch):
         "embed_time": 1,
         "embed_text": 2,  # positive and negative
         "embed_image": 1 + 3,  # the reference, and the target at each step
-        "predict_target": 2 * 3,
+        "predict_branches": 3,  # both branches of the guidance in one walk
         "encode_images": 1,
         "prefill": 1,
         "hidden_states": 1,  # the two tails together
@@ -378,8 +378,8 @@ def test_masks_mark_valid_tokens_by_any_value(pipe, photo):
 
 def test_a_callback_may_turn_guidance_off(pipe, photo, monkeypatch):
     calls = []
-    predict = pipe.transformer.predict_target
-    monkeypatch.setattr(pipe.transformer, "predict_target", lambda *a: calls.append(1) or predict(*a))
+    predict = pipe.transformer.predict_branches
+    monkeypatch.setattr(pipe.transformer, "predict_branches", lambda *a: calls.extend(a[2]) or predict(*a))
 
     def off(pipe, step, timestep, tensors):
         pipe.guidance_scale = 1.0

@@ -253,13 +253,14 @@ def test_a_callback_changes_the_guidance_of_its_call(pipe, name):
     """And the pipeline says afterwards what its last call had."""
     counts, network = [], pipe.networks.get("transformer") or pipe.networks["unet"]
     with pytest.MonkeyPatch.context() as patch:
-        for method in ("predict", "predict_target"):
-            if plain := getattr(network, method, None):
-                patch.setattr(
-                    network,
-                    method,
-                    lambda *a, plain=plain, **k: counts.append(k.get("branches", 1)) or plain(*a, **k),
-                )
+        method = "predict_branches" if hasattr(network, "predict_branches") else "predict"
+        plain, texts = getattr(network, method), 2 if method == "predict_branches" else None
+
+        def counted(*args, **keywords):
+            counts.append(keywords.get("branches", 1) if texts is None else len(args[texts]))
+            return plain(*args, **keywords)
+
+        patch.setattr(network, method, counted)
 
         def end(mine, step, timestep, tensors):
             assert mine.guidance_scale == (2.0 if step < 2 else 1.0) and mine.current_timestep == timestep
