@@ -67,12 +67,17 @@ def backend(name: str) -> contextlib.AbstractContextManager:
 
 def _triton(x: Tensor, *others: Tensor | None, problem: str | None = None, has_backward: bool = True) -> bool:
     """Whether the Triton kernel takes these tensors; `problem`: why it cannot, if the caller has a reason."""
-    if _backend == "torch" or (_backend == "auto" and not x.is_cuda):
+    if _backend == "torch" or (_backend == "auto" and not _on_gpu(x)):
         return False
     problem = problem or _problem([x, *(t for t in others if t is not None)], has_backward)
     if problem and _backend == "triton":
         raise RuntimeError(f"no Triton kernel can run here: {problem}")
     return problem is None
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether it is on a CUDA or ROCm device; both are CUDA to PyTorch."""
+    return x.is_cuda
 
 
 def _problem(tensors: list[Tensor], has_backward: bool) -> str | None:
@@ -177,7 +182,7 @@ def joint_buffers(
     behind them in memory. None and None where operations are to return fresh tensors: without a kernel, where
     a gradient may be wanted, and where torch.compile looks on.
     """
-    has_kernels = first.is_cuda or (_interpreted and _backend == "triton")
+    has_kernels = _on_gpu(first) or (_interpreted and _backend == "triton")
     if not has_kernels or _backend == "torch" or first.dtype != second.dtype or _records():
         return None, None
     (b, n, d), m = first.shape, second.shape[1]
@@ -726,7 +731,7 @@ def _product_ends_in_gelu(*tensors: Tensor) -> bool:
     """Whether PyTorch's product with a GELU at its end is used: under "auto", without gradients, of which it
     has none. Only on CUDA is its GELU the approximated one."""
     x = tensors[0]
-    if _backend != "auto" or not x.is_cuda or torch.version.hip or x.numel() == 0:
+    if _backend != "auto" or not _on_gpu(x) or torch.version.hip or x.numel() == 0:
         return False
     if x.dtype not in (torch.float16, torch.bfloat16):
         return False

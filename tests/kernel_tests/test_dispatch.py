@@ -156,6 +156,90 @@ def test_every_kernel_is_in_the_test_above():
     assert set(re.findall(r"\s(\w+) = torch\.ops\.joyedit\.\1\.default", code)) == set(op_cases.all_ops())
 
 
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch):
+    """Operations choose for CPU tensors as on an H100; `launch` of the result stands for every launch."""
+    from triton.runtime.jit import JITFunction
+
+    from joyedit.kernels import attention
+
+    state = SimpleNamespace(launches=0, error=None)
+
+    def launch(*args, **kwargs):
+        state.launches += 1
+        if state.error is not None:
+            raise state.error
+
+    monkeypatch.setattr(ops, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(ops, "_problem", lambda tensors, has_backward: None)
+    monkeypatch.setattr(ops, "_product_ends_in_gelu", lambda *tensors: False)
+    monkeypatch.setattr(ops, "_unbuilt", {})
+    monkeypatch.setattr(attention, "family", lambda device: "sm_80")
+    monkeypatch.setattr(JITFunction, "run", launch)
+    return state
+
+
+@pytest.mark.parametrize("name", op_cases.all_ops())
+def test_auto_goes_on_where_a_kernel_cannot_be_built(name, as_if_on_a_gpu, caplog):
+    args = op_cases.made(op_cases.all_ops()[name].small, "cpu")
+    with ops.backend("torch"):
+        wanted = getattr(ops, name)(*args)
+    with torch.no_grad():
+        as_if_on_a_gpu.error = RuntimeError("Failed to find C compiler.")
+        torch.testing.assert_close(getattr(ops, name)(*args), wanted, equal_nan=True)
+        tried = as_if_on_a_gpu.launches
+        assert tried, "no kernel was tried"
+        torch.testing.assert_close(getattr(ops, name)(*args), wanted, equal_nan=True)
+        assert as_if_on_a_gpu.launches == tried, "it was tried again"
+        (said,) = caplog.messages
+        assert name in said and "PyTorch computes it" in said and "Failed to find C compiler." in said
+        with ops.backend("triton"), pytest.raises(RuntimeError, match="Failed to find C compiler"):
+            getattr(ops, name)(*args)
+
+
+def test_one_reason_is_said_once(as_if_on_a_gpu, caplog):
+    as_if_on_a_gpu.error = RuntimeError("Failed to find C compiler.")
+    with torch.no_grad():
+        for name, op in op_cases.all_ops().items():
+            getattr(ops, name)(*op_cases.made(op.small, "cpu"))
+    assert len(caplog.messages) == 1
+
+
+def test_results_written_to_given_memory_are_those_of_pytorch(as_if_on_a_gpu):
+    """Also where the kernel that writes them cannot be built: places are filled, nothing is joined."""
+    as_if_on_a_gpu.error = RuntimeError("Failed to find C compiler.")
+    image, text = torch.randn(2, 5, 16), torch.randn(2, 3, 16)
+    weight, bias, norm = torch.randn(16, 16), torch.randn(16), torch.randn(8)
+    with torch.no_grad():
+        (q1, k1, v1), (q2, k2, v2) = ops.joint_buffers(3, image, text, 2)
+        for x, q, k, v in ((image, q1, k1, v1), (text, q2, k2, v2)):
+            assert ops.linear_into(v, x, weight, bias) is v
+            torch.testing.assert_close(v.flatten(2), ops.linear(x, weight, bias))
+            heads = x.unflatten(-1, (2, 8))
+            assert ops.qk_norm_rope(heads, 2 * heads, norm, norm, None, out=(q, k)) == (q, k)
+            wanted = ops.qk_norm_rope(heads, 2 * heads, norm, norm, None)
+            torch.testing.assert_close((q, k), wanted)
+        joined = ops._unsplit((v1, v2))
+        assert len(joined) == 1 and joined[0].data_ptr() == v1.data_ptr()
+        assert torch.equal(joined[0], torch.cat((v1, v2), dim=1))
+        assert len(ops._unsplit((v1, v1))) == len(ops._unsplit((v2, v1))) == len(ops._unsplit((q1, k2))) == 2
+        assert len(ops._unsplit((v1[:, :-1], v2))) == len(ops._unsplit((v1, v2[:, :-1]))) == 2
+        segments = (q1, q2), (k1, k2), (v1, v2)
+        whole = (torch.cat(parts, dim=1) for parts in segments)
+        torch.testing.assert_close(ops.attention(*segments), ops.attention(*whole))
+    assert ops.joint_buffers(3, image, text, 2) == (None, None), "a gradient may be wanted"
+
+
+def test_what_is_no_failure_to_build_is_raised(as_if_on_a_gpu):
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    with torch.no_grad():
+        for error in (torch.OutOfMemoryError("out of memory"), KeyboardInterrupt()):
+            as_if_on_a_gpu.error = error
+            with pytest.raises(type(error)):
+                ops.rms_norm(x, weight)
+    assert not ops._unbuilt
+
+
 @pytest.mark.gpu
 def test_auto_launches_on_a_gpu(launches):
     if not torch.cuda.is_available():

@@ -162,3 +162,40 @@ def test_table_of_the_kernels_has_every_operation():
     rows.append(("x: y [backward]", {"sm_90": {"registers": 99}}))
     assert tables.registers(rows, "sm_90") == "40 / 99"
     assert tables.registers([("x: y", {"sm_90": {"refused": "spills"}})], "sm_90") == "torch"
+
+
+def test_what_a_block_of_joyimage_moves():
+    """1024 x 1024 pixels, one reference: 9292 tokens of width 4096 in bf16; modulation in fp32."""
+    tokens, vectors = 2 * 9292 * 4096, 4 * 4096
+    now = roofline.block_bytes("joyimage")
+    rope = 4 * 2 * 8192 * 64
+    assert now == {
+        "add": pytest.approx(2 * 3 * 6 * vectors, rel=0.2),  # tables and timestep
+        "ada_layer_norm": 2 * tokens + 4 * vectors,
+        "qk_norm_rope": 4 * tokens + rope + 8 * 128 * 2,
+        "gate_residual_norm": 4 * tokens + 6 * vectors,
+        "gate_residual": 3 * tokens + 2 * vectors,
+    }
+    assert sum(now.values()) < 1000e6
+    before = roofline.block_bytes("joyimage", separate=True)
+    assert before == {**now, "cat": 2 * 3 * tokens}
+
+
+def test_what_a_block_of_chronoedit_moves():
+    """5 frames of 720p: 7200 tokens of width 5120."""
+    tokens = 2 * 7200 * 5120
+    now, before = roofline.block_bytes("chronoedit"), roofline.block_bytes("chronoedit", separate=True)
+    moved = {"ada_layer_norm": 2, "gate_residual_layer_norm": 4, "gate_residual_norm": 4, "gate_residual": 3}
+    for name, count in moved.items():
+        assert now[name] == pytest.approx(count * tokens, rel=0.01), name
+    assert sum(before.values()) - sum(now.values()) == pytest.approx(tokens, rel=0.01)
+    assert "cat" not in now and "clone" not in now and "copy_" not in now
+
+
+def test_work_of_a_step_is_that_of_the_specification():
+    """413 TFLOP a guided step at 1024 x 1024 pixels, counted there from the published config."""
+    work = roofline.block_work("joyimage")
+    assert 80 * (work.products + work.attention) == pytest.approx(413e12, rel=0.005)
+    gpu = roofline.GPUS["H100"]
+    assert roofline.floor_of_step("joyimage", gpu) < roofline.predicted_step("joyimage", gpu)
+    assert roofline.predicted_step("joyimage", gpu) < roofline.predicted_step("joyimage", gpu, separate=True)
