@@ -151,6 +151,16 @@ def test_pieces_are_what_a_pipeline_caches(config, tmp_path, monkeypatch):
     rope = ours.rope(ours.token_grid(latents))
     texts, photograph = ours.embed_text(prompts), ours.embed_image(image)
 
+    visits, others = [], 2 * prompts[:, :4]
+    hooks = [block.register_forward_pre_hook(lambda m, _: visits.append(m)) for block in ours.blocks]
+    branches = ours.predict_branches(latents, vec[1], [texts, ours.embed_text(others)], photograph, rope)
+    assert visits == [block for block in ours.blocks for _ in branches]
+    for hook in hooks:
+        hook.remove()
+    for got, prompt in zip(branches, (prompts, others), strict=True):
+        args = latents, timesteps[1:2], prompt, image.expand(2, -1, -1)
+        assert difference(got, reference(*args, return_dict=False)[0]) < 1e-5
+
     called = []
     for name, module in ours.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.append(name))

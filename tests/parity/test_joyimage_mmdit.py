@@ -155,6 +155,44 @@ def test_pieces_are_what_a_pipeline_caches(tmp_path):
         ours.predict_target(*tokens, ours.embed_text(prompt), vec[1], ours.rope(grid), (2, 3, 5))
 
 
+def test_branches_in_one_walk_equal_the_reference(tmp_path):
+    """Texts of unequal lengths under one target; targets and references of each branch's own, or none; every
+    block is visited once for all of them."""
+    reference = reference_model(TINY)
+    ours = ours_from(reference, tmp_path)
+    latents, timestep, prompt = inputs(TINY, (2, 2, 16, 1, 6, 10), 5)
+    texts = [prompt, prompt[:, :3], 2 * prompt]
+    grid, vec = ours.token_grid(latents), ours.embed_time(timestep)
+    target, known = ours.embed_image(latents[:, -1:]), ours.embed_image(latents[:, :-1])
+    walk, visits = [ours.embed_text(text) for text in texts], []
+    blocks = [
+        block.register_forward_pre_hook(lambda m, _: visits.append(id(m))) for block in ours.double_blocks
+    ]
+    found = ours.predict_branches(target, known, walk, vec, ours.rope(grid), grid)
+    assert visits == [id(block) for block in ours.double_blocks for _ in texts]
+    for hook in blocks:
+        hook.remove()
+    assert len(found) == len(texts)
+    for got, text in zip(found, texts, strict=True):
+        assert difference(got, reference(latents, timestep, text, return_dict=False)[0][:, -1]) < 1e-5
+
+    rows = [slice(0, 1), slice(1, 2)]
+    parts = [[t[r] for r in rows] for t in (target, known, walk[0])]
+    apart = ours.predict_branches(*parts, vec[:1], ours.rope(grid), grid)
+    for got, row in zip(apart, rows, strict=True):
+        wanted = reference(latents[row], timestep[:1], prompt[row], return_dict=False)[0][:, -1]
+        assert difference(got, wanted) < 1e-5
+
+    alone = latents[:, -1:]
+    (got,) = ours.predict_branches(target, None, walk[:1], vec, ours.rope((1, 3, 5)), (1, 3, 5))
+    assert difference(got, reference(alone, timestep, prompt, return_dict=False)[0][:, -1]) < 1e-5
+    assert ours.predict_branches(target, None, [], vec, ours.rope((1, 3, 5)), (1, 3, 5)) == []
+    with pytest.raises(ValueError, match=r"15 image tokens do not fill the grid \(2, 3, 5\)"):
+        ours.predict_branches(target, [None, known, known], walk, vec, ours.rope(grid), grid)
+    with pytest.raises(ValueError, match="argument"):
+        ours.predict_branches([target], known, walk, vec, ours.rope(grid), grid)
+
+
 def test_each_block_equals_the_reference(tmp_path):
     reference = reference_model(WIDE_HEAD)
     ours = ours_from(reference, tmp_path)
