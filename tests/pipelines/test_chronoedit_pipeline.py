@@ -85,12 +85,13 @@ def close(a, b, tolerance=2e-5):
 
 
 def counted(monkeypatch, owner, *names):
-    """The shapes of the first argument of every call of these methods."""
+    """The shapes of the first argument of every call of these methods; of a prediction, for each branch."""
     calls = {name: [] for name in names}
 
     def count(name, original):
         def call(first, *args, **kwargs):
-            calls[name].append(tuple(first.shape) if isinstance(first, torch.Tensor) else first)
+            shape = tuple(first.shape) if isinstance(first, torch.Tensor) else first
+            calls[name] += [shape] * (len(args[1]) if name == "predict_branches" else 1)
             return original(first, *args, **kwargs)
 
         monkeypatch.setattr(owner, name, call)
@@ -206,9 +207,9 @@ def test_slices_and_tiles_apply_to_the_parts_of_a_film(pipe, tiled):
 def test_frames_between_are_denoised_until_they_are_dropped(pipe, monkeypatch, k, euler):
     if euler:
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    calls = counted(monkeypatch, pipe.transformer, "predict", "rope")
+    calls = counted(monkeypatch, pipe.transformer, "predict_branches", "rope")
     film = run(pipe, guidance_scale=1.0, num_inference_steps=4, **reasoning(k))
-    assert [shape[2] for shape in calls["predict"]] == [4] * k + [2] * (4 - k)
+    assert [shape[2] for shape in calls["predict_branches"]] == [4] * k + [2] * (4 - k)
     assert [grid[0] for grid in calls["rope"]] == [4] * (k > 0) + [2] * (k < 4)
     assert film.shape[1] == (13 if k == 4 else 5)
 
@@ -278,14 +279,16 @@ def test_what_clip_sees_may_be_given(pipe, monkeypatch):
     assert not close(run(pipe, picture(1), image_embeds=seen[1:]), wanted, 1e-3)
 
     # Without a photograph no pixel is known: the mask says so, and every frame is grey.
-    conditions = counted(monkeypatch, pipe.transformer, "predict")
+    conditions = counted(monkeypatch, pipe.transformer, "predict_branches")
     inputs = []
-    predict = pipe.transformer.predict
-    monkeypatch.setattr(pipe.transformer, "predict", lambda x, *a: inputs.append(x) or predict(x, *a))
+    predict = pipe.transformer.predict_branches
+    monkeypatch.setattr(
+        pipe.transformer, "predict_branches", lambda x, *a: inputs.append(x) or predict(x, *a)
+    )
     blind = pipe(
         None, PROMPT, image_embeds=seen, height=HEIGHT, width=WIDTH, num_inference_steps=1, generator=seeded()
     ).frames
-    assert blind.shape[0] == 2 and not close(blind[0], blind[1], 1e-3) and conditions["predict"]
+    assert blind.shape[0] == 2 and not close(blind[0], blind[1], 1e-3) and conditions["predict_branches"]
     assert not inputs[0][:, 16:20].any() and len(encodes["encode"]) == 4
     run(pipe, picture(1), num_inference_steps=1)
     assert (inputs[-1][:, 16:20, 0] == 1).all() and not inputs[-1][:, 16:20, 1:].any()
@@ -416,9 +419,9 @@ def test_guidance_may_end_before_the_run(pipe, monkeypatch):
         pipe.guidance_scale = 1.0
         return {}
 
-    calls = counted(monkeypatch, pipe.transformer, "predict")
+    calls = counted(monkeypatch, pipe.transformer, "predict_branches")
     run(pipe, num_inference_steps=3, callback_on_step_end=end)
-    assert len(calls["predict"]) == 2 + 1 + 1 and not pipe.do_classifier_free_guidance
+    assert len(calls["predict_branches"]) == 2 + 1 + 1 and not pipe.do_classifier_free_guidance
 
 
 def test_interrupt_stops_after_the_step(pipe):
@@ -444,7 +447,7 @@ def test_progress_counts_the_steps(pipe, capsys):
 def test_what_does_not_change_is_computed_once(pipe, monkeypatch):
     photo = picture(1)
     network = counted(
-        monkeypatch, pipe.transformer, "embed_text", "embed_image", "embed_time", "rope", "predict"
+        monkeypatch, pipe.transformer, "embed_text", "embed_image", "embed_time", "rope", "predict_branches"
     )
     text = counted(monkeypatch, pipe.text_encoder.encoder, "forward")
     encodes = counted(monkeypatch, pipe.vae, "encode")
@@ -459,7 +462,7 @@ def test_what_does_not_change_is_computed_once(pipe, monkeypatch):
     assert encodes["encode"] == [(1, 3, 13, HEIGHT, WIDTH)] and [s[0] for s in clip["hidden_states"]] == [1]
     assert network["embed_text"] == [(1, 512, 32)] * 2 and network["embed_image"] == [(1, 17, 32)]
     assert network["embed_time"] == [(3,)] and network["rope"] == [(4, 2, 3), (2, 2, 3)]
-    assert [shape[:3] for shape in network["predict"]] == [(4, 36, 4)] * 2 + [(4, 36, 2)] * 4
+    assert [shape[:3] for shape in network["predict_branches"]] == [(4, 36, 4)] * 2 + [(4, 36, 2)] * 4
 
 
 def test_sequential_offload_brings_what_is_called_by_itself(loaded, monkeypatch):
@@ -497,7 +500,7 @@ def messages(caplog):
 
 def test_preset_sets_what_the_call_leaves_open(pipe, caplog, monkeypatch):
     assert (PRESETS["distill"].num_inference_steps, PRESETS["distill"].guidance_scale) == (8, 1.0)
-    calls = counted(monkeypatch, pipe.transformer, "predict")
+    calls = counted(monkeypatch, pipe.transformer, "predict_branches")
     before = pipe.scheduler
     wanted = {"num_inference_steps": 8, "guidance_scale": 1.0}
     plain = {"height": HEIGHT, "width": WIDTH}
@@ -509,15 +512,15 @@ def test_preset_sets_what_the_call_leaves_open(pipe, caplog, monkeypatch):
     call = {"preset": "distill", "callback_on_step_end": look}
     found = pipe(picture(), PROMPT, generator=seeded(), **call, **plain).frames
     assert seen == [(2.0, True)] * 8
-    assert len(calls["predict"]) == 8 and pipe.scheduler is before and shift_of(before) == 5.0
+    assert len(calls["predict_branches"]) == 8 and pipe.scheduler is before and shift_of(before) == 5.0
     assert len(messages(caplog)) == 1  # no adapter
     pipe.scheduler = UniPCMultistepScheduler.from_config(before.config, flow_shift=2.0)
     assert np.array_equal(found, run(pipe, **wanted)) and not messages(caplog)
     pipe.preset = "distill"
     assert np.array_equal(found, pipe(picture(), PROMPT, generator=seeded(), **plain).frames)
-    calls["predict"].clear()
+    calls["predict_branches"].clear()
     run(pipe, num_inference_steps=3, guidance_scale=2.0)
-    assert len(calls["predict"]) == 6
+    assert len(calls["predict_branches"]) == 6
     (message,) = messages(caplog)[1:]
     assert "num_inference_steps=8, guidance_scale=1, flow_shift=2" in message
     assert "here there is num_inference_steps=3, guidance_scale=2, no adapter" in message
