@@ -485,6 +485,15 @@ def read_with_deltas(module: nn.Module, deltas: dict[str, Weighted], state: Adap
         module.__class__ = plain
 
 
+def running_deltas(module: nn.Module) -> dict[str, Weighted]:
+    """What reading the parameters of a module adds to each of them in the running call."""
+    if "lora_deltas" not in module.__dict__:
+        return {}
+    scale = module.__dict__["lora_state"].scale
+    deltas = module.__dict__["lora_deltas"]
+    return {leaf: [(delta, strength * scale) for delta, strength in deltas[leaf]] for leaf in deltas}
+
+
 @functools.cache
 def _reading_class(plain: type[nn.Module], leaves: frozenset[str]) -> type[nn.Module]:
     def reading(leaf: str) -> property:

@@ -54,6 +54,8 @@ def misuse(args: argparse.Namespace) -> str | None:
         return wrong
     if (args.height is None) != (args.width is None):
         return "give both --height and --width, or neither"
+    if args.graphs and not has_graphs():
+        return "--graphs needs a CUDA or ROCm device, and PyTorch finds none here"
     files = [name for system in SYSTEMS for name in system.files]
     for name in ("output", *files):
         if name == "video":  # no picture: its system knows what it may be
@@ -85,12 +87,23 @@ def contradiction(args: argparse.Namespace) -> str | None:
     for system in SYSTEMS:
         if wrong := system.contradiction(args):
             return wrong
+    if args.graphs and args.device not in (None, "auto") and not args.device.startswith("cuda"):
+        return f"--graphs needs a CUDA or ROCm device, and --device is {shown(args.device, 40)}"
+    if args.graphs and args.offload not in (None, "none"):
+        return f"--graphs reads weights where they are, and --offload {args.offload} moves them: give one"
     if args.lora_scale is not None and args.lora is None:
         return "--lora-scale is for the adapter that --lora names"
     if args.lora_scale is not None and len(args.lora_scale) not in (1, len(args.lora)):
         counts = f"{len(args.lora_scale)} times --lora-scale for {len(args.lora)} times --lora"
         return f"{counts}: give one scale for all adapters, or one for each"
     return None
+
+
+def has_graphs() -> bool:
+    """Whether PyTorch, which this imports, finds a device that has CUDA graphs."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def blank(args: argparse.Namespace) -> str | None:
@@ -272,6 +285,13 @@ def image_options() -> Parser:
         "--offload",
         choices=("none", "model", "sequential"),
         help="keep the networks in main memory and bring one, or one block, at a time to the accelerator",
+    )
+    add(
+        "--graphs",
+        action="store_true",
+        default=None,
+        help="replay the steps as CUDA graphs: faster where launching takes longer than computing (small "
+        "pictures, Stable Diffusion)",
     )
     add(
         "--reference-quirks",

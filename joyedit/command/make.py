@@ -174,6 +174,8 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     options = said(args, ("device", "dtype", "offload", "reference_quirks", "prediction_type", "preset"))
     pipe = load(args.model, **options, **source_options(args), **(args.parts or {}))
     add_adapters(pipe, args)
+    if args.graphs:
+        pipe.enable_graphs()
     if table is not None:
         pipe.buckets = table
     # Shown on a terminal only (None), unless asked for or against.

@@ -79,6 +79,7 @@ def facts_of_run(
         "scheduler": type(pipe.scheduler).__name__,
         "weights_dtype": str(pipe.dtype).removeprefix("torch."),
         "offload": args.offload,
+        "graphs": args.graphs,
         "version": __version__,
         "torch": torch.__version__,
     }

@@ -366,6 +366,7 @@ class ChronoEditPipeline(Pipeline):
             image = _context(transformer.embed_image, seen)
             cond = _context(transformer.embed_text, positive)
             uncond = None if negative is None else _context(transformer.embed_text, negative)
+            predict = self.graphed(transformer, transformer.predict_branches)
             rope = None
             for i, timestep in enumerate(steps):
                 if self.interrupt:
@@ -379,7 +380,7 @@ class ChronoEditPipeline(Pipeline):
                 rope = rope or transformer.rope(transformer.token_grid(x), x.device)
                 guided = uncond is not None and self.guidance_scale > 1  # a callback may have turned it off
                 texts = [cond, uncond] if guided else [cond]
-                velocity, *others = transformer.predict_branches(x, modulation[i], texts, image, rope)
+                velocity, *others = predict(x, modulation[i], texts, image, rope)
                 for velocity_uncond in others:
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]

@@ -36,16 +36,17 @@ def denoiser(
         times = unet.embed_time(run.steps)
         both = None if pair is None else unet.embed_context(torch.cat(pair))
         alone = unet.embed_context(positive) if pair is None else None
+        step = pipe.graphed(unet, unet.predict)
 
         def predict(i: int, x: Tensor) -> Tensor:
             nonlocal alone
             bar.update()
             pipe._current_timestep = run.steps[i]
             if both is not None and pipe.do_classifier_free_guidance:
-                uncond, cond = unet.predict(x, times[i], both, branches=2).chunk(2)
+                uncond, cond = step(x, times[i], both, branches=2).chunk(2)
                 return ops.guide(cond, uncond, pipe.guidance_scale)
             alone = alone or unet.embed_context(positive)
-            return unet.predict(x, times[i], alone)
+            return step(x, times[i], alone)
 
         yield predict
     pipe._current_timestep = None

@@ -383,7 +383,8 @@ class JoyImageEditPipeline(Pipeline):
         targets = [target if len(group.rows) == len(target) else target[group.rows] for group in groups]
         references = [group.references for group in groups]
         texts = [group.txt for group in groups]
-        parts = iter(self.transformer.predict_branches(targets, references, texts, vec, rope, grid))
+        predict = self.graphed(self.transformer, self.transformer.predict_branches)
+        parts = iter(predict(targets, references, texts, vec, rope, grid))
         return [in_order(branch, list(islice(parts, len(branch)))) for branch in branches]
 
     def _branch(self, prompt: Prompt, references: Tensor | None) -> Branch:

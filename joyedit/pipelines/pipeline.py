@@ -10,12 +10,13 @@ shallow copy of its pipeline (`for_one_call`), with schedulers, guidance and int
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.summary import parts
+from joyedit.graphs import GraphedCalls
 from joyedit.memory import BlockStreaming, at_rest, visit
 from joyedit.pipelines.defaults import Unsaid, plain
 from joyedit.pipelines.made_for import MadeFor
@@ -37,6 +39,8 @@ from joyedit.schedulers.scheduler import Scheduler
 log = logging.getLogger("joyedit")
 
 Part = TypeVar("Part", bound=Network)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 DENOISERS = ("transformer", "unet")
 
@@ -78,6 +82,7 @@ class Pipeline(PipelineSpellings):
         self._current_timestep: Tensor | None = None
         self._progress: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
+        self._graphs: GraphedCalls | None = None
 
     _outer: "Pipeline | None" = None  # of the copy that a call runs on: whose copy it is
     _calls: "weakref.WeakSet[Pipeline]"  # the copies of this one, while their calls run
@@ -297,6 +302,7 @@ class Pipeline(PipelineSpellings):
         made = cls(**{**parts, **settings, **changes})
         made.made_for = pipeline.made_for
         made._progress, made._offload_device = pipeline._progress, pipeline._offload_device
+        made._graphs = pipeline._graphs
         return made
 
     @property
@@ -321,6 +327,8 @@ class Pipeline(PipelineSpellings):
         facts = {"reference_quirks": ", ".join(sorted(self.quirks)), "adapters": adapters}
         if self._offload_device is not None:
             facts["offloaded from"] = str(self._offload_device)
+        if self._graphs is not None:
+            facts["graphs"] = f"{len(self._graphs)} recorded"
         return parts(type(self).__name__, self.components, facts)
 
     @property
@@ -342,13 +350,22 @@ class Pipeline(PipelineSpellings):
         """
         if self._offload_device is not None:
             raise ValueError("the pipeline is offloaded: call disable_offload() before moving it")
+        if self._graphs is not None:
+            self._graphs.clear()
         for network in self.networks.values():
             network.to(*args, **kwargs)
         return self
 
     def set_offload(self, offload: str, device: torch.device | str | None = None) -> None:
-        """ "none", "model" (one network on the device at a time) or "sequential" (one block at a time)."""
+        """ "none", "model" (one network on the device at a time) or "sequential" (one block at a time).
+
+        Raises ValueError for another word, and for offloading with graphs.
+        """
         check_offload(offload)
+        if offload != "none" and self._graphs is not None:
+            raise ValueError(
+                f"offload={offload!r} moves the weights that graphs read: call disable_graphs() first"
+            )
         self.disable_offload()
         if offload == "none":
             return
@@ -380,6 +397,37 @@ class Pipeline(PipelineSpellings):
         """Keep the networks in main memory and bring one block at a time to the accelerator: least memory,
         slowest."""
         self.set_offload("sequential", device if device is not None else gpu_device(gpu_id))
+
+    def enable_graphs(self) -> None:
+        """Record what a step of the denoiser launches, the first time with such arguments, and replay it from
+        then on: for networks whose steps take Python longer to launch than the GPU to compute.
+
+        The results are those without. Adapters, weights and settings may change at any time: what a graph was
+        not recorded with is recorded anew. The graphs keep the memory of a step, and of its inputs. Raises
+        ValueError where the pipeline does not compute on a CUDA or ROCm device, or is offloaded.
+        """
+        if self._offload_device is not None or any(map(BlockStreaming.is_attached, self.networks.values())):
+            word = "sequential" if any(map(BlockStreaming.is_attached, self.networks.values())) else "model"
+            raise ValueError(
+                f"enable_graphs: graphs need weights that stay where they are, and offload={word!r} moves "
+                "them: call disable_offload() first"
+            )
+        if self.device.type != "cuda":
+            raise ValueError(
+                f"enable_graphs: graphs need a CUDA or ROCm device, and this pipeline is on {self.device}"
+            )
+        if self._graphs is None:
+            self._graphs = GraphedCalls()
+
+    def disable_graphs(self) -> None:
+        """Launch every step by itself again, and free the graphs' memory."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._graphs = None
+
+    def graphed(self, network: Network, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        """A function of the network, replayed from graphs if these are enabled; see `GraphedCalls`."""
+        return function if self._graphs is None else functools.partial(self._graphs, network, function)
 
     def enable_vae_slicing(self) -> None:
         """Encode and decode a batch one image at a time."""

@@ -304,6 +304,9 @@ ARGUMENT_ERRORS = {
     "edit photo.png x --basesize 300": "invalid choice",
     "edit photo.png x --dtype int8": "invalid choice",
     "edit photo.png x --offload all": "invalid choice",
+    "edit photo.png x --graphs --device cpu": "--graphs needs a CUDA or ROCm device, and --device is 'cpu'",
+    "edit photo.png x --graphs --device mps": "--graphs needs a CUDA or ROCm device, and --device is 'mps'",
+    "edit photo.png x --graphs --offload model": "--graphs reads weights where they are, and --offload model",
     "edit photo.png x --part vae": "NAME=PATH",
     "edit photo.png x -o out.gif": "'out.gif' is neither a folder nor ends in",
     "edit photo.png x --stpes 3": "unrecognized arguments: --stpes 3 (did you mean --steps?)",
@@ -322,6 +325,30 @@ def test_wrong_arguments_end_with_2(words, capsys, no_work):
         cli.main(words.split())
     assert ended.value.code == 2
     assert ARGUMENT_ERRORS[words] in capsys.readouterr().err
+
+
+def test_graphs_need_a_device_for_them(photo, run, no_work, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words in (["x"], ["--config-from", "first.png"]):
+        with pytest.raises(SystemExit) as ended:
+            run("edit", photo, *words, "--graphs")
+        assert ended.value.code == 2
+        assert "--graphs needs a CUDA or ROCm device, and PyTorch finds none" in capsys.readouterr().err
+
+
+def test_graphs_are_enabled_and_recorded_and_not_repeated(photo, run, monkeypatch):
+    enabled = []
+    monkeypatch.setattr("joyedit.command.arguments.has_graphs", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(joyedit.JoyImageEditPipeline, "enable_graphs", lambda pipe: enabled.append(pipe))
+        assert run("edit", photo, "x", "--graphs", "-o", "first.png", *QUICK)[0] == 0
+    assert len(enabled) == 1 and recorded("first.png")["graphs"] is True
+    assert run("edit", photo, "--config-from", "first.png", "-o", "again.png", *QUICK)[0] == 0
+    assert "graphs" not in recorded("again.png") and (pixels("again.png") == pixels("first.png")).all()
+    status, _, err = run("edit", photo, "--config-from", "first.png", "-o", "third.png", "--graphs", *QUICK)
+    device = recorded("first.png")["device"]  # it is repeated, and contradicts
+    assert status == (0 if device == "cuda" else 1)
+    assert device == "cuda" or f"--graphs needs a CUDA or ROCm device, and --device is {device!r}" in err
 
 
 def test_instruction_may_follow_the_options(photo, run):
