@@ -69,13 +69,11 @@ def merged(count, mean, squares, AXIS: tl.constexpr):
 
 @triton.jit
 def moments(
-    x_ptr,  # (C, N), strides (stride_c, stride_n)
-    c,
+    x_ptr,  # (C_BLOCK, 1): a channel's positions, stride_n apart
     present,
     first,
     last,
     num_positions,
-    stride_c,
     stride_n,
     C_BLOCK: tl.constexpr,
     N_BLOCK: tl.constexpr,
@@ -86,7 +84,7 @@ def moments(
     for i in range(first, last):
         n = (i * N_BLOCK + tl.arange(0, N_BLOCK)[None]).to(tl.int64)
         mask = present & (n < num_positions)
-        x = tl.load(x_ptr + c * stride_c + n * stride_n, mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + n * stride_n, mask, other=0.0).to(tl.float32)
         step = tl.where(mask, x - mean, 0.0)
         mean += step * (1.0 / (i - first + 1))
         squares += step * (x - mean)
@@ -117,20 +115,19 @@ def whole_groups(
     N_BLOCK: tl.constexpr,
 ):
     b = (tl.program_id(0) // num_groups).to(tl.int64)
-    g = (tl.program_id(0) % num_groups).to(tl.int64)
-    c = g * CHANNELS + tl.arange(0, C_BLOCK)[:, None]
-    present = tl.arange(0, C_BLOCK)[:, None] < CHANNELS
-    x_ptr += b * stride_xb
-    out_ptr += b * stride_ob
+    first = (tl.program_id(0) % num_groups).to(tl.int64) * CHANNELS
+    c = tl.arange(0, C_BLOCK)[:, None].to(tl.int64)
+    present = c < CHANNELS
+    x_ptr += b * stride_xb + first * stride_xc
     tiles = tl.cdiv(num_positions, N_BLOCK)
     count, mean, squares = moments(
-        x_ptr, c, present, 0, tiles, num_positions, stride_xc, stride_xn, C_BLOCK, N_BLOCK
+        x_ptr + c * stride_xc, present, 0, tiles, num_positions, stride_xn, C_BLOCK, N_BLOCK
     )
-    count, mean, squares = merged(count, mean, squares, 1)
-    count, mean, squares = merged(count, mean, squares, 0)
+    count, mean, squares = merged(count, mean, squares, None)
     rstd = tl.rsqrt(squares / count + eps)
-    scale = tl.load(weight_ptr + c, present, other=0.0).to(tl.float32) * rstd
-    bias = tl.load(bias_ptr + c, present, other=0.0).to(tl.float32)
+    scale = tl.load(weight_ptr + first + c, present, other=0.0).to(tl.float32) * rstd
+    bias = tl.load(bias_ptr + first + c, present, other=0.0).to(tl.float32)
+    out_ptr += b * stride_ob + first * stride_oc
     for i in range(tiles):
         n = (i * N_BLOCK + tl.arange(0, N_BLOCK)[None]).to(tl.int64)
         mask = present & (n < num_positions)
@@ -165,7 +162,7 @@ def partial_statistics(
     first = p * tiles_each
     last = tl.minimum(first + tiles_each, tl.cdiv(num_positions, N_BLOCK))
     count, mean, squares = moments(
-        x_ptr + b * stride_b, c, present, first, last, num_positions, stride_c, stride_n, C_BLOCK, N_BLOCK
+        x_ptr + b * stride_b + c * stride_c, present, first, last, num_positions, stride_n, C_BLOCK, N_BLOCK
     )
     count, mean, squares = merged(count, mean, squares, 1)
     row = (b * num_channels + c) * pitch + p
