@@ -33,22 +33,30 @@ def layer_norm_forward(
     stride_shift,
     eps,
     PLUS_ONE: tl.constexpr,
+    ROWS_EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    chunks = tl.cdiv(num_rows, ROWS)
+    chunks = tl.cdiv(num_rows, ROWS_EACH)
     a = (tl.program_id(0) // chunks).to(tl.int64)
-    r = (tl.program_id(0) % chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = tl.program_id(0) % chunks * ROWS_EACH
     d = tl.arange(0, BLOCK)[None]
-    mask = (r < num_rows) & (d < width)
-    x = tl.load(x_ptr + a * stride_a + r * stride_r + d, mask, other=0.0).to(tl.float32)
-    x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
-    x *= tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
     if scale_ptr is not None:
-        x *= PLUS_ONE + tl.load(scale_ptr + a * stride_scale + d, d < width, other=0.0).to(tl.float32)
+        scale = PLUS_ONE + tl.load(scale_ptr + a * stride_scale + d, d < width, other=0.0).to(tl.float32)
     if shift_ptr is not None:
-        x += tl.load(shift_ptr + a * stride_shift + d, d < width, other=0.0).to(tl.float32)
-    tl.store(out_ptr + (a * num_rows + r) * width + d, x, mask)
+        shift = tl.load(shift_ptr + a * stride_shift + d, d < width, other=0.0).to(tl.float32)
+    for start in tl.range(first, tl.minimum(first + ROWS_EACH, num_rows), ROWS, num_stages=STAGES):
+        r = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        mask = (r < num_rows) & (d < width)
+        x = tl.load(x_ptr + a * stride_a + r * stride_r + d, mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
+        x *= tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+        if scale_ptr is not None:
+            x *= scale
+        if shift_ptr is not None:
+            x += shift
+        tl.store(out_ptr + (a * num_rows + r) * width + d, x, mask)
 
 
 @triton.jit(do_not_specialize=["programs", "num_rows"])
@@ -110,12 +118,12 @@ def run_forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: floa
     out = like(x)
     if x.numel() == 0:
         return out
-    rows, choice = as_rows(x), tile(x.shape[-1])
+    rows, choice = as_rows(x), tile(x)
     a, r, d = rows.shape
     (scale, stride_scale), (shift, stride_shift) = as_modulation(scale), as_modulation(shift)
     strides = rows.stride(0), rows.stride(1), stride_scale, stride_shift
     with torch.cuda.device_of(x):
-        layer_norm_forward[a * triton.cdiv(r, choice["ROWS"]),](
+        layer_norm_forward[a * triton.cdiv(r, choice["ROWS_EACH"]),](
             rows, scale, shift, out, r, d, *strides, eps, PLUS_ONE=plus_one, **choice
         )
     return out

@@ -34,24 +34,28 @@ def rms_norm_forward(
     stride_ya,
     stride_yr,
     eps,
+    ROWS_EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    chunks = tl.cdiv(num_rows, ROWS)
+    chunks = tl.cdiv(num_rows, ROWS_EACH)
     a = (tl.program_id(0) // chunks).to(tl.int64)
-    r = (tl.program_id(0) % chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = tl.program_id(0) % chunks * ROWS_EACH
     d = tl.arange(0, BLOCK)[None]
-    mask = (r < num_rows) & (d < width)
-    x = tl.load(x_ptr + a * stride_a + r * stride_r + d, mask, other=0.0).to(tl.float32)
-    row = (a * num_rows + r) * width + d
-    if y_ptr is not None:
-        y = tl.load(y_ptr + a * stride_ya + r * stride_yr + d, mask, other=0.0).to(tl.float32)
-        total = (x + y).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row, total, mask)
-        x = total.to(tl.float32)
     weight = tl.load(weight_ptr + d, d < width, other=0.0).to(tl.float32)
-    rrms = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
-    tl.store(out_ptr + row, x * rrms * weight, mask)
+    for start in tl.range(first, tl.minimum(first + ROWS_EACH, num_rows), ROWS, num_stages=STAGES):
+        r = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        mask = (r < num_rows) & (d < width)
+        x = tl.load(x_ptr + a * stride_a + r * stride_r + d, mask, other=0.0).to(tl.float32)
+        row = (a * num_rows + r) * width + d
+        if y_ptr is not None:
+            y = tl.load(y_ptr + a * stride_ya + r * stride_yr + d, mask, other=0.0).to(tl.float32)
+            total = (x + y).to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + row, total, mask)
+            x = total.to(tl.float32)
+        rrms = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+        tl.store(out_ptr + row, x * rrms * weight, mask)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_rows"])
@@ -110,11 +114,12 @@ def run_forward(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tupl
     total = None if y is None else like(x)
     if x.numel() == 0:
         return total, out
-    x, y, choice = as_rows(x), None if y is None else as_rows(y), tile(x.shape[-1])
+    choice = tile(x) if y is None else tile(x, y)
+    x, y = as_rows(x), None if y is None else as_rows(y)
     a, r, d = x.shape
     strides = x.stride(0), x.stride(1), *((0, 0) if y is None else y.stride()[:2])
     with torch.cuda.device_of(x):
-        rms_norm_forward[a * triton.cdiv(r, choice["ROWS"]),](
+        rms_norm_forward[a * triton.cdiv(r, choice["ROWS_EACH"]),](
             x, y, weight.contiguous(), total, out, r, d, *strides, eps, **choice
         )
     return total, out

@@ -19,17 +19,23 @@ def options(elements: int, each: int = 16, most_threads: int = 512) -> dict[str,
     return {"num_warps": max(1, min(most_threads, elements // each) // lanes), "enable_fp_fusion": True}
 
 
-def tile(width: int, each: int = 32) -> dict[str, int]:
-    """Of a norm: as many whole rows as 512 threads hold with `each` elements per thread, or one row. These
-    rows take their scale and shift from memory together: four of them at a width of 4096, two at 5120."""
-    block = triton.next_power_of_2(width)
-    rows = max(1, min(64, 512 * each // block))
-    return {"ROWS": rows, "BLOCK": block, **options(rows * block, each)}
+def tile(*inputs: Tensor) -> dict[str, int]:
+    """Of a norm: ROWS whole rows at a time, 4096 elements or one row, and at least four one after the other,
+    for which scale and shift are loaded once. While a program norms some, the next ones are on their way
+    (STAGES - 1 times, in 64 KiB of shared memory, which every GPU has); 8 elements per thread leave the
+    registers for scale and shift."""
+    block = triton.next_power_of_2(inputs[0].shape[-1])
+    rows = max(1, min(64, 4096 // block))
+    rows_each = max(4, rows)
+    size = rows * block * sum(x.element_size() for x in inputs)
+    ahead = min(2, rows_each // rows - 1, 65536 // size)
+    held = options(rows * block, 8, 1024) if ahead else options(rows * block)
+    return {"ROWS_EACH": rows_each, "ROWS": rows, "BLOCK": block, "STAGES": 1 + ahead, **held}
 
 
 def backward_tile(width: int) -> dict[str, int]:
-    """Of a norm's backward: whole rows, 4096 elements or one row, because a program goes over many and keeps
-    sums of gradients as well."""
+    """Of a norm's backward: whole rows, 4096 elements or one row, at a time. A program goes over many, and
+    keeps sums of gradients."""
     block = triton.next_power_of_2(width)
     rows = max(1, min(64, 4096 // block))
     return {"ROWS": rows, "BLOCK": block, **options(rows * block)}
