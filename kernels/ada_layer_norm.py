@@ -16,22 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PARTIAL_SUMS = 256  # programs of a backward; the same on every device, so that gradients are too
-
-
-def tile(width: int) -> dict[str, int]:
-    """Whole rows, 4096 elements or one row, and 16 elements per thread: two 16-byte loads of half precision
-    in flight. Instinct's warps are 64 wide. Products and sums fuse, whatever the default of a release of
-    Triton is."""
-    block = triton.next_power_of_2(width)
-    rows = max(1, min(64, 4096 // block))
-    lanes = 64 if torch.version.hip else 32
-    num_warps = max(1, min(16, rows * block // (16 * lanes)))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": True}
+from joyedit.kernels.shared import PARTIAL_SUMS, as_modulation, as_rows, backward_tile, like, register, tile
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def forward(
+def layer_norm_forward(
     x_ptr,  # (A, R, D), strides (stride_a, stride_r, 1)
     scale_ptr,  # (A, D), strides (stride_scale, 1), or None
     shift_ptr,  # (A, D), strides (stride_shift, 1), or None
@@ -44,26 +33,34 @@ def forward(
     stride_shift,
     eps,
     PLUS_ONE: tl.constexpr,
+    ROWS_EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    chunks = tl.cdiv(num_rows, ROWS)
+    chunks = tl.cdiv(num_rows, ROWS_EACH)
     a = (tl.program_id(0) // chunks).to(tl.int64)
-    r = (tl.program_id(0) % chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = tl.program_id(0) % chunks * ROWS_EACH
     d = tl.arange(0, BLOCK)[None]
-    mask = (r < num_rows) & (d < width)
-    x = tl.load(x_ptr + a * stride_a + r * stride_r + d, mask, other=0.0).to(tl.float32)
-    x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
-    x *= tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
     if scale_ptr is not None:
-        x *= PLUS_ONE + tl.load(scale_ptr + a * stride_scale + d, d < width, other=0.0).to(tl.float32)
+        scale = PLUS_ONE + tl.load(scale_ptr + a * stride_scale + d, d < width, other=0.0).to(tl.float32)
     if shift_ptr is not None:
-        x += tl.load(shift_ptr + a * stride_shift + d, d < width, other=0.0).to(tl.float32)
-    tl.store(out_ptr + (a * num_rows + r) * width + d, x, mask)
+        shift = tl.load(shift_ptr + a * stride_shift + d, d < width, other=0.0).to(tl.float32)
+    for start in tl.range(first, tl.minimum(first + ROWS_EACH, num_rows), ROWS, num_stages=STAGES):
+        r = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        mask = (r < num_rows) & (d < width)
+        x = tl.load(x_ptr + a * stride_a + r * stride_r + d, mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
+        x *= tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+        if scale_ptr is not None:
+            x *= scale
+        if shift_ptr is not None:
+            x += shift
+        tl.store(out_ptr + (a * num_rows + r) * width + d, x, mask)
 
 
 @triton.jit(do_not_specialize=["programs", "num_rows"])
-def backward(
+def layer_norm_backward(
     grad_ptr,  # (A, R, D) contiguous
     x_ptr,  # (A, R, D), strides (stride_a, stride_r, 1)
     scale_ptr,  # (A, D), strides (stride_scale, 1), or None
@@ -109,20 +106,6 @@ def backward(
     tl.store(dshift_ptr + p * width + d, tl.sum(dshift, 0)[None], d < width)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(..., D) -> (A, R, D) with unit stride along D: a view wherever two strides can describe the rows."""
-    x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 1 else x[None, None]
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def as_modulation(t: Tensor | None) -> tuple[Tensor | None, int]:
-    """(A, D), (1, D) or (D) with unit stride along D, and its stride along A."""
-    if t is None:
-        return None, 0
-    t = t if t.stride(-1) == 1 else t.contiguous()
-    return t, t.stride(0) if t.ndim == 2 and t.shape[0] > 1 else 0
-
-
 def run_ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return run_forward(x, scale, shift, eps, 1)
 
@@ -132,15 +115,15 @@ def run_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
 
 
 def run_forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, plus_one: int) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = like(x)
     if x.numel() == 0:
         return out
-    rows, choice = as_rows(x), tile(x.shape[-1])
+    rows, choice = as_rows(x), tile(x)
     a, r, d = rows.shape
     (scale, stride_scale), (shift, stride_shift) = as_modulation(scale), as_modulation(shift)
     strides = rows.stride(0), rows.stride(1), stride_scale, stride_shift
     with torch.cuda.device_of(x):
-        forward[a * triton.cdiv(r, choice["ROWS"]),](
+        layer_norm_forward[a * triton.cdiv(r, choice["ROWS_EACH"]),](
             rows, scale, shift, out, r, d, *strides, eps, PLUS_ONE=plus_one, **choice
         )
     return out
@@ -149,18 +132,18 @@ def run_forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: floa
 def run_backward(
     grad: Tensor, x: Tensor, scale: Tensor | None, eps: float, plus_one: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = like(x)
     if x.numel() == 0:
         zeros = torch.zeros((x.shape[:-2].numel(), x.shape[-1]), dtype=torch.float32, device=x.device)
         return dx, zeros, zeros.clone()
-    rows, choice = as_rows(x), tile(x.shape[-1])
+    rows, choice = as_rows(x), backward_tile(x.shape[-1])
     a, r, d = rows.shape
     programs = min(triton.cdiv(r, choice["ROWS"]), max(1, PARTIAL_SUMS // a))
     dscale, dshift = (torch.empty((a, programs, d), dtype=torch.float32, device=x.device) for _ in range(2))
     scale, stride_scale = as_modulation(scale)
     sizes = programs, r, d, rows.stride(0), rows.stride(1), stride_scale
     with torch.cuda.device_of(x):
-        backward[a * programs,](
+        layer_norm_backward[a * programs,](
             grad.contiguous(), rows, scale, dx, dscale, dshift, *sizes, eps, PLUS_ONE=int(plus_one), **choice
         )
     return dx, dscale.sum(1), dshift.sum(1)
@@ -174,23 +157,22 @@ LIBRARY.define(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? scale, float eps, bool plus_one)"
     " -> (Tensor, Tensor, Tensor)"
 )
-for key in ("CUDA", "CPU"):  # AMD's devices are CUDA to PyTorch; the CPU is the interpreter's
-    LIBRARY.impl("ada_layer_norm", run_ada_layer_norm, key)
-    LIBRARY.impl("layer_norm", run_layer_norm, key)
-    LIBRARY.impl("layer_norm_backward", run_backward, key)
+register(LIBRARY, "ada_layer_norm", run_ada_layer_norm)
+register(LIBRARY, "layer_norm", run_layer_norm)
+register(LIBRARY, "layer_norm_backward", run_backward)
 
 
 @torch.library.register_fake("joyedit::ada_layer_norm", lib=LIBRARY)
 @torch.library.register_fake("joyedit::layer_norm", lib=LIBRARY)
 def fake_forward(x, *others):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return like(x)
 
 
 @torch.library.register_fake("joyedit::layer_norm_backward", lib=LIBRARY)
 def fake_backward(grad, x, scale, eps, plus_one):
     sums = (x.shape[:-2].numel(), x.shape[-1])
     dscale, dshift = (torch.empty(sums, dtype=torch.float32, device=x.device) for _ in range(2))
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), dscale, dshift
+    return like(x), dscale, dshift
 
 
 def keep_ada(ctx, inputs, output):

@@ -14,24 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PARTIAL_SUMS = 256  # programs of a backward; the same on every device, so that gradients are too
+from joyedit.kernels.shared import PARTIAL_SUMS, as_planes, empty_as, options, register
 
 
 def tile(channels: int, positions: int, last: bool, most: int = 16384) -> dict[str, int]:
     """All channels, padded to a power of two. Channels last: 4096 elements, as the other norms. Contiguous:
     8192, or 32 positions if `most` allows it: 64 bytes of half precision next to each other in each channel.
-    16 elements per thread, up to 1024 threads (32 each spill on Ampere); Instinct's warps are 64 wide.
-    Products and sums fuse, whatever the default of a release of Triton is."""
+    Up to 1024 threads: 32 elements each spill on Ampere."""
     c_block = triton.next_power_of_2(channels)
     wanted = 4096 // c_block if last else max(32, 8192 // c_block)
     n_block = max(1, min(wanted, most // c_block, triton.next_power_of_2(positions)))
-    lanes = 64 if torch.version.hip else 32
-    num_warps = max(1, min(1024, c_block * n_block // 16) // lanes)
-    return {"C_BLOCK": c_block, "N_BLOCK": n_block, "num_warps": num_warps, "enable_fp_fusion": True}
+    return {"C_BLOCK": c_block, "N_BLOCK": n_block, **options(c_block * n_block, most_threads=1024)}
 
 
 @triton.jit(do_not_specialize=["num_frames"])
-def forward(
+def channel_rms_norm_forward(
     x_ptr,  # (B, T, C, N), strides (stride_xb, stride_xt, stride_xc, stride_xn)
     gamma_ptr,  # (C)
     out_ptr,  # (B, T, C, N), strides (stride_ob, stride_ot, stride_oc, stride_on)
@@ -69,7 +66,7 @@ def forward(
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_frames"])
-def backward(
+def channel_rms_norm_backward(
     grad_ptr,  # (B, T, C, N), strides (stride_gb, stride_gt, stride_gc, stride_gn)
     x_ptr,  # (B, T, C, N), strides (stride_xb, stride_xt, stride_xc, stride_xn)
     gamma_ptr,  # (C)
@@ -125,20 +122,16 @@ def backward(
     tl.store(dgamma_ptr + p * num_channels + c, tl.sum(dgamma, 0)[None], c < num_channels)
 
 
-def as_planes(x: Tensor) -> Tensor:
+def first_axis(x: Tensor) -> int:
+    """From which on the axes are positions: of videos the fourth, after the frames."""
+    return 3 if x.ndim == 5 else 2
+
+
+def as_frames(x: Tensor) -> Tensor:
     """(B, C, ...) -> (B, C, T, N), T frames of a video or 1: a view wherever one stride can describe the
     positions."""
-    if x.ndim == 5:
-        return x.flatten(3)
-    return x.flatten(2)[:, :, None] if x.ndim > 2 else x[..., None, None]
-
-
-def empty_as(x: Tensor) -> Tensor:
-    """Unwritten, dense, in the memory format of x; contiguous where no stride can describe its positions."""
-    out = torch.empty_like(x)
-    axes = [axis for axis in range(3 if x.ndim == 5 else 2, x.ndim) if x.shape[axis] > 1]
-    merge = all(out.stride(i) == out.stride(j) * out.shape[j] for i, j in zip(axes, axes[1:], strict=False))
-    return out if merge else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    planes = as_planes(x, first_axis(x))
+    return planes if planes.ndim == 4 else planes[:, :, None]
 
 
 def strides(planes: Tensor) -> tuple[int, ...]:
@@ -156,14 +149,14 @@ def run_channel_rms_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def run_forward(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
-    result = empty_as(x)
+    result = empty_as(x, first_axis(x))
     if x.numel() == 0:
         return result
-    x, out = as_planes(x), as_planes(result)
+    x, out = as_frames(x), as_frames(result)
     b, c, t, n = x.shape
     choice = tile(c, n, x.stride(1) == 1)
     with torch.cuda.device_of(x):
-        forward[b * t * triton.cdiv(n, choice["N_BLOCK"]),](
+        channel_rms_norm_forward[b * t * triton.cdiv(n, choice["N_BLOCK"]),](
             x, gamma.contiguous(), out, t, c, n, c**0.5, *strides(x), *strides(out), SILU=silu, **choice
         )
     return result
@@ -178,17 +171,17 @@ def run_channel_rms_norm_silu_backward(grad: Tensor, x: Tensor, gamma: Tensor) -
 
 
 def run_backward(grad: Tensor, x: Tensor, gamma: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
-    result = empty_as(x)
+    result = empty_as(x, first_axis(x))
     if x.numel() == 0:
         return result, torch.zeros_like(gamma)
-    grad, x, dx = as_planes(grad), as_planes(x), as_planes(result)
+    grad, x, dx = as_frames(grad), as_frames(x), as_frames(result)
     b, c, t, n = x.shape
     choice = tile(c, n, x.stride(1) == 1, most=8192)
     chunks = b * t * triton.cdiv(n, choice["N_BLOCK"])
     programs = min(chunks, PARTIAL_SUMS)
     dgamma = torch.empty((programs, c), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        backward[programs,](
+        channel_rms_norm_backward[programs,](
             *(grad, x, gamma.contiguous(), dx, dgamma, chunks, t, c, n, c**0.5),
             *(*strides(grad), *strides(x), *strides(dx)),
             SILU=silu,
@@ -204,21 +197,20 @@ for name, kernel, gradient in (
 ):
     LIBRARY.define(f"{name}(Tensor x, Tensor gamma) -> Tensor")
     LIBRARY.define(f"{name}_backward(Tensor grad, Tensor x, Tensor gamma) -> (Tensor, Tensor)")
-    for key in ("CUDA", "CPU"):  # AMD's devices are CUDA to PyTorch; the CPU is the interpreter's
-        LIBRARY.impl(name, kernel, key)
-        LIBRARY.impl(f"{name}_backward", gradient, key)
+    register(LIBRARY, name, kernel)
+    register(LIBRARY, f"{name}_backward", gradient)
 
 
 @torch.library.register_fake("joyedit::channel_rms_norm", lib=LIBRARY)
 @torch.library.register_fake("joyedit::channel_rms_norm_silu", lib=LIBRARY)
 def _(x, gamma):
-    return empty_as(x)
+    return empty_as(x, first_axis(x))
 
 
 @torch.library.register_fake("joyedit::channel_rms_norm_backward", lib=LIBRARY)
 @torch.library.register_fake("joyedit::channel_rms_norm_silu_backward", lib=LIBRARY)
 def _(grad, x, gamma):
-    return empty_as(x), torch.empty_like(gamma, memory_format=torch.contiguous_format)
+    return empty_as(x, first_axis(x)), torch.empty_like(gamma, memory_format=torch.contiguous_format)
 
 
 def keep(ctx, inputs, output):

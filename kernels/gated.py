@@ -20,13 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from joyedit.kernels.shared import as_rows, like, options, register
+
 
 def tile() -> dict[str, int]:
-    """2048 elements, 16 per thread: two 16-byte loads of half precision in flight for each of gate and value.
-    All widths in use but one are multiples of 256. Instinct's warps are 64 wide. Products and sums fuse,
-    whatever the default of a release of Triton is."""
-    num_warps = 2 if torch.version.hip else 4
-    return {"ROWS": 8, "BLOCK": 256, "num_warps": num_warps, "enable_fp_fusion": True}
+    """2048 elements; all widths in use but one are multiples of 256."""
+    return {"ROWS": 8, "BLOCK": 256, **options(2048)}
 
 
 @triton.jit
@@ -53,7 +52,7 @@ def sigmoid(x):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def forward(
+def gated_forward(
     gate_ptr,  # (A, R, D), strides (stride_ga, stride_gr, 1)
     value_ptr,  # (A, R, D), strides (stride_va, stride_vr, 1), or None
     out_ptr,  # (A, R, D) contiguous
@@ -83,7 +82,7 @@ def forward(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def backward(
+def gated_backward(
     grad_ptr,  # (A, R, D) contiguous
     gate_ptr,  # (A, R, D), strides (stride_ga, stride_gr, 1)
     value_ptr,  # (A, R, D), strides (stride_va, stride_vr, 1), or None
@@ -119,21 +118,15 @@ def backward(
     tl.store(dgate_ptr + row * stride_out + d, grad * value * slope, mask)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(..., D) -> (A, R, D) with unit stride along D: a view wherever two strides can describe the rows."""
-    x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 1 else x[None, None]
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def run_forward(gate: Tensor, value: Tensor | None, activation: str) -> Tensor:
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = like(gate)
     if gate.numel() == 0:
         return out
     gate, value = as_rows(gate), None if value is None else as_rows(value)
     (a, r, d), choice = gate.shape, tile()
     strides = *gate.stride()[:2], *(gate if value is None else value).stride()[:2]
     with torch.cuda.device_of(gate):
-        forward[a * triton.cdiv(r, choice["ROWS"]) * triton.cdiv(d, choice["BLOCK"]),](
+        gated_forward[a * triton.cdiv(r, choice["ROWS"]) * triton.cdiv(d, choice["BLOCK"]),](
             gate, value, out, r, d, *strides, activation, **choice
         )
     return out
@@ -150,7 +143,7 @@ def run_backward(
     strides = *gate.stride()[:2], *(gate if value is None else value).stride()[:2]
     apart = dgate.stride(-2) if dgate.ndim > 1 else d
     with torch.cuda.device_of(gate):
-        backward[a * triton.cdiv(r, choice["ROWS"]) * triton.cdiv(d, choice["BLOCK"]),](
+        gated_backward[a * triton.cdiv(r, choice["ROWS"]) * triton.cdiv(d, choice["BLOCK"]),](
             grad.contiguous(), gate, value, dgate, dvalue, r, d, *strides, apart, activation, **choice
         )
 
@@ -161,7 +154,7 @@ def run_geglu(value_gate: Tensor) -> Tensor:
 
 
 def run_geglu_backward(grad: Tensor, value_gate: Tensor) -> Tensor:
-    out = torch.empty(value_gate.shape, dtype=value_gate.dtype, device=value_gate.device)
+    out = like(value_gate)
     (value, gate), (dvalue, dgate) = value_gate.chunk(2, dim=-1), out.chunk(2, dim=-1)
     run_backward(grad, gate, value, dgate, dvalue, "gelu")
     return out
@@ -197,10 +190,6 @@ def run_gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-def like(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-
 LIBRARY = torch.library.Library("joyedit", "FRAGMENT")
 LIBRARY.define("geglu(Tensor value_gate) -> Tensor")
 LIBRARY.define("geglu_backward(Tensor grad, Tensor value_gate) -> Tensor")
@@ -210,15 +199,14 @@ LIBRARY.define("swiglu(Tensor gate, Tensor up) -> Tensor")
 LIBRARY.define("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)")
 LIBRARY.define("gelu_tanh(Tensor x) -> Tensor")
 LIBRARY.define("gelu_tanh_backward(Tensor grad, Tensor x) -> Tensor")
-for key in ("CUDA", "CPU"):  # AMD's devices are CUDA to PyTorch; the CPU is the interpreter's
-    LIBRARY.impl("geglu", run_geglu, key)
-    LIBRARY.impl("geglu_backward", run_geglu_backward, key)
-    LIBRARY.impl("geglu_tanh", run_geglu_tanh, key)
-    LIBRARY.impl("geglu_tanh_backward", run_geglu_tanh_backward, key)
-    LIBRARY.impl("swiglu", run_swiglu, key)
-    LIBRARY.impl("swiglu_backward", run_swiglu_backward, key)
-    LIBRARY.impl("gelu_tanh", run_gelu_tanh, key)
-    LIBRARY.impl("gelu_tanh_backward", run_gelu_tanh_backward, key)
+register(LIBRARY, "geglu", run_geglu)
+register(LIBRARY, "geglu_backward", run_geglu_backward)
+register(LIBRARY, "geglu_tanh", run_geglu_tanh)
+register(LIBRARY, "geglu_tanh_backward", run_geglu_tanh_backward)
+register(LIBRARY, "swiglu", run_swiglu)
+register(LIBRARY, "swiglu_backward", run_swiglu_backward)
+register(LIBRARY, "gelu_tanh", run_gelu_tanh)
+register(LIBRARY, "gelu_tanh_backward", run_gelu_tanh_backward)
 
 
 @torch.library.register_fake("joyedit::geglu", lib=LIBRARY)

@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from joyedit.kernels.shared import as_planes, empty_as, options, register
+
 ONE_PROGRAM = 32768  # elements of a group: 64 KiB in half precision, which stay in the caches near a program
-PARTIAL_SUMS = 1024  # programs that share larger groups; the same on every device, so that results are too
+SHARING = 1024  # programs that share larger groups; the same on every device, so that results are too
 
 
 def tile(channels: int, positions: int, last: bool) -> dict[str, int]:
@@ -40,13 +42,6 @@ def group_tile(channels: int, positions: int) -> dict[str, int]:
     c_block = triton.next_power_of_2(channels)
     n_block = min(8192 // c_block, triton.next_power_of_2(positions))
     return {"C_BLOCK": c_block, "N_BLOCK": n_block, **options(c_block * n_block)}
-
-
-def options(size: int) -> dict[str, int]:
-    """16 elements per thread: two 16-byte loads of half precision in flight. Instinct's warps are 64 wide.
-    Products and sums fuse, whatever the default of a release of Triton is."""
-    lanes = 64 if torch.version.hip else 32
-    return {"num_warps": max(1, min(16, size // (16 * lanes))), "enable_fp_fusion": True}
 
 
 def in_one_program(rows: Tensor, groups: int) -> bool:
@@ -69,13 +64,11 @@ def merged(count, mean, squares, AXIS: tl.constexpr):
 
 @triton.jit
 def moments(
-    x_ptr,  # (C, N), strides (stride_c, stride_n)
-    c,
+    x_ptr,  # (C_BLOCK, 1): a channel's positions, stride_n apart
     present,
     first,
     last,
     num_positions,
-    stride_c,
     stride_n,
     C_BLOCK: tl.constexpr,
     N_BLOCK: tl.constexpr,
@@ -86,7 +79,7 @@ def moments(
     for i in range(first, last):
         n = (i * N_BLOCK + tl.arange(0, N_BLOCK)[None]).to(tl.int64)
         mask = present & (n < num_positions)
-        x = tl.load(x_ptr + c * stride_c + n * stride_n, mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + n * stride_n, mask, other=0.0).to(tl.float32)
         step = tl.where(mask, x - mean, 0.0)
         mean += step * (1.0 / (i - first + 1))
         squares += step * (x - mean)
@@ -97,7 +90,7 @@ def moments(
 
 
 @triton.jit(do_not_specialize=["num_groups"])
-def whole_groups(
+def group_norm_whole_groups(
     x_ptr,  # (B, C, N), strides (stride_xb, stride_xc, stride_xn)
     weight_ptr,  # (C)
     bias_ptr,  # (C)
@@ -117,20 +110,19 @@ def whole_groups(
     N_BLOCK: tl.constexpr,
 ):
     b = (tl.program_id(0) // num_groups).to(tl.int64)
-    g = (tl.program_id(0) % num_groups).to(tl.int64)
-    c = g * CHANNELS + tl.arange(0, C_BLOCK)[:, None]
-    present = tl.arange(0, C_BLOCK)[:, None] < CHANNELS
-    x_ptr += b * stride_xb
-    out_ptr += b * stride_ob
+    first = (tl.program_id(0) % num_groups).to(tl.int64) * CHANNELS
+    c = tl.arange(0, C_BLOCK)[:, None].to(tl.int64)
+    present = c < CHANNELS
+    x_ptr += b * stride_xb + first * stride_xc
     tiles = tl.cdiv(num_positions, N_BLOCK)
     count, mean, squares = moments(
-        x_ptr, c, present, 0, tiles, num_positions, stride_xc, stride_xn, C_BLOCK, N_BLOCK
+        x_ptr + c * stride_xc, present, 0, tiles, num_positions, stride_xn, C_BLOCK, N_BLOCK
     )
-    count, mean, squares = merged(count, mean, squares, 1)
-    count, mean, squares = merged(count, mean, squares, 0)
+    count, mean, squares = merged(count, mean, squares, None)
     rstd = tl.rsqrt(squares / count + eps)
-    scale = tl.load(weight_ptr + c, present, other=0.0).to(tl.float32) * rstd
-    bias = tl.load(bias_ptr + c, present, other=0.0).to(tl.float32)
+    scale = tl.load(weight_ptr + first + c, present, other=0.0).to(tl.float32) * rstd
+    bias = tl.load(bias_ptr + first + c, present, other=0.0).to(tl.float32)
+    out_ptr += b * stride_ob + first * stride_oc
     for i in range(tiles):
         n = (i * N_BLOCK + tl.arange(0, N_BLOCK)[None]).to(tl.int64)
         mask = present & (n < num_positions)
@@ -142,7 +134,7 @@ def whole_groups(
 
 
 @triton.jit(do_not_specialize=["programs", "tiles_each"])
-def partial_statistics(
+def group_norm_partial_statistics(
     x_ptr,  # (B, C, N), strides (stride_b, stride_c, stride_n)
     mean_ptr,  # (B, C, pitch) fp32: of each channel, in the positions of each program
     squares_ptr,  # (B, C, pitch) fp32
@@ -165,7 +157,7 @@ def partial_statistics(
     first = p * tiles_each
     last = tl.minimum(first + tiles_each, tl.cdiv(num_positions, N_BLOCK))
     count, mean, squares = moments(
-        x_ptr + b * stride_b, c, present, first, last, num_positions, stride_c, stride_n, C_BLOCK, N_BLOCK
+        x_ptr + b * stride_b + c * stride_c, present, first, last, num_positions, stride_n, C_BLOCK, N_BLOCK
     )
     count, mean, squares = merged(count, mean, squares, 1)
     row = (b * num_channels + c) * pitch + p
@@ -174,7 +166,7 @@ def partial_statistics(
 
 
 @triton.jit(do_not_specialize=["share", "num_positions"])
-def merge_statistics(
+def group_norm_merge_statistics(
     part_mean_ptr,  # (B, G, size) fp32, size: channels of a group times pitch
     part_squares_ptr,  # (B, G, size) fp32
     mean_ptr,  # (B, G) fp32
@@ -209,7 +201,7 @@ def merge_statistics(
 
 
 @triton.jit(do_not_specialize=["group_channels"])
-def normalise(
+def group_norm_normalise(
     x_ptr,  # (B, C, N), strides (stride_xb, stride_xc, stride_xn)
     weight_ptr,  # (C)
     bias_ptr,  # (C)
@@ -249,7 +241,7 @@ def normalise(
 
 
 @triton.jit(do_not_specialize=["group_channels", "programs", "tiles_each"])
-def backward_sums(
+def group_norm_backward_sums(
     grad_ptr,  # (B, C, N), strides (stride_gb, stride_gc, stride_gn)
     x_ptr,  # (B, C, N), strides (stride_xb, stride_xc, stride_xn)
     weight_ptr,  # (C), or None: no SiLU
@@ -303,7 +295,7 @@ def backward_sums(
 
 
 @triton.jit(do_not_specialize=["group_channels"])
-def backward(
+def group_norm_backward(
     grad_ptr,  # (B, C, N), strides (stride_gb, stride_gc, stride_gn)
     x_ptr,  # (B, C, N), strides (stride_xb, stride_xc, stride_xn)
     weight_ptr,  # (C)
@@ -353,19 +345,6 @@ def backward(
     tl.store(dx_ptr + b * stride_db + c * stride_dc + n * stride_dn, dx, mask)
 
 
-def as_planes(x: Tensor) -> Tensor:
-    """(B, C, ...) -> (B, C, N): a view wherever one stride can describe the positions."""
-    return x.flatten(2) if x.ndim > 2 else x[..., None]
-
-
-def empty_as(x: Tensor) -> Tensor:
-    """Unwritten, dense, in the memory format of x; contiguous where no stride can describe its positions."""
-    out = torch.empty_like(x)
-    axes = [axis for axis in range(2, x.ndim) if x.shape[axis] > 1]
-    merge = all(out.stride(i) == out.stride(j) * out.shape[j] for i, j in zip(axes, axes[1:], strict=False))
-    return out if merge else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def run_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     return run_forward(x, weight, bias, groups, eps, silu=False)
 
@@ -385,14 +364,16 @@ def run_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
     with torch.cuda.device_of(x):
         if in_one_program(x, groups):
             choice = group_tile(c // groups, n)
-            whole_groups[b * groups,](
+            group_norm_whole_groups[b * groups,](
                 x, weight, bias, out, groups, n, *strides, eps, CHANNELS=c // groups, SILU=silu, **choice
             )
             return result
         mean, rstd = run_statistics(x, groups, eps)
         choice = tile(c, n, x.stride(1) == 1)
         grid = b * triton.cdiv(c, choice["C_BLOCK"]) * triton.cdiv(n, choice["N_BLOCK"])
-        normalise[grid,](x, weight, bias, mean, rstd, out, c, c // groups, n, *strides, SILU=silu, **choice)
+        group_norm_normalise[grid,](
+            x, weight, bias, mean, rstd, out, c, c // groups, n, *strides, SILU=silu, **choice
+        )
     return result
 
 
@@ -400,7 +381,7 @@ def shares(x: Tensor, choice: dict[str, int]) -> tuple[int, int]:
     """How many programs share the positions of a block of channels, and how many tiles each takes."""
     b, c, n = x.shape
     tiles = triton.cdiv(n, choice["N_BLOCK"])
-    programs = max(1, min(tiles, PARTIAL_SUMS // (b * triton.cdiv(c, choice["C_BLOCK"]))))
+    programs = max(1, min(tiles, SHARING // (b * triton.cdiv(c, choice["C_BLOCK"]))))
     tiles_each = triton.cdiv(tiles, programs)
     return triton.cdiv(tiles, tiles_each), tiles_each
 
@@ -412,16 +393,14 @@ def run_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     pitch = 16 * triton.cdiv(programs, 16)  # so that a group begins where wide loads can
     part_mean, part_squares = torch.empty((2, b, c, pitch), dtype=torch.float32, device=x.device)
     mean, rstd = torch.empty((2, b, groups), dtype=torch.float32, device=x.device)
-    partial_statistics[b * triton.cdiv(c, choice["C_BLOCK"]) * programs,](
+    group_norm_partial_statistics[b * triton.cdiv(c, choice["C_BLOCK"]) * programs,](
         x, part_mean, part_squares, c, n, programs, tiles_each, pitch, *x.stride(), **choice
     )
     share, size = tiles_each * choice["N_BLOCK"], c // groups * pitch
-    lanes = 64 if torch.version.hip else 32
-    merge_statistics[b * groups,](
+    group_norm_merge_statistics[b * groups,](
         *(part_mean, part_squares, mean, rstd, n, share, size, pitch, eps),
         BLOCK=512,
-        num_warps=128 // lanes,
-        enable_fp_fusion=True,
+        **options(512, each=4),
     )
     return mean, rstd
 
@@ -454,14 +433,14 @@ def run_backward(
     strides = *grad.stride(), *x.stride()
     with torch.cuda.device_of(x):
         mean, rstd = run_statistics(x, groups, eps)
-        backward_sums[b * blocks * programs,](
+        group_norm_backward_sums[b * blocks * programs,](
             *(grad, x, None if bias is None else weight, bias, mean, rstd, *partial),
             *(c, c // groups, n, programs, tiles_each, *strides),
             **choice,
         )
         sums = partial.sum(-1)  # (2, B, C)
         level, along = (sums * weight.float()).unflatten(2, (groups, -1)).sum(-1) / (c // groups * n)
-        backward[b * blocks * tiles,](
+        group_norm_backward[b * blocks * tiles,](
             *(grad, x, weight, bias, mean, rstd, level, along, dx, c, c // groups, n, *strides, *dx.stride()),
             **choice,
         )
@@ -479,11 +458,10 @@ LIBRARY.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(f"group_norm_silu_backward(Tensor grad, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-for key in ("CUDA", "CPU"):  # AMD's devices are CUDA to PyTorch; the CPU is the interpreter's
-    LIBRARY.impl("group_norm", run_group_norm, key)
-    LIBRARY.impl("group_norm_silu", run_group_norm_silu, key)
-    LIBRARY.impl("group_norm_backward", run_group_norm_backward, key)
-    LIBRARY.impl("group_norm_silu_backward", run_group_norm_silu_backward, key)
+register(LIBRARY, "group_norm", run_group_norm)
+register(LIBRARY, "group_norm_silu", run_group_norm_silu)
+register(LIBRARY, "group_norm_backward", run_group_norm_backward)
+register(LIBRARY, "group_norm_silu_backward", run_group_norm_silu_backward)
 
 
 def gradients_as(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

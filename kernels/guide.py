@@ -16,20 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from joyedit.kernels.shared import as_planes, options, register
+
 
 def tile(channels: int) -> dict[str, int]:
     """1024 elements or 16 positions, 8 elements per thread: latents are small, and this way there are
-    programs for all processors. Instinct's warps are 64 wide. Products and sums fuse, whatever the default of
-    a release of Triton is."""
+    programs for all processors."""
     rows = triton.next_power_of_2(channels)
     block = max(16, 1024 // rows)
-    lanes = 64 if torch.version.hip else 32
-    num_warps = max(1, min(8, rows * block // (8 * lanes)))
-    return {"CHANNELS": rows, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": True}
+    return {"CHANNELS": rows, "BLOCK": block, **options(rows * block, each=8)}
 
 
 @triton.jit(do_not_specialize=["num_channels"])
-def forward(
+def guide_forward(
     cond_ptr,  # (B, C, P), strides (stride_cond_b, stride_cond_c, stride_cond_p)
     uncond_ptr,  # (B, C, P), strides (stride_uncond_b, stride_uncond_c, stride_uncond_p)
     sample_ptr,  # (B, C, P), strides (stride_sample_b, stride_sample_c, stride_sample_p), or None
@@ -78,12 +77,12 @@ def run(
     out = torch.empty(cond.shape, dtype=kept.dtype, device=cond.device)
     if cond.numel() == 0:
         return out
-    maps = [None if t is None else t.flatten(2) for t in (cond, uncond, sample)]
+    maps = [None if t is None else as_planes(t) for t in (cond, uncond, sample)]
     strides = [n for t in maps for n in ((0, 0, 0) if t is None else t.stride())]
     (b, c, *_), choice = cond.shape, tile(cond.shape[1])
     positions = cond[0, 0].numel()
     with torch.cuda.device_of(cond):
-        forward[b * triton.cdiv(positions, choice["BLOCK"]),](
+        guide_forward[b * triton.cdiv(positions, choice["BLOCK"]),](
             *maps, delta, out, c, positions, *strides, scale, rescale, **choice
         )
     return out
@@ -93,8 +92,7 @@ LIBRARY = torch.library.Library("joyedit", "FRAGMENT")
 LIBRARY.define(
     "guide(Tensor cond, Tensor uncond, float scale, bool rescale, Tensor? sample, Tensor? delta) -> Tensor"
 )
-for key in ("CUDA", "CPU"):  # AMD's devices are CUDA to PyTorch; the CPU is the interpreter's
-    LIBRARY.impl("guide", run, key)
+register(LIBRARY, "guide", run)
 
 
 @torch.library.register_fake("joyedit::guide", lib=LIBRARY)

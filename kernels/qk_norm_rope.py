@@ -12,9 +12,10 @@ back and norms anew, because the row is in registers anyway; the gradients of th
 program, then over programs.
 
 q (B, M, H, E), k (B, N, G, E): heads next to each other, samples and tokens with strides, so that slices of a
-fused projection need no copy. q may have more heads (grouped queries) and fewer tokens: its first one is
-token `start` of k. Weights (E), or over all heads (H * E) and (G * E); cos, sin (N, E / 2) or (B or 1, N,
-E / 2).
+fused projection need no copy. `qk_norm_rope_out`, for inference, writes to tensors with such strides: to the
+part of what attention reads that belongs to one of its streams. q may have more heads (grouped queries) and
+fewer tokens: its first one is token `start` of k. Weights (E), or over all heads (H * E) and (G * E); cos,
+sin (N, E / 2) or (B or 1, N, E / 2).
 
 A piece of work is HEADS heads of one token, held as two tensors, the a and the b of every pair, so that cos
 and sin are read once for all of them. The first pieces are q's, the rest k's.
@@ -25,19 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PARTIAL_SUMS = 256  # programs of a backward for each of q and k; on every device, so that gradients are, too
+from joyedit.kernels.shared import PARTIAL_SUMS, like, options, register
 
 
 def tile(q_heads: int, k_heads: int, head_dim: int, across: bool) -> dict[str, int]:
-    """As many heads of a token as both q and k have, up to 4096 elements, or all that are normed together;
-    and 16 elements per thread: two 16-byte loads of half precision in flight. Instinct's warps are 64 wide.
-    Products and sums fuse, whatever the default of a release of Triton is."""
+    """As many heads of a token as both q and k have, up to 4096 elements, or all that are normed together."""
     block = max(2, triton.next_power_of_2(head_dim))
     heads = max(q_heads, k_heads) if across else min(q_heads, k_heads, max(1, 4096 // block))
     heads = triton.next_power_of_2(heads)
-    lanes = 64 if torch.version.hip else 32
-    num_warps = max(1, min(16, heads * block // (16 * lanes)))
-    return {"HEADS": heads, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": True}
+    return {"HEADS": heads, "BLOCK": block, **options(heads * block)}
 
 
 # Sizes that change from call to call: no kernel is compiled anew for multiples of 16 among them.
@@ -45,15 +42,15 @@ COUNTS = ["q_programs", "q_work", "k_work", "q_tokens", "k_tokens", "q_heads", "
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def forward(
+def qk_norm_rope_forward(
     q_ptr,  # (B, M, H, E), strides (stride_qb, stride_qn, E, 1)
     k_ptr,  # (B, N, G, E), strides (stride_kb, stride_kn, E, 1)
     q_weight_ptr,  # (E), or (H, E) if ACROSS, or None: no norm
     k_weight_ptr,  # (E), or (G, E) if ACROSS, or None: no norm
     cos_ptr,  # (B, N, E / 2), strides (stride_table, E / 2, 1), or None: no rotation
     sin_ptr,  # like cos
-    q_out_ptr,  # (B, M, H, E) contiguous
-    k_out_ptr,  # (B, N, G, E) contiguous
+    q_out_ptr,  # (B, M, H, E), strides (stride_qob, stride_qon, E, 1)
+    k_out_ptr,  # (B, N, G, E), strides (stride_kob, stride_kon, E, 1)
     q_work,  # pieces of work that are q's; there is a program for each piece
     q_tokens,
     k_tokens,
@@ -65,6 +62,10 @@ def forward(
     stride_kb,
     stride_kn,
     stride_table,
+    stride_qob,
+    stride_qon,
+    stride_kob,
+    stride_kon,
     eps,
     HEAD_DIM: tl.constexpr,
     ACROSS: tl.constexpr,
@@ -76,13 +77,13 @@ def forward(
     if work < q_work:
         forward_piece(
             *(work, q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr),
-            *(q_tokens, q_heads, start, stride_qb, stride_qn, stride_table, eps),
+            *(q_tokens, q_heads, start, stride_qb, stride_qn, stride_table, stride_qob, stride_qon, eps),
             *(HEAD_DIM, ACROSS, HALF_SPLIT, HEADS, BLOCK),
         )
     else:
         forward_piece(
             *(work - q_work, k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr),
-            *(k_tokens, k_heads, 0, stride_kb, stride_kn, stride_table, eps),
+            *(k_tokens, k_heads, 0, stride_kb, stride_kn, stride_table, stride_kob, stride_kon, eps),
             *(HEAD_DIM, ACROSS, HALF_SPLIT, HEADS, BLOCK),
         )
 
@@ -101,6 +102,8 @@ def forward_piece(
     stride_b,
     stride_n,
     stride_table,
+    stride_ob,
+    stride_on,
     eps,
     HEAD_DIM: tl.constexpr,
     ACROSS: tl.constexpr,
@@ -108,7 +111,7 @@ def forward_piece(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b, n, h, row = place(work, num_tokens, num_heads, HEADS)
+    b, n, h, _ = place(work, num_tokens, num_heads, HEADS)
     x = x_ptr + b * stride_b + n * stride_n + h * HEAD_DIM
     x0, x1 = load_pairs(x, h < num_heads, HEAD_DIM, HALF_SPLIT, BLOCK)
     if weight_ptr is not None:
@@ -119,11 +122,12 @@ def forward_piece(
         at = b * stride_table + (start + n) * (HEAD_DIM // 2)
         cos, sin = load_angles(cos_ptr + at, sin_ptr + at, HEAD_DIM, BLOCK)
         x0, x1 = x0 * cos - x1 * sin, x1 * cos + x0 * sin
-    store_pairs(out_ptr + row * HEAD_DIM, x0, x1, h < num_heads, HEAD_DIM, HALF_SPLIT, BLOCK)
+    out = out_ptr + b * stride_ob + n * stride_on + h * HEAD_DIM
+    store_pairs(out, x0, x1, h < num_heads, HEAD_DIM, HALF_SPLIT, BLOCK)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def backward(
+def qk_norm_rope_backward(
     dq_out_ptr,  # (B, M, H, E) contiguous
     dk_out_ptr,  # (B, N, G, E) contiguous
     q_ptr,  # (B, M, H, E), strides (stride_qb, stride_qn, E, 1)
@@ -299,9 +303,13 @@ def load_angles(cos_ptr, sin_ptr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     return cos, tl.load(sin_ptr + j, j < HEAD_DIM // 2, other=0.0).to(tl.float32)
 
 
+def are_together(x: Tensor) -> bool:
+    """Whether two strides can describe x (B, N, H, E): those of samples and of tokens."""
+    return x.stride(3) == 1 and x.stride(2) == x.shape[3]
+
+
 def heads_together(x: Tensor) -> Tensor:
-    """x where two strides can describe it, and a copy elsewhere."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+    return x if are_together(x) else x.contiguous()
 
 
 def arguments(
@@ -336,17 +344,43 @@ def run_forward(
     start: int,
 ) -> tuple[Tensor, Tensor]:
     q_out, k_out = like(q), like(k)
+    run_into(q, k, q_weight, k_weight, cos, sin, eps, half_split, start, q_out, k_out)
+    return q_out, k_out
+
+
+def run_into(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    half_split: bool,
+    start: int,
+    q_out: Tensor,
+    k_out: Tensor,
+) -> None:
+    """Raises ValueError for results of other shapes than q and k, or whose heads are not next to each
+    other."""
+    for x, out in ((q, q_out), (k, k_out)):
+        if out.shape != x.shape or not (are_together(out) or out.numel() == 0):
+            raise ValueError(
+                f"{tuple(x.shape)} cannot be written to {tuple(out.shape)}, strides {out.stride()}"
+            )
     q, k = heads_together(q), heads_together(k)
     tables = contiguous(q_weight, k_weight, cos, sin)
     sizes, choice = arguments(q, k, tables[:2], tables[2], start)
     q_work, k_work = pieces(q, choice), pieces(k, choice)
     if q_work + k_work == 0:
-        return q_out, k_out
+        return
+    out_strides = *q_out.stride()[:2], *k_out.stride()[:2]
     with torch.cuda.device_of(q):
-        forward[q_work + k_work,](
-            q, k, *tables, q_out, k_out, q_work, *sizes, eps, HALF_SPLIT=half_split, **choice
+        qk_norm_rope_forward[q_work + k_work,](
+            *(q, k, *tables, q_out, k_out, q_work, *sizes, *out_strides, eps),
+            HALF_SPLIT=half_split,
+            **choice,
         )
-    return q_out, k_out
 
 
 def run_backward(
@@ -374,7 +408,7 @@ def run_backward(
     ]
     if sum(programs) > 0:
         with torch.cuda.device_of(q):
-            backward[sum(programs),](
+            qk_norm_rope_backward[sum(programs),](
                 *(dq_out.contiguous(), dk_out.contiguous(), q, k, *tables, dq, dk, *sums),
                 *(programs[0], *work, *sizes, eps),
                 HALF_SPLIT=half_split,
@@ -392,24 +426,29 @@ LIBRARY.define(
     "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin,"
     " float eps, bool half_split, SymInt start) -> (Tensor, Tensor)"
 )
+LIBRARY.define(
+    "qk_norm_rope_out(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin,"
+    " float eps, bool half_split, SymInt start, Tensor(a!) q_out, Tensor(b!) k_out) -> ()"
+)
 # Gradients of q, k and their weights; without weights, two empty tensors.
 LIBRARY.define(
     "qk_norm_rope_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? q_weight,"
     " Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, bool half_split, SymInt start)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-for key in ("CUDA", "CPU"):  # AMD's devices are CUDA to PyTorch; the CPU is the interpreter's
-    LIBRARY.impl("qk_norm_rope", run_forward, key)
-    LIBRARY.impl("qk_norm_rope_backward", run_backward, key)
-
-
-def like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+register(LIBRARY, "qk_norm_rope", run_forward)
+register(LIBRARY, "qk_norm_rope_out", run_into)
+register(LIBRARY, "qk_norm_rope_backward", run_backward)
 
 
 @torch.library.register_fake("joyedit::qk_norm_rope", lib=LIBRARY)
 def _(q, k, *others):
     return like(q), like(k)
+
+
+@torch.library.register_fake("joyedit::qk_norm_rope_out", lib=LIBRARY)
+def _(*arguments):
+    return None
 
 
 @torch.library.register_fake("joyedit::qk_norm_rope_backward", lib=LIBRARY)
@@ -431,3 +470,4 @@ def differentiate(ctx, dq_out, dk_out):
 
 torch.library.register_autograd("joyedit::qk_norm_rope", differentiate, setup_context=keep, lib=LIBRARY)
 qk_norm_rope = torch.ops.joyedit.qk_norm_rope.default
+qk_norm_rope_out = torch.ops.joyedit.qk_norm_rope_out.default

@@ -17,22 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PARTIAL_SUMS = 256  # programs of a backward; the same on every device, so that gradients are too
-
-
-def tile(width: int) -> dict[str, int]:
-    """Whole rows, 4096 elements or one row, and 16 elements per thread: two 16-byte loads of half precision
-    in flight. Instinct's warps are 64 wide. Products and sums fuse, whatever the default of a release of
-    Triton is."""
-    block = triton.next_power_of_2(width)
-    rows = max(1, min(64, 4096 // block))
-    lanes = 64 if torch.version.hip else 32
-    num_warps = max(1, min(16, rows * block // (16 * lanes)))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": True}
+from joyedit.kernels.shared import PARTIAL_SUMS, as_rows, backward_tile, like, register, tile
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def forward(
+def rms_norm_forward(
     x_ptr,  # (A, R, D), strides (stride_a, stride_r, 1)
     y_ptr,  # (A, R, D), strides (stride_ya, stride_yr, 1), or None: nothing is added
     weight_ptr,  # (D)
@@ -45,28 +34,32 @@ def forward(
     stride_ya,
     stride_yr,
     eps,
+    ROWS_EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    chunks = tl.cdiv(num_rows, ROWS)
+    chunks = tl.cdiv(num_rows, ROWS_EACH)
     a = (tl.program_id(0) // chunks).to(tl.int64)
-    r = (tl.program_id(0) % chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = tl.program_id(0) % chunks * ROWS_EACH
     d = tl.arange(0, BLOCK)[None]
-    mask = (r < num_rows) & (d < width)
-    x = tl.load(x_ptr + a * stride_a + r * stride_r + d, mask, other=0.0).to(tl.float32)
-    row = (a * num_rows + r) * width + d
-    if y_ptr is not None:
-        y = tl.load(y_ptr + a * stride_ya + r * stride_yr + d, mask, other=0.0).to(tl.float32)
-        total = (x + y).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row, total, mask)
-        x = total.to(tl.float32)
     weight = tl.load(weight_ptr + d, d < width, other=0.0).to(tl.float32)
-    rrms = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
-    tl.store(out_ptr + row, x * rrms * weight, mask)
+    for start in tl.range(first, tl.minimum(first + ROWS_EACH, num_rows), ROWS, num_stages=STAGES):
+        r = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        mask = (r < num_rows) & (d < width)
+        x = tl.load(x_ptr + a * stride_a + r * stride_r + d, mask, other=0.0).to(tl.float32)
+        row = (a * num_rows + r) * width + d
+        if y_ptr is not None:
+            y = tl.load(y_ptr + a * stride_ya + r * stride_yr + d, mask, other=0.0).to(tl.float32)
+            total = (x + y).to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + row, total, mask)
+            x = total.to(tl.float32)
+        rrms = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+        tl.store(out_ptr + row, x * rrms * weight, mask)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_rows"])
-def backward(
+def rms_norm_backward(
     grad_ptr,  # (A, R, D) contiguous
     dtotal_ptr,  # (A, R, D) contiguous: the gradient that x has besides, or None
     x_ptr,  # (A, R, D), strides (stride_a, stride_r, 1)
@@ -106,12 +99,6 @@ def backward(
     tl.store(dweight_ptr + p * width + d, tl.sum(dweight, 0)[None], d < width)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(..., D) -> (A, R, D) with unit stride along D: a view wherever two strides can describe the rows."""
-    x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 1 else x[None, None]
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def run_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return run_forward(x, None, weight, eps)[1]
 
@@ -123,15 +110,16 @@ def run_add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[
 
 
 def run_forward(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = like(x)
+    total = None if y is None else like(x)
     if x.numel() == 0:
         return total, out
-    x, y, choice = as_rows(x), None if y is None else as_rows(y), tile(x.shape[-1])
+    choice = tile(x) if y is None else tile(x, y)
+    x, y = as_rows(x), None if y is None else as_rows(y)
     a, r, d = x.shape
     strides = x.stride(0), x.stride(1), *((0, 0) if y is None else y.stride()[:2])
     with torch.cuda.device_of(x):
-        forward[a * triton.cdiv(r, choice["ROWS"]),](
+        rms_norm_forward[a * triton.cdiv(r, choice["ROWS_EACH"]),](
             x, y, weight.contiguous(), total, out, r, d, *strides, eps, **choice
         )
     return total, out
@@ -144,10 +132,10 @@ def run_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -
 def run_backward(
     grad: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = like(x)
     if x.numel() == 0:
         return dx, torch.zeros_like(weight)
-    rows, choice = as_rows(x), tile(x.shape[-1])
+    rows, choice = as_rows(x), backward_tile(x.shape[-1])
     a, r, d = rows.shape
     chunks = a * triton.cdiv(r, choice["ROWS"])
     programs = min(chunks, PARTIAL_SUMS)
@@ -155,7 +143,7 @@ def run_backward(
     strides = rows.stride(0), rows.stride(1)
     grad, dtotal = grad.contiguous(), None if dtotal is None else dtotal.contiguous()
     with torch.cuda.device_of(x):
-        backward[programs,](
+        rms_norm_backward[programs,](
             *(grad, dtotal, rows, weight.contiguous(), dx, dweight, chunks, r, d, *strides, eps), **choice
         )
     return dx, dweight.sum(0).to(weight.dtype)
@@ -170,32 +158,31 @@ LIBRARY.define(
     "add_rms_norm_backward(Tensor grad, Tensor dtotal, Tensor total, Tensor weight, float eps)"
     " -> (Tensor, Tensor)"
 )
-for key in ("CUDA", "CPU"):  # AMD's devices are CUDA to PyTorch; the CPU is the interpreter's
-    LIBRARY.impl("rms_norm", run_rms_norm, key)
-    LIBRARY.impl("rms_norm_backward", run_rms_norm_backward, key)
-    LIBRARY.impl("add_rms_norm", run_add_rms_norm, key)
-    LIBRARY.impl("add_rms_norm_backward", run_backward, key)
+register(LIBRARY, "rms_norm", run_rms_norm)
+register(LIBRARY, "rms_norm_backward", run_rms_norm_backward)
+register(LIBRARY, "add_rms_norm", run_add_rms_norm)
+register(LIBRARY, "add_rms_norm_backward", run_backward)
 
 
 @torch.library.register_fake("joyedit::rms_norm", lib=LIBRARY)
 def _(x, weight, eps):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return like(x)
 
 
 @torch.library.register_fake("joyedit::rms_norm_backward", lib=LIBRARY)
 def _(grad, x, weight, eps):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
+    return like(x), torch.empty_like(weight)
 
 
 @torch.library.register_fake("joyedit::add_rms_norm", lib=LIBRARY)
 def _(x, y, weight, eps):
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = like(x)
     return total, torch.empty_like(total)
 
 
 @torch.library.register_fake("joyedit::add_rms_norm_backward", lib=LIBRARY)
 def _(grad, dtotal, total, weight, eps):
-    dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+    dx = like(total)
     return dx, torch.empty_like(weight)
 
 

@@ -47,7 +47,7 @@ class Op(NamedTuple):
     operations: Callable[..., int]
     matrix: bool = False
     instructions: Mapping[str, tuple[str, ...]] = {
-        "cuda": (r"LDG\.E\.(\w+\.)*128",),
+        "cuda": (r"LDG(STS)?\.E\.(\w+\.)*128",),
         "hip": (r"(global|buffer)_load_(b128|dwordx4)",),
     }
 

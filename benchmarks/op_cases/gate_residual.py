@@ -4,12 +4,14 @@ import torch
 
 from benchmarks.op_cases import Case, Op, T, per_element
 from benchmarks.op_cases.ada_layer_norm import (
+    AFFINE,
     CHRONOEDIT,
     JOYIMAGE,
     SINGLE,
     modulated_in_fp32,
     modulated_in_the_dtype,
     modulation,
+    norm_in_fp32,
 )
 
 
@@ -35,6 +37,12 @@ def summed_then_modulated(x, y, gate, shift, scale):
     return x, modulated_in_fp32(x, shift, scale)
 
 
+def gated_then_normed(x, y, gate, weight, bias):
+    """ChronoEdit, before its cross-attention."""
+    x = gated_in_fp32(x, y, gate)
+    return x, norm_in_fp32(x, weight, bias)
+
+
 def tokens(count: int, width: int, dtype: torch.dtype = torch.bfloat16) -> tuple[T, T]:
     """The stream and what a layer adds to it."""
     return T((1, count, width), dtype), T((1, count, width), dtype)
@@ -53,11 +61,17 @@ OPS = {
         (*tokens(4, 16), *(modulation(16),) * 3),
         per_element(11),
     ),
+    "gate_residual_layer_norm": Op(
+        "gate, residual, LayerNorm, learned scale and shift",
+        gated_then_normed,
+        (*tokens(4, 16), modulation(16), T((16,)), T((16,))),
+        per_element(11),
+    ),
 }
 CASES = [
     Case("gate_residual", "joyimage", "image tokens", (*tokens(8192, 4096), JOYIMAGE), 80, 1, True),
     Case("gate_residual", "joyimage", "text tokens", (*tokens(1100, 4096), JOYIMAGE), 80, 1),
-    Case("gate_residual", "chronoedit", "tokens", (*tokens(7200, 5120), CHRONOEDIT), 160, 2),
+    Case("gate_residual", "chronoedit", "tokens", (*tokens(7200, 5120), CHRONOEDIT), 80, 1),
     Case("gate_residual", "chronoedit", "tokens in fp32", (*tokens(7200, 5120, SINGLE), CHRONOEDIT)),
     Case(
         "gate_residual_norm", "joyimage", "image tokens", (*tokens(8192, 4096), *(JOYIMAGE,) * 3), 80, 1, True
@@ -76,5 +90,14 @@ CASES = [
         "chronoedit",
         "tokens in fp32, no gate",
         (*tokens(7200, 5120, SINGLE), None, CHRONOEDIT, CHRONOEDIT),
+    ),
+    Case(
+        "gate_residual_layer_norm",
+        "chronoedit",
+        "before the cross-attention",
+        (*tokens(7200, 5120), CHRONOEDIT, *AFFINE),
+        per_step=80,
+        per_block=1,
+        trained=True,
     ),
 ]

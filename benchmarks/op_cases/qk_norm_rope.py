@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from benchmarks.op_cases import Case, Op, T
 
 
-def joyimage(q, k, q_weight, k_weight, rope, eps=1e-6, half_split=False, start=0):
-    """The norm is torch.nn.RMSNorm, one kernel on a GPU. Elsewhere torch takes it apart, so the bytes are
+def joyimage(q, k, q_weight, k_weight, rope, eps=1e-6, half_split=False, start=0, out=None):
+    """The results are new tensors, which `attention` then joins. The norm is torch.nn.RMSNorm, one kernel on a GPU. Elsewhere torch takes it apart, so the bytes are
     counted on the LayerNorm of the same size. The rotation is in fp32."""
     if half_split:
         return qwen(q, k, q_weight, k_weight, rope)
@@ -73,6 +73,13 @@ def projected(tokens: int, heads: int, width: int, part: int) -> T:
     return T(whole, view=lambda x: x[:, :, part])
 
 
+def joint(tokens: tuple[int, int], heads: int, width: int, part: int) -> tuple[T, T]:
+    """Where q and k of one of two streams are written, in front of or behind the other's."""
+    begin, end = ((0, tokens[0]), (tokens[0], sum(tokens)))[part]
+    place = T((1, sum(tokens), heads, width), view=lambda x: x[:, begin:end])
+    return place, place
+
+
 def table(*shape: int) -> tuple[T, T]:
     return T(shape, SINGLE), T(shape, SINGLE)
 
@@ -86,24 +93,27 @@ OPS = {
         operations,
     )
 }
+STREAMS = (8192, 1100)
+IMAGE = (*(projected(8192, 32, 128, part) for part in (0, 1)), T((128,)), T((128,)), table(8192, 64))
+TEXT = (*(projected(1100, 32, 128, part) for part in (0, 1)), T((128,)), T((128,)), None)
 CASES = [
     Case(
         "qk_norm_rope",
         "joyimage",
-        "image tokens",
-        (*(projected(8192, 32, 128, part) for part in (0, 1)), T((128,)), T((128,)), table(8192, 64)),
+        "image tokens, in front of the text's",
+        (*IMAGE, 1e-6, False, 0, joint(STREAMS, 32, 128, 0)),
         per_step=80,
         per_block=1,
-        trained=True,
     ),
     Case(
         "qk_norm_rope",
         "joyimage",
-        "text tokens, no rotation",
-        (*(projected(1100, 32, 128, part) for part in (0, 1)), T((128,)), T((128,)), None),
+        "text tokens, behind the image's, no rotation",
+        (*TEXT, 1e-6, False, 0, joint(STREAMS, 32, 128, 1)),
         per_step=80,
         per_block=1,
     ),
+    Case("qk_norm_rope", "joyimage", "image tokens, to new tensors", IMAGE, trained=True),
     Case(
         "qk_norm_rope",
         "chronoedit",
