@@ -34,7 +34,6 @@ from joyedit.kernels import attention_tiles as tiles
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2_E = 1.4426950408889634
 TMA_FAMILIES = ("sm_90", "sm_100", "sm_120")
-OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 torch.backends.cudnn.version()  # asked once outside of torch.compile, which can then read the answer
 
 
@@ -109,14 +108,15 @@ def tiles_for(
     """The tables of tiles for such a call, one laid over the other: widest head of a row -> tile."""
     if dtype == torch.float32:
         return tiles.FP32_TILES[device[: 2 if device.startswith("sm") else 3]]
+    is_old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
     if causal or summed:
         tables = [tiles.CAUSAL_OR_SUMMED_TILES]
         tables += [tiles.SUMMED_TILES] if summed else []
-        tables += [tiles.CAUSAL_OR_SUMMED_TILES_BEFORE_3_6] if OLD_TRITON else []
+        tables += [tiles.CAUSAL_OR_SUMMED_TILES_BEFORE_3_6] if is_old else []
     else:
         tables = [tiles.TILES]
         tables += [tiles.TWO_KEY_SEGMENTS_TILES] if segments == (1, 2) else []
-        tables += [tiles.TILES_BEFORE_3_6] if OLD_TRITON else []
+        tables += [tiles.TILES_BEFORE_3_6] if is_old else []
     return {widest: tile for table in tables for widest, tile in table.get(device, {}).items()}
 
 

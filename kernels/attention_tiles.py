@@ -109,6 +109,7 @@ CAUSAL_OR_SUMMED_TILES = {
         256: Tile(128, 64, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
     },
     "sm_100": {
+        160: Tile(128, 64, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
         256: Tile(128, 64, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
     },
     "sm_120": {
@@ -142,7 +143,7 @@ SUMMED_TILES = {
         256: Tile(64, 16, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
     },
     "sm_120": {
-        160: Tile(64, 16, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
+        160: Tile(64, 16, 8, 2),  # compiled: no spills with Triton 3.6, 3.9
     },
 }
 # Triton before 3.6 needs more registers for the same: in place of the rows above, of two segments too.
@@ -177,6 +178,7 @@ CAUSAL_OR_SUMMED_TILES_BEFORE_3_6 = {
     },
     "sm_120": {
         128: Tile(64, 64, 8, 2),  # compiled: no spills with Triton 3.4
+        160: Tile(64, 16, 8, 1),  # compiled: no spills with Triton 3.4
         256: Tile(32, 32, 8, 2),  # compiled: no spills with Triton 3.4
     },
 }
