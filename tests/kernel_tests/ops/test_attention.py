@@ -153,6 +153,21 @@ def test_segments_as_if_they_were_joined(check, queries, keys):
     check(Shape(queries, keys, batch=2, heads=2, groups=1))
 
 
+def test_segments_of_unlike_strides(compare, dtype, device):
+    """One a slice of a projection, the other not: each is read by its own."""
+    shape = Shape((33, 5), (70, 9), batch=2)
+    q1, q2, k1, k2, v1, v2 = tensors(shape, dtype, device)
+
+    def attention(*given):
+        return ops.attention(given[:2], given[2:4], given[4:])
+
+    def joined(*given):
+        return plain(*(torch.cat(given[i : i + 2], dim=1) for i in (0, 2, 4)))
+
+    given = q1, q2.contiguous(), k1.contiguous(), k2, v1, v2.contiguous()
+    compare(attention, joined, *given, backward=None)
+
+
 def added(q, k, v):
     return sum(plain(torch.cat(q, dim=1), *pair) for pair in zip(k, v, strict=True))
 
