@@ -21,124 +21,20 @@ softmax is in powers of two and in fp32; the weights are rounded to the dtype of
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextvars import ContextVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import _allocation
+
+from joyedit.kernels import attention_tiles as tiles
 
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2_E = 1.4426950408889634
-
-
-class Tile(NamedTuple):
-    """One program's share, and how it is compiled."""
-
-    BLOCK_N: int  # queries
-    BLOCK_M: int  # keys at a time
-    num_warps: int
-    num_stages: int
-    WARP_SPECIALIZE: bool = False
-
-
-# By family of devices: width of the head as padded -> tile. Chosen by compiling ahead of time: no spills,
-# shared memory within the device's, and of those the most queries, because each program reads all keys.
-#   sm_80, and sm_86 for 8.6 and 8.9 (99 KiB of shared memory, so two stages): copies by cp.async, products
-#     from registers. The accumulator and the scores of 128 x 64 need eight warps; at a width of 64 four have
-#     room, and each then reads the keys for twice as many queries.
-#   sm_90: copies by TMA, products from shared memory; 128 keys at a time, two stages of 64 KiB at a width of
-#     128.
-#   sm_100: both products in tensor memory. At a width of 128 the loop is split among specialised warps, with
-#     64 keys at a time: two segments with 128 spill.
-#   sm_120: TMA, but the matrix instructions and the shared memory of sm_86.
-#   gfx942 has 64 KiB of LDS, gfx950 has 160; four warps of 64 lanes.
-TILES = {
-    "sm_80": {
-        48: Tile(128, 32, 4, 3),
-        64: Tile(128, 64, 4, 3),
-        80: Tile(128, 64, 8, 3),
-        128: Tile(128, 64, 8, 3),
-        160: Tile(128, 32, 8, 3),
-        256: Tile(64, 32, 8, 2),
-    },
-    "sm_86": {
-        48: Tile(128, 64, 8, 2),
-        64: Tile(128, 64, 4, 2),
-        80: Tile(128, 64, 8, 2),
-        128: Tile(128, 64, 8, 2),
-        160: Tile(128, 32, 8, 2),
-        256: Tile(64, 32, 8, 2),
-    },
-    "sm_90": {
-        128: Tile(128, 128, 8, 2),
-        160: Tile(128, 64, 8, 2),
-        256: Tile(128, 64, 8, 2),
-    },
-    "sm_100": {
-        64: Tile(128, 128, 8, 2),
-        80: Tile(128, 128, 8, 2),
-        128: Tile(128, 64, 8, 3, WARP_SPECIALIZE=True),
-        160: Tile(128, 64, 8, 2),
-        256: Tile(128, 64, 8, 2),
-    },
-    "sm_120": {
-        64: Tile(128, 64, 4, 2),
-        80: Tile(128, 64, 8, 2),
-        128: Tile(128, 64, 8, 2),
-        160: Tile(128, 32, 8, 2),
-        256: Tile(64, 32, 8, 2),
-    },
-    "gfx942": {
-        80: Tile(128, 64, 4, 2),
-        128: Tile(128, 32, 4, 2),
-        160: Tile(128, 32, 4, 2),
-        256: Tile(64, 32, 4, 1),
-    },
-    "gfx950": {
-        128: Tile(128, 64, 4, 2),
-        160: Tile(128, 32, 4, 2),
-        256: Tile(64, 32, 4, 2),
-    },
-}
-# The diagonal and a second accumulator take registers of their own.
-CAUSAL_OR_SUMMED_TILES = {
-    "sm_80": {64: Tile(64, 64, 4, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
-    "sm_86": {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
-    "sm_90": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 64, 8, 2)},
-    "sm_100": {256: Tile(128, 64, 8, 2)},
-    "sm_120": {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
-    "gfx942": {128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 4, 1)},
-    "gfx950": {128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 4, 2)},
-}
-# One segment of queries over two of keys, where the tile above spills.
-TWO_KEY_SEGMENTS_TILES = {
-    "sm_80": {128: Tile(128, 32, 8, 2)},
-    "sm_86": {128: Tile(128, 32, 8, 2)},
-}
-# fp32 without TF32: NVIDIA's matrix units do not have it, and the products are unrolled multiply-adds.
-FP32_TILES = {
-    "sm": {128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 2)},
-    "gfx": {128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
-}
 TMA_FAMILIES = ("sm_90", "sm_100", "sm_120")
-
-# Where PyTorch's own kernel is expected to be faster, "auto" takes it: family -> head widths, for one segment
-# in half precision. From published figures, not from measurements of ours.
-STOCK = {
-    "sm_80": (64, 128),  # FlashAttention 2, written for this device
-    "sm_86": (64, 128),  # the same
-    "sm_90": (64, 128),  # cuDNN, 1.4 times what Triton reaches
-    "sm_100": (64, 128),  # cuDNN, twice what Triton reaches
-    "sm_120": (64, 128),  # FlashAttention 2
-    "gfx942": (64, 128),  # AOTriton, tuned on this device
-    "gfx950": (64, 128),  # the same
-}
-# PyTorch's lead pays for copying two segments into one from about this many keys on: the copies take 12 D
-# bytes per token, the lead saves its share of 4 D keys operations per token. cuDNN's is a third or more. The
-# others' is not known so well, but at 4096 keys a tenth pays (on AMD's a fifth), at 9292 half of that.
-STOCK_SEGMENTS = {"sm_90": 2048, "sm_100": 2048}
-STOCK_SEGMENTS |= dict.fromkeys(("sm_80", "sm_86", "sm_120", "gfx942", "gfx950"), 4096)
+torch.backends.cudnn.version()  # asked once outside of torch.compile, which can then read the answer
 
 
 def no_tiles(device: torch.device) -> str | None:
@@ -155,11 +51,20 @@ def stock_is_faster(
         return True
     if q[0].dtype == torch.float32:
         return device.startswith("sm")  # it blocks for registers, which ours cannot
-    if lengths or summed or width not in STOCK[device]:
+    if lengths or summed or width not in tiles.STOCK[device]:
+        return False
+    if device in tiles.STOCK_BY_CUDNN and not has_cudnn_attention():
         return False
     if causal and keys != sum(part.shape[1] for part in q):
         return False  # PyTorch would read a mask
-    return len(q) == len(k) == 1 or keys >= STOCK_SEGMENTS[device]
+    return len(q) == len(k) == 1 or keys >= tiles.STOCK_SEGMENTS[device]
+
+
+def has_cudnn_attention() -> bool:
+    """Whether PyTorch's attention is cuDNN's, on devices that it is made for: PyTorch does not take an older
+    one, which errs at lengths that 128 does not divide (`check_prefer_cudnn_attention` in sdp_utils.cpp)."""
+    version = torch.backends.cudnn.version()
+    return version is not None and version > 91500
 
 
 def family(device: torch.device) -> str | None:
@@ -171,7 +76,7 @@ def family(device: torch.device) -> str | None:
         name = properties.gcnArchName.split(":")[0]
     else:
         name = "sm_86" if properties.major == 8 and properties.minor else f"sm_{properties.major}0"
-    return name if name in TILES else None
+    return name if name in tiles.TILES else None
 
 
 def head_parts(width: int) -> tuple[int, int]:
@@ -188,22 +93,35 @@ def choose(
     """The constants of the kernel and the options of its compilation, for a family of devices; segments: how
     many there are of queries and of keys."""
     main, rest = head_parts(width)
-    if dtype == torch.float32:
-        table = FP32_TILES[device[: 2 if device.startswith("sm") else 3]]
-    elif causal or summed:
-        table = CAUSAL_OR_SUMMED_TILES[device]
-    elif segments == (1, 2):
-        table = TILES[device] | TWO_KEY_SEGMENTS_TILES.get(device, {})
-    else:
-        table = TILES[device]
-    tile = next(tile for widest, tile in table.items() if main + rest <= widest)._asdict()
+    table = tiles_for(device, dtype, causal, summed, segments)
+    tile = table[min(widest for widest in table if main + rest <= widest)]._asdict()
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"E": width, "MAIN": main, "REST": rest, "CAUSAL": causal, "SUMMED": summed, **tile}
+    # For AMD's devices Triton 3.6 does not compile a choice between pointers. Unrolled, the loop has none.
+    constants["UNROLL"] = 2 if device.startswith("gfx") else 1
     return constants, {**options, "enable_fp_fusion": True}
 
 
+def tiles_for(
+    device: str, dtype: torch.dtype, causal: bool, summed: bool, segments: tuple[int, int]
+) -> dict[int, tiles.Tile]:
+    """The tables of tiles for such a call, one laid over the other: widest head of a row -> tile."""
+    if dtype == torch.float32:
+        return tiles.FP32_TILES[device[: 2 if device.startswith("sm") else 3]]
+    is_old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+    if causal or summed:
+        tables = [tiles.CAUSAL_OR_SUMMED_TILES]
+        tables += [tiles.SUMMED_TILES] if summed else []
+        tables += [tiles.CAUSAL_OR_SUMMED_TILES_BEFORE_3_6] if is_old else []
+    else:
+        tables = [tiles.TILES]
+        tables += [tiles.TWO_KEY_SEGMENTS_TILES] if segments == (1, 2) else []
+        tables += [tiles.TILES_BEFORE_3_6] if is_old else []
+    return {widest: tile for table in tables for widest, tile in table.get(device, {}).items()}
+
+
 @triton.jit(do_not_specialize=["N1", "N2", "M1", "M2"])
-def forward(
+def attention_forward(
     q1,  # (B, N1, H, E): pointer, and strides of samples and tokens; heads are E apart; so are the next five
     q2,  # (B, N2, H, E) or None
     k1,  # (B, M1, G, E)
@@ -225,6 +143,7 @@ def forward(
     SUMMED: tl.constexpr,
     TMA: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -270,15 +189,12 @@ def forward(
     else:
         result = start_state(MAIN, REST, BLOCK_N)[:2]
         # A loop, not two calls: the code, and the registers it needs, are those of one segment.
-        for segment in tl.range(0, 2):
-            if segment == 0:
-                k, v = rows_from(k1, sample, first, group, E), rows_from(v1, sample, first, group, E)
-                M = M1
-                last = M1 + 0  # behind all keys: every query sees them
-            else:
-                k, v = rows_from(k2, sample, first, group, E), rows_from(v2, sample, first, group, E)
-                M = M2
-                last = position - M1
+        for segment in tl.range(0, 2, loop_unroll_factor=UNROLL):
+            second = segment == 1
+            k = selected(second, k1, k2, sample, first, group, E)
+            v = selected(second, v1, v2, sample, first, group, E)
+            M = tl.where(second, M2, M1)
+            last = tl.where(second, position - M1, M1)  # behind all keys of the first: every query sees them
             state = attend(
                 state, queries, k, v, M, last, scale,
                 E, MAIN, REST, CAUSAL, TMA, WARP_SPECIALIZE, BLOCK_N, BLOCK_M,
@@ -295,6 +211,15 @@ def forward(
     store(pointer, heads * E, left, result[0], 0, E, MAIN, BLOCK_N)
     if REST:
         store(pointer, heads * E, left, result[1], MAIN, E, REST, BLOCK_N)
+
+
+@triton.jit
+def selected(second, x1, x2, sample, row, head, E: tl.constexpr):
+    """`rows_from` of one of two segments. Not by a branch: Triton 3.6 copies nothing ahead (cp.async) through
+    a pointer that comes out of one."""
+    pointer1, stride1 = rows_from(x1, sample, row, head, E)
+    pointer2, stride2 = rows_from(x2, sample, row, head, E)
+    return tl.where(second, pointer2, pointer1), tl.where(second, stride2, stride1)
 
 
 @triton.jit
@@ -504,8 +429,8 @@ def run_attention(
     else:
         constants["TMA"] = False
     constants["WARP_SPECIALIZE"] &= constants["TMA"]
-    if constants["TMA"] and first.is_cuda:
-        triton.set_allocator(workspace)  # for the descriptors
+    if constants["TMA"]:
+        provide_workspace()
 
     n, m = ([x.shape[1] for x in part] for part in (q, k))
     rows = [max(lengths)] if lengths else n
@@ -518,7 +443,7 @@ def run_attention(
     starts = first_tokens(tuple(lengths), first.device) if lengths else None
     segments = [(*map(strided, part), None)[:2] for part in (q, k, v)]
     with torch.cuda.device_of(first):
-        forward[grid](
+        attention_forward[grid](
             *segments[0],
             *segments[1],
             *segments[2],
@@ -551,6 +476,14 @@ def tma_reads(x: Tensor) -> bool:
 
 def copied(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def provide_workspace() -> None:
+    """Memory for the descriptors, unless the program has an allocator of its own. Asked at each launch: newer
+    versions of Triton keep one for each context of Python, so for each thread."""
+    kept = _allocation._allocator
+    if isinstance(kept.get() if isinstance(kept, ContextVar) else kept, _allocation.NullAllocator):
+        triton.set_allocator(workspace)
 
 
 def workspace(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -27,7 +27,8 @@ def compiler_cache(tmp_path_factory):
 
 
 def test_every_kernel_has_cases_and_every_operation_of_them_is_called():
-    assert FILES == sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    without_kernels = {"shared", "attention_tiles"}
+    assert FILES == sorted({path.stem for path in (ROOT / "kernels").glob("*.py")} - without_kernels)
     for module in op_cases.modules().values():
         assert {case.op for case in module.CASES} == set(module.OPS)
 

@@ -1,7 +1,12 @@
 """attention against float64: segments, packing, causality, grouped queries and every kind of tile."""
 
+import contextvars
 import dataclasses
 import functools
+import itertools
+import re
+from contextvars import ContextVar
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +153,21 @@ def test_segments_as_if_they_were_joined(check, queries, keys):
     check(Shape(queries, keys, batch=2, heads=2, groups=1))
 
 
+def test_segments_of_unlike_strides(compare, dtype, device):
+    """One a slice of a projection, the other not: each is read by its own."""
+    shape = Shape((33, 5), (70, 9), batch=2)
+    q1, q2, k1, k2, v1, v2 = tensors(shape, dtype, device)
+
+    def attention(*given):
+        return ops.attention(given[:2], given[2:4], given[4:])
+
+    def joined(*given):
+        return plain(*(torch.cat(given[i : i + 2], dim=1) for i in (0, 2, 4)))
+
+    given = q1, q2.contiguous(), k1.contiguous(), k2, v1, v2.contiguous()
+    compare(attention, joined, *given, backward=None)
+
+
 def added(q, k, v):
     return sum(plain(torch.cat(q, dim=1), *pair) for pair in zip(k, v, strict=True))
 
@@ -262,7 +282,7 @@ def tiles(monkeypatch, device):
         n, m = len(shape.queries), len(shape.keys)
         with monkeypatch.context() as patch, ops.backend("triton"):
             patch.setattr(attention, "family", lambda device: family)
-            patch.setattr(attention, "forward", Kernel())
+            patch.setattr(attention, "attention_forward", Kernel())
             given = [change(x) for x in given]
             ops.attention(given[:n], given[n : n + m], given[n + m :], **options)
         return SimpleNamespace(**found)
@@ -297,6 +317,49 @@ def test_a_tile_of_its_own_for_two_segments_of_keys_alone(tiles):
     assert tiles("sm_90", Shape((33,), (70, 9), width=128)).BLOCK_M == 128
 
 
+def test_tiles_of_their_own_for_an_older_triton(monkeypatch):
+    """Rows of the tables before 3.6 take the place of all others, and only those."""
+    from joyedit.kernels import attention, attention_tiles
+
+    kinds = itertools.product((False, True), (False, True), ((1, 1), (1, 2), (2, 2)))
+    calls = [(causal, summed, parts) for causal, summed, parts in kinds if not (causal and summed)]
+    differ = 0
+    for family, width, (causal, summed, segments) in itertools.product(
+        attention_tiles.TILES, (64, 128, 256), calls
+    ):
+        found = []
+        for version in ("3.5.1", "3.10.0"):
+            monkeypatch.setattr(attention.triton, "__version__", version)
+            found.append(attention.choose(family, width, torch.float16, causal, summed, segments))
+        table = "CAUSAL_OR_SUMMED_TILES" if causal or summed else "TILES"
+        row = getattr(attention_tiles, f"{table}_BEFORE_3_6").get(family, {}).get(width)
+        (constants, options), new = found
+        if row is None:
+            assert (constants, options) == new
+        else:
+            assert row[:2] == (constants["BLOCK_N"], constants["BLOCK_M"])
+            assert row[2:4] == (options["num_warps"], options["num_stages"])
+            differ += (constants, options) != new
+    assert differ > 5
+
+
+def test_every_row_of_the_tables_is_a_line_and_has_its_evidence():
+    """What rewrites them goes by lines."""
+    from joyedit.kernels import attention_tiles
+
+    written = Path(attention_tiles.__file__).read_text(encoding="utf-8")
+    found = re.findall(r"^        (\d+): (Tile\(.+?\)),  # (\w.+)$", written, re.MULTILINE)
+    tables = [table for name, table in vars(attention_tiles).items() if "TILES" in name]
+    rows = [row for table in tables for rows in table.values() for row in rows.items()]
+    made = [(int(width), eval(tile, vars(attention_tiles))) for width, tile, _ in found]
+    assert made == rows and len(rows) > 30
+    for _, _, evidence in found:
+        assert re.search(r"with Triton 3\.\d|Triton 3\.\d+\.\d+$", evidence), evidence
+    for table in tables:
+        for rows in table.values():
+            assert list(rows) == sorted(rows)
+
+
 def test_first_tokens_of_samples(monkeypatch, device):
     """Kept outside of a graph's capture, made anew within it."""
     from joyedit.kernels import attention
@@ -324,9 +387,9 @@ def test_a_device_without_tiles(monkeypatch, device):
 
 
 def test_every_family_has_tiles_for_every_width(tiles):
-    from joyedit.kernels import attention
+    from joyedit.kernels import attention_tiles
 
-    for family in attention.TILES:
+    for family in attention_tiles.TILES:
         for width in (1, 8, 40, 64, 72, 80, 128, 160, 256):
             for options in ({}, {"causal": True}, {"summed": True}):
                 for dtype in (torch.float32, torch.float16):
@@ -345,16 +408,34 @@ def test_parts_of_a_head_width():
     assert head_parts(100) == (128, 0) and head_parts(96) == (64, 32)
 
 
-def test_pytorch_where_it_is_faster(monkeypatch):
-    """The rule of "auto", for devices that this machine does not have."""
+@pytest.fixture
+def stock(monkeypatch):
+    """A function that says whether "auto" leaves a call to PyTorch on a family of devices with some cuDNN."""
     from joyedit.kernels import attention
 
-    def stock(family, queries=(100,), keys=(100,), width=128, dtype=torch.bfloat16, lengths=(), **options):
+    def stock(
+        family,
+        queries=(100,),
+        keys=(100,),
+        width=128,
+        dtype=torch.bfloat16,
+        lengths=(),
+        cudnn: int | None = 91501,
+        **options,
+    ):
         monkeypatch.setattr(attention, "family", lambda device: family)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
         q, k = ([torch.empty(1, n, 2, width, dtype=dtype, device="meta") for n in x] for x in (queries, keys))
         return attention.stock_is_faster(q, k, lengths, **{"causal": False, "summed": False, **options})
 
-    for family in attention.TILES:
+    return stock
+
+
+def test_pytorch_where_it_is_faster(stock):
+    """The rule of "auto", for devices that this machine does not have."""
+    from joyedit.kernels.attention_tiles import TILES
+
+    for family in TILES:
         assert stock(family) and stock(family, width=64) and stock(family, causal=True)
         assert not stock(family, width=72) and not stock(family, lengths=[40, 60])
         assert not stock(family, keys=(80, 20)) and not stock(family, keys=(80, 20), summed=True)
@@ -362,9 +443,68 @@ def test_pytorch_where_it_is_faster(monkeypatch):
         assert stock(family, dtype=torch.float32) == family.startswith("sm")
         assert stock(family, dtype=torch.float32, lengths=[40, 60]) == family.startswith("sm")
     joyimage = {"queries": (8192, 1100), "keys": (8192, 1100)}
-    assert all(stock(family, **joyimage) for family in attention.TILES)
+    assert all(stock(family, **joyimage) for family in TILES)
     assert stock("sm_90", keys=(2048, 9)) and not stock("sm_80", keys=(2048, 9))
     assert stock(None)
+
+
+@pytest.mark.parametrize("cudnn", [91500, 90800, None])
+def test_pytorch_is_not_faster_where_it_would_not_take_cudnn(stock, cudnn):
+    """It does after 9.15.0, on devices that cuDNN's attention is made for."""
+    from joyedit.kernels.attention_tiles import TILES
+
+    joyimage = {"queries": (8192, 1100), "keys": (8192, 1100)}
+    for family in TILES:
+        elsewhere = family not in ("sm_90", "sm_100")
+        for call in ({}, {"width": 64}, {"causal": True}, joyimage):
+            assert stock(family, cudnn=cudnn, **call) == elsewhere
+            assert stock(family, **call)
+    assert stock("sm_90", cudnn=cudnn, dtype=torch.float32), "by FFMA in any case"
+
+
+ALLOCATIONS = {"Triton 3.4": lambda kept: kept, "Triton 3.6": lambda kept: ContextVar("kept", default=kept)}
+
+
+@pytest.mark.parametrize("holder", ALLOCATIONS.values(), ids=ALLOCATIONS)
+def test_an_allocator_of_the_program_stays(monkeypatch, device, holder):
+    """However Triton keeps it: it is asked for memory at a launch with descriptors, not ours."""
+    from joyedit.kernels import attention
+
+    null, own = attention._allocation.NullAllocator(), lambda size, alignment, stream: None
+    found = []
+    monkeypatch.setattr(attention, "family", lambda device: "sm_90")
+    monkeypatch.setattr(attention.triton, "set_allocator", found.append)
+    for kept, wanted in ((null, [attention.workspace]), (own, [])):
+        monkeypatch.setattr(attention._allocation, "_allocator", holder(kept))
+        with ops.backend("triton"):
+            ops.attention(*tensors(Shape((3,), (5,)), torch.float16, device))
+        assert found == wanted
+        found.clear()
+
+
+def test_the_allocator_is_found_where_this_triton_keeps_it():
+    """Each in a context of its own, so that none is left behind."""
+    from joyedit.kernels import attention
+
+    def kept():
+        found = attention._allocation._allocator
+        return found.get() if isinstance(found, ContextVar) else found
+
+    def own(size, alignment, stream):
+        raise AssertionError("nothing is launched")
+
+    def after(allocator):
+        before = kept()
+        try:
+            attention.triton.set_allocator(allocator)
+            attention.provide_workspace()
+            return kept()
+        finally:
+            attention.triton.set_allocator(before)
+
+    assert contextvars.copy_context().run(after, own) is own
+    null = attention._allocation.NullAllocator()
+    assert contextvars.copy_context().run(after, null) is attention.workspace
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"summed": True}, {"lengths": [3, 4]}], ids=str)
