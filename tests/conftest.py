@@ -1,7 +1,11 @@
-"""What every test shares: the cores, few threads, a fixed seed, and the place of the recorded data."""
+"""What every test shares: what is collected, the cores, few threads, a fixed seed, and the place of the
+recorded data."""
 
+import collections
+import importlib.util
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +16,46 @@ from PIL import Image
 import joyedit
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
+
+# What tests import besides joyedit's own dependencies.
+FOR_TESTS = ("accelerate", "av", "diffusers", "ftfy", "peft", "scipy", "skimage", "transformers")
+LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()  # absent packages -> files that import them
+
+
+def pytest_configure(config):
+    config.stash[LEFT_OUT] = collections.defaultdict(list)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m gpu` alone, tests that import an absent package are left out, and the summary names them: a
+    machine with a GPU seldom has the references. In every other run an absent package is an error."""
+    if not (collection_path.match("test_*.py") and only_gpu(config.option.markexpr)):
+        return None
+    imported = re.findall(r"^(?:import|from) (\w+)", collection_path.read_text(encoding="utf-8"), re.M)
+    absent = sorted({name for name in imported if name in FOR_TESTS and not is_installed(name)})
+    if not absent:
+        return None
+    config.stash[LEFT_OUT][", ".join(absent)].append(collection_path.relative_to(config.rootpath).as_posix())
+    return True
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for packages, files in sorted(config.stash[LEFT_OUT].items()):
+        terminalreporter.section(f"not collected, {packages} not installed", sep="-")
+        for file in files:
+            terminalreporter.line(file)
+
+
+def only_gpu(marks: str) -> bool:
+    """Whether a marker expression selects tests for a GPU and no others: "gpu", "gpu and not slow"."""
+    return re.fullmatch(r"gpu( and (not )?\w+)*", marks) is not None
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ModuleNotFoundError, ValueError):  # the import is blocked
+        return False
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which acts on the options

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from joyedit import ops
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes
+
 
 class Linear(nn.Linear):
     """nn.Linear whose weight may be stored narrower than its input; it is upcast where it is used."""
@@ -107,3 +109,32 @@ def sinusoidal_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0
     exponent = -math.log(max_period) * order / half  # rounded in the reference's order
     angle = timestep.float()[:, None] * exponent.exp()[None]
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def keeps_channels_last(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the weights of convolutions are kept with their channels last, and so the feature maps.
+
+    In half precision on CUDA: there cuDNN's kernels for tensor cores read channels last, and contiguous
+    tensors are transposed before and after; 3-D convolutions of contiguous ones PyTorch does not even give to
+    cuDNN 9.8 to 9.14. In fp32, and by MIOpen, nothing asks for it. A CPU takes weights as they are stored.
+    Not measured on a GPU. Source: PyTorch `aten/src/ATen/native/Convolution.cpp`.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and device.type == "cuda" and torch.version.hip is None
+
+
+def lay_out(network: nn.Module, channels_last: bool) -> None:
+    """Put the weights of all convolutions of a network in memory with their channels last, or contiguous."""
+    for parameter in network.parameters():
+        if parameter.ndim in CHANNELS_LAST:
+            layout = CHANNELS_LAST[parameter.ndim] if channels_last else torch.contiguous_format
+            parameter.data = parameter.data.to(memory_format=layout)
+
+
+def layout_of_maps(weight: Tensor) -> torch.memory_format:
+    """The memory format of feature maps that go through a convolution, weight (C_out, C_in, ...) with
+    C_in > 1: that of the weight, so that neither is copied. On a CPU channels come last: norms read along
+    them, large convolutions are a sixth faster, frames and tokens are views, and weights may be either."""
+    layout = CHANNELS_LAST[weight.ndim]
+    is_last = weight.device.type == "cpu" or weight.is_contiguous(memory_format=layout)
+    return layout if is_last else torch.contiguous_format

@@ -16,7 +16,7 @@ Source: diffusers `autoencoder_kl_wan.py`; WAN `wan/modules/vae.py`; arXiv 2503.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from joyedit import ops
 from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.network import Network
 from joyedit.models.latents import AutoencoderKLOutput, DecoderOutput, DiagonalGaussian, join_tiles
-from joyedit.models.layers import Conv2d
+from joyedit.models.layers import Conv2d, keeps_channels_last, lay_out, layout_of_maps
 from joyedit.noise import Generators
 
 # Temporal convolution -> the last frames of its input. No tensor is ever written to: a copied dict is a fork.
@@ -214,10 +214,17 @@ class AutoencoderKLWan(Network):
             frames[:, :, 1 + time * (i - 1) : 1 + time * i] = self.decoder(z[:, :, i : i + 1], past)
         return frames
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the weights, and lay them out once as convolutions are fastest there."""
+        super()._apply(fn, recurse)
+        if keeps_channels_last(self.dtype, self.device):
+            lay_out(self, channels_last=True)
+        return self
+
     def _code(self, code: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`code` on the batch, or one sample at a time; the result is fresh, contiguous, in x's dtype."""
         dtype = ops.compute_dtype(self.dtype, x.device)
-        inner = x.to(dtype).contiguous(memory_format=fastest_layout(x.device))
+        inner = x.to(dtype).contiguous(memory_format=layout_of_maps(self.decoder.conv_in.weight))
         parts = inner.split(1) if self.use_slicing else (inner,)
         return torch.cat([code(part) for part in parts]).to(x.dtype).contiguous()
 
@@ -439,9 +446,11 @@ class CausalConv3d(nn.Conv3d):
         if self not in past:
             past[self] = F.pad(x, (0, 0, 0, 0, self.kept - 1, 0))
             return self.first_frame(x)
-        before = past[self]
-        kept = torch.cat((before[:, :, x.shape[2] :], x[:, :, -self.kept :]), dim=2)
-        past[self] = kept.contiguous(memory_format=fastest_layout(x.device))
+        before, layout = past[self], layout_of_maps(self.weight)
+        if x.shape[2] < self.kept:
+            past[self] = torch.cat((before[:, :, x.shape[2] :], x), dim=2).contiguous(memory_format=layout)
+        else:
+            past[self] = x[:, :, -self.kept :].clone(memory_format=layout)
         return ops.conv3d((before, x), self.weight, self.bias, self.stride[0], self.border)
 
     def first_frame(self, x: Tensor) -> Tensor:
@@ -466,8 +475,12 @@ class DoubleFrames(CausalConv3d):
         if self not in past:
             past[self] = F.pad(torch.zeros_like(x), (0, 0, 0, 0, self.kept - 1, 0))
             return x
-        x = rearrange(super().forward(x, past), "b (two c) t h w -> b c (t two) h w", two=2)
-        return x.contiguous(memory_format=fastest_layout(x.device))
+        first, second = super().forward(x, past).chunk(2, dim=1)
+        b, c, t, h, w = first.shape
+        layout = layout_of_maps(self.weight)
+        frames = torch.empty(b, c, 2 * t, h, w, dtype=x.dtype, device=x.device, memory_format=layout)
+        frames[:, :, ::2], frames[:, :, 1::2] = first, second
+        return frames
 
 
 class PointConv3d(nn.Conv3d):
@@ -529,11 +542,6 @@ def each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return layer(x[:, :, 0])[:, :, None]
     out = layer(x.transpose(1, 2).flatten(0, 1))
     return out.unflatten(0, (len(x), -1)).transpose(1, 2)
-
-
-def fastest_layout(device: torch.device) -> torch.memory_format:
-    """On a CPU channels come last: norms read along them, and frames and tokens are views."""
-    return torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
 
 
 def _check_video(name: str, x: Tensor, channels: int) -> None:

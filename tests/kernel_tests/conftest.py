@@ -20,6 +20,7 @@ if INTERPRETED:
         "test_interpreter.py",
         "test_ahead_of_time.py",
         "test_dispatch.py",
+        "test_layouts.py",
         "test_roofline.py",
     ]
 elif not torch.cuda.is_available():
