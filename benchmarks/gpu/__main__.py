@@ -111,7 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--only", type=areas, default=list(AREAS), metavar="AREA,...", help="only these areas")
+    parser.add_argument(
+        "--only", type=areas, default=list(AREAS), metavar="AREA,...", help="only these areas"
+    )
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="%(default)g")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     given = parser.parse_args(arguments)
