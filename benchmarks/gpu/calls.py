@@ -1,13 +1,16 @@
 """The calls of a denoising step at real size: ours, the plain operations, and what others have for them.
 
-    auto, triton   what joyedit takes, and, of attention, its own kernel where that is another
-    torch          the plain operations, one kernel after the other
-    compile        the same, compiled by Inductor
-    sdpa-cudnn, sdpa-flash   PyTorch's attention by cuDNN and by FlashAttention, with the copies that join segments
-    liger          the kernels of Liger, where it is installed and has the operation
+    auto          what joyedit takes
+    triton        its own attention, which may be another
+    torch         the plain operations, one kernel after the other
+    compile       the same, compiled by Inductor
+    sdpa-cudnn    PyTorch's attention by cuDNN, with the copies that join segments
+    sdpa-flash    by FlashAttention
+    liger         the kernels of Liger, where it is installed and has the operation
 
-Each is held against float64 before it is timed, by the rule of `benchmarks.ops`. `kernel_seconds`: on the device,
-from an empty cache. `call_seconds`: one call after the other without waiting, so of the host if that is slower.
+Each is held against float64 before it is timed, by the rule of `benchmarks.ops`. `kernel_seconds`: on the
+device, from an empty cache. `call_seconds`: one call after the other without waiting, so of the host if that
+is slower.
 """
 
 import contextlib
@@ -84,11 +87,11 @@ def provided(case: Case, name: str, setting: Setting) -> Callable[..., Any]:
     return call(case, setting.kernels if name == "auto" else name)
 
 
-# ------------------------------------------------------------------------------------------ PyTorch's attention
+# ---------------------------------------------------------------------------------------- PyTorch's attention
 def joined(
     q, k, v, causal: bool = False, summed: bool = False, lengths: list[int] | None = None
 ) -> list[tuple]:
-    """The arguments of `stock` that an attention of `joyedit.ops` comes to: one for each sample or softmax."""
+    """The arguments of `stock` that an attention of joyedit comes to: one for each sample or softmax."""
     q, k, v = ((x,) if isinstance(x, Tensor) else x for x in (q, k, v))
     if summed:
         parts = [(q[0], *pair) for pair in zip(k, v, strict=True)]
@@ -118,7 +121,7 @@ def by_sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
     return attention
 
 
-# ----------------------------------------------------------------------------------------------- Liger's kernels
+# -------------------------------------------------------------------------------------------- Liger's kernels
 def has_liger() -> bool:
     with contextlib.suppress(ModuleNotFoundError):
         return importlib.util.find_spec("liger_kernel.ops") is not None

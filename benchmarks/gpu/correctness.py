@@ -26,9 +26,12 @@ MAPS = ("channel_rms_norm", "channel_rms_norm_silu", "group_norm", "group_norm_s
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    known = sorted(all_cases(), key=lambda case: not case.per_step)
-    dtypes = (SINGLE, torch.float16) if setting.dry else (SINGLE, torch.float16, torch.bfloat16)
-    for case in (*(sized(case, setting) for case in known), *(case for d in dtypes for case in odd(d))):
+    known, dtypes = sorted(all_cases(), key=lambda case: not case.per_step), (SINGLE,)
+    if setting.dry:
+        known = {(case.op, case.system): sized(case, setting) for case in reversed(known)}.values()
+    else:
+        dtypes = SINGLE, torch.float16, torch.bfloat16
+    for case in (*known, *(case for dtype in dtypes for case in odd(dtype))):
         yield case.title, lambda case=case: held(case, setting)
 
 
@@ -66,7 +69,7 @@ def is_float(a: Any) -> bool:
     return isinstance(a, Tensor) and a.is_floating_point()
 
 
-# ------------------------------------------------------------------------------------------------ the odd ones
+# ----------------------------------------------------------------------------------------------- the odd ones
 def odd(dtype: torch.dtype) -> list[Case]:
     """Calls that no system makes, of every operation, with what its kernel must mask, stride or index."""
     name = str(dtype).removeprefix("torch.")
@@ -138,19 +141,21 @@ def odd(dtype: torch.dtype) -> list[Case]:
 
 # ----------------------------------------------------------------------------------------- sizes of a dry run
 def sized(case: Case, setting: Setting) -> Case:
-    """The case as it is; in a dry run with few tokens or pixels, as wide as ever, and fp32 for bf16."""
+    """The case as it is; in a dry run with few tokens, heads, pixels or groups, and fp32 for bf16."""
     if not setting.dry:
         return case
-    if case.op in MAPS:
-        channels = case.args[1].shape[0]
+    channels = case.args[1].shape[0] if case.op in MAPS else None
 
-        def fewer(shape: tuple[int, ...]) -> tuple[int, ...]:
+    def fewer(shape: tuple[int, ...]) -> tuple[int, ...]:
+        if case.op in MAPS:
             return tuple(n if n <= 16 or n == channels else 3 + n // 256 for n in shape)
-
-    else:
-
-        def fewer(shape: tuple[int, ...]) -> tuple[int, ...]:
-            return (*(n if n <= 64 else -(-n // 128) for n in shape[:-1]), *shape[-1:])
+        outer, width = [-(-n // 512) if n > 64 else n for n in shape[:-1]], shape[-1]
+        if case.op in ("attention", "qk_norm_rope"):
+            if len(shape) > 3:
+                outer[-1] = -(-outer[-1] // 8)
+            elif len(shape) == 1 and width > 256:
+                width //= 8  # the weight of all heads
+        return (*outer, width)
 
     def tiny(value: Any) -> Any:
         if isinstance(value, T):
@@ -158,6 +163,8 @@ def sized(case: Case, setting: Setting) -> Case:
             return value._replace(shape=fewer(value.shape), dtype=dtype)
         if isinstance(value, tuple):
             return tuple(map(tiny, value))
-        return [n // 128 for n in value] if isinstance(value, list) else value  # lengths of samples
+        if isinstance(value, list):
+            return [n // 512 for n in value]  # lengths of samples
+        return 4 if value == 32 else value  # groups
 
     return case._replace(args=tiny(case.args))

@@ -39,7 +39,7 @@ class Task(NamedTuple):
     deadline: float
 
 
-# ------------------------------------------------------------------------------------------ in the new process
+# ----------------------------------------------------------------------------------------- in the new process
 def work(connection: Connection, dry: bool) -> None:
     """Describe the machine, then do tasks until the other side closes. Sends pairs (kind, content):
 

@@ -4,11 +4,12 @@ An area is a module of this package with one function,
 
     def rows(setting: Setting) -> Iterator[Row]
 
-which gives the name of each row and a function that measures it: its figures, as they go into the JSON (finite
-numbers, words, lists, dicts), or any exception. Rows are asked for one after the other, in a process that may
-have been started for the rest of them after an earlier one broke it, or that only wants the names of what is
-left out: what takes time belongs into the measuring function, and what it sets (gradients, the backend of
-joyedit.ops, the sync debug mode) it brings back. Gradients are off and memory is given back between rows.
+which gives the name of each row and a function that measures it: its figures, as they go into the JSON
+(finite numbers, words, lists, dicts), or any exception. Rows are asked for one after the other, in a process
+that may have been started for the rest of them after an earlier one broke it, or that only wants the names of
+what is left out: what takes time belongs into the measuring function, and what it sets (gradients, the
+backend of joyedit.ops, the sync debug mode) it brings back. Gradients are off and memory is given back
+between rows.
 """
 
 import dataclasses
@@ -57,15 +58,12 @@ class Setting:
         While the cache is being emptied the host is ahead, so that its own time does not show unless it is
         longer than that. `budget`: seconds to spend, at least five calls.
         """
+        if self.dry:
+            return self.once(function)
         function()
-        self.finish()
-        if self.device.type != "cuda":
-            begin = time.perf_counter()
-            function()
-            return time.perf_counter() - begin
         emptied = torch.empty(CACHE, dtype=torch.int8, device=self.device)
 
-        def once() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        def between_events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             emptied.zero_()
             before.record()
@@ -73,23 +71,26 @@ class Setting:
             after.record()
             return before, after
 
-        begin = time.perf_counter()
-        once()
-        self.finish()
-        calls = max(5, min(100, int(budget / (time.perf_counter() - begin))))
-        events = [once() for _ in range(calls)]
+        calls = max(5, min(100, int(budget / self.once(between_events))))
+        events = [between_events() for _ in range(calls)]
         self.finish()
         return statistics.median(before.elapsed_time(after) for before, after in events) / 1000
+
+    def once(self, function: Callable[[], Any]) -> float:
+        """Seconds until the device has done one call."""
+        self.finish()
+        begin = time.perf_counter()
+        function()
+        self.finish()
+        return time.perf_counter() - begin
 
     def call_seconds(self, function: Callable[[], Any], budget: float = 0.1) -> float:
         """Seconds of a call among many, one after the other without waiting: of the device or of the host,
         whichever is slower."""
+        if self.dry:
+            return self.once(function)
         function()
-        self.finish()
-        begin = time.perf_counter()
-        function()
-        self.finish()
-        calls = 1 if self.dry else max(5, min(200, int(budget / (time.perf_counter() - begin))))
+        calls = max(5, min(200, int(budget / self.once(function))))
         begin = time.perf_counter()
         for _ in range(calls):
             function()
