@@ -10,7 +10,7 @@
 
 Each is held against float64 before it is timed, by the rule of `benchmarks.ops`. `kernel_seconds`: on the
 device, from an empty cache. `call_seconds`: one call after the other without waiting, so of the host if that
-is slower.
+is slower. `fell_back`: why our kernel could not be built, where it could not: "auto" is PyTorch then.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from benchmarks.gpu.setting import Row, Setting
 from benchmarks.op_cases import Case, all_cases, all_ops
 from benchmarks.ops import call, check, floats
 from benchmarks.roofline import SYSTEMS, stored
+from joyedit import ops
 
 SDPA = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 LIGER = ("layer_norm", "rms_norm", "add_rms_norm", "group_norm", "swiglu", "geglu_tanh")
@@ -71,6 +72,9 @@ def timed(case: Case, name: str, setting: Setting) -> dict[str, Any]:
         "bytes_per_second": moved / kernel_seconds,
         "error": error,
     }
+    if name == "auto":
+        kernel = f"joyedit.{case.op}."
+        found["fell_back"] = next((why for k, why in ops._unbuilt.items() if k.startswith(kernel)), None)
     if all_ops()[case.op].matrix:
         found["operations_per_second"] = all_ops()[case.op].operations(*args) / kernel_seconds
     return found

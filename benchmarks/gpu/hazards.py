@@ -46,6 +46,7 @@ def plain(case: Case, args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def error(case: Case, found: list[Tensor], args: tuple[Any, ...]) -> float:
+    found = [out.clone() for out in found]  # into which the next one may write again
     return worst_error(case.title, found, plain(case, args), plain(case, widened(args)))
 
 

@@ -23,6 +23,7 @@ CONTEXT = multiprocessing.get_context("spawn")
 LEFT_OUT = "left out: the time was spent"
 STARTING = 120  # seconds that a process may take to load what it needs
 NAMING = 5  # seconds to say that a row is left out
+ENDING = 10  # seconds that one is waited for: the driver may hold on to it
 
 
 class NotReady(Exception):
@@ -44,7 +45,8 @@ def work(connection: Connection, dry: bool) -> None:
     """Describe the machine, then do tasks until the other side closes. Sends pairs (kind, content):
 
     ("machine", description)                 once
-    ("begin", (number, name)), ("row", row)  for each row
+    ("begin", (number, name, now))           before each row
+    ("row", row)                             after it
     ("end", None)                            for each task
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C reaches all processes: one of them reports
@@ -75,7 +77,7 @@ def do(task: Task, setting: Any, connection: Connection) -> None:
         for number, (name, measure) in enumerate(importlib.import_module(task.module).rows(setting)):
             if number < task.first or (number - task.first) % task.step:
                 continue
-            connection.send(("begin", (number, name)))
+            connection.send(("begin", (number, name, time.monotonic())))
             if time.monotonic() > task.deadline:
                 connection.send(("row", {"name": name, "failed": LEFT_OUT}))
                 continue
@@ -89,7 +91,7 @@ def do(task: Task, setting: Any, connection: Connection) -> None:
             gc.collect()
             torch.cuda.empty_cache()
     except Exception as error:  # of the area itself: it has no more rows
-        connection.send(("begin", (number + 1, "the rows of the area")))
+        connection.send(("begin", (number + 1, "the rows of the area", time.monotonic())))
         connection.send(("row", {"name": "the rows of the area", "failed": reason(error)}))
 
 
@@ -128,7 +130,7 @@ class Worker:
         self.process = CONTEXT.Process(target=work, args=(theirs, self.dry), daemon=True)
         self.process.start()
         theirs.close()  # so that its end is noticed
-        self.row: tuple[int, str] | None = None  # the one that is being measured
+        self.row: list[Any] | None = None  # number and name of the one that is being measured
         self.is_fresh = True  # no row is done yet
         self.give(task)
 
@@ -147,12 +149,12 @@ class Worker:
             raise NotReady(f"a process could not start: {self.ending()}") from None
 
     def ending(self) -> str:
-        self.process.join()
+        self.process.join(ENDING)
         return f"the process ended with exit code {self.process.exitcode}"
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(ENDING)
         self.connection.close()
 
     def latest(self, limit: float, end: float) -> float:
@@ -171,7 +173,7 @@ class Worker:
             return
         self.since = time.monotonic()
         if kind == "begin":
-            self.row = content
+            *self.row, self.since = content
         elif kind == "row":
             self.passed()
             yield content
@@ -229,7 +231,7 @@ class Workers:
                     yield from worker.heard()
                 elif time.monotonic() >= worker.latest(limit, end):
                     is_last = time.monotonic() >= end
-                    yield from worker.replaced(LEFT_OUT if is_last else f"given up after {limit:.0f} s")
+                    yield from worker.replaced(LEFT_OUT if is_last else f"given up after {limit:g} s")
         for worker in self.others:
             worker.stop()
         self.others = []

@@ -52,7 +52,7 @@ class Setting:
         """Bytes of memory that are free on the device (a dry run: a made-up GiB)."""
         return 2**30 if self.dry else torch.cuda.mem_get_info(self.device)[0]
 
-    def kernel_seconds(self, function: Callable[[], Any], budget: float = 0.15) -> float:
+    def kernel_seconds(self, function: Callable[[], Any], budget: float = 0.08) -> float:
         """Median seconds that the device works on one call, its L2 cache emptied before.
 
         While the cache is being emptied the host is ahead, so that its own time does not show unless it is
@@ -84,7 +84,7 @@ class Setting:
         self.finish()
         return time.perf_counter() - begin
 
-    def call_seconds(self, function: Callable[[], Any], budget: float = 0.1) -> float:
+    def call_seconds(self, function: Callable[[], Any], budget: float = 0.05) -> float:
         """Seconds of a call among many, one after the other without waiting: of the device or of the host,
         whichever is slower."""
         if self.dry:
