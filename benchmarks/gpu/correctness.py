@@ -78,6 +78,7 @@ def odd(dtype: torch.dtype) -> list[Case]:
     maps = T((2, 60, 7, 9), dtype)
     last = T((2, 7, 9, 60), dtype, lambda x: x.movedim(-1, 1))
     channels = T((60,), dtype)
+    longer = T((2, 24, 3, 24), dtype, lambda x: x[:, :19])
 
     def trained(op: str, what: str, *args: Any) -> Case:
         return Case(op, "odd", f"{what}, {name}", args, trained=True)
@@ -94,6 +95,9 @@ def odd(dtype: torch.dtype) -> list[Case]:
         trained("layer_norm", "strided rows", slices, vector, vector),
         trained("gate_residual", "a vector for each sample", slices, rows, vectors),
         trained("gate_residual_norm", "a vector for each sample", rows, slices, vectors, vectors, vectors),
+        trained(
+            "gate_residual_layer_norm", "a vector for each sample", rows, slices, vectors, vector, vector
+        ),
         trained("rms_norm", "strided rows", slices, vector),
         trained("add_rms_norm", "strided rows", rows, slices, vector),
         trained("channel_rms_norm", "planes", maps, channels),
@@ -115,6 +119,15 @@ def odd(dtype: torch.dtype) -> list[Case]:
             "all heads together",
             *(heads(19, 5, 24), heads(19, 5, 24, part=1), T((120,), dtype), T((120,), dtype)),
             (T((19, 12), SINGLE), T((19, 12), SINGLE)),
+        ),
+        Case(
+            "qk_norm_rope",
+            "odd",
+            f"written into parts of larger tensors, {name}",
+            (
+                *(heads(19, 3, 24), heads(19, 3, 24, part=1), T((24,), dtype), T((24,), dtype)),
+                *((T((19, 12), SINGLE), T((19, 12), SINGLE)), 1e-6, False, 0, (longer, longer)),
+            ),
         ),
         Case(
             "guide",

@@ -70,6 +70,7 @@ def beyond_31_bits(setting: Setting) -> Iterator[tuple[Case, int]]:
         "ada_layer_norm": (x, single, single),
         "gate_residual": (x, x, single),
         "gate_residual_norm": (x, x, single, single, single),
+        "gate_residual_layer_norm": (x, x, single, vector, vector),
         "gelu_tanh": (x,),
         "swiglu": (x, x),
         "geglu_tanh": (x, x),
