@@ -111,8 +111,8 @@ def odd(dtype: torch.dtype) -> list[Case]:
         trained(
             "qk_norm_rope",
             "each head, grouped, halves, queries that start late",
-            *(heads(19, 6, 24), heads(23, 2, 24, part=1), T((24,), dtype), T((24,), dtype)),
-            *((T((2, 23, 12), SINGLE), T((2, 23, 12), SINGLE)), 1e-6, True, 4),
+            *(heads(5, 6, 24), heads(9, 2, 24, part=1), T((24,), dtype), T((24,), dtype)),
+            *((T((2, 9, 12), SINGLE), T((2, 9, 12), SINGLE)), 1e-6, True, 4),
         ),
         trained(
             "qk_norm_rope",
