@@ -53,7 +53,6 @@ def work(connection: Connection, dry: bool) -> None:
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the processes are parallel already
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its notes are no part of the output
     import torch
 
     from benchmarks.gpu.machine import described

@@ -80,7 +80,10 @@ def test_rows_are_written_as_they_come(run, monkeypatch, capsys):
 
 def test_a_file_is_replaced_or_left_as_it_is(monkeypatch, tmp_path):
     path = tmp_path / "out.json"
-    gpu.write(path, {"rows": [1]})
+    gpu.write(path, {"rows": []})
+    with path.open() as before:
+        gpu.write(path, {"rows": [1]})
+        assert json.load(before) == {"rows": []}, "who reads it meanwhile has the old one, whole"
 
     def full(self, text, **options):
         with self.open("w") as file:
