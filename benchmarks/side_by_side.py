@@ -174,6 +174,13 @@ def peak_memory() -> int:
     raise RuntimeError("this system does not tell the peak memory of a process")
 
 
+def version(package: str) -> str | None:
+    """None for a package that is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
 def machine() -> dict[str, Any]:
     """Where the measurement was taken."""
     model = platform.processor() or platform.machine()
@@ -188,7 +195,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "bf16_units": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES},
         "date": datetime.date.today().isoformat(),
     }
 
