@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.measuring import META, normal, operations, peak_bytes, random_network, share_of_peak
+from benchmarks.gpu.measuring import (
+    META,
+    normal,
+    operations,
+    or_why,
+    random_network,
+    share_of_peak,
+    with_peak_bytes,
+)
 from benchmarks.gpu.setting import Row, Setting
 from joyedit import ops
 from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
@@ -57,16 +65,19 @@ TINY = {
 def rows(setting: Setting) -> Iterator[Row]:
     for name, case in (TINY if setting.dry else CASES).items():
         for backend in (setting.kernels, "torch"):
-            yield f"{name}: forward, {backend}", partial(measure, setting, case, backend, False)
+            yield f"{name}: forward, {backend}", partial(or_why, measure, setting, case, backend, False)
         for backend in ("auto", "torch"):
-            yield f"{name}: forward and backward, {backend}", partial(measure, setting, case, backend, True)
+            yield (
+                f"{name}: forward and backward, {backend}",
+                partial(or_why, measure, setting, case, backend, True),
+            )
 
 
 def measure(setting: Setting, case: Case, backend: str, trained: bool) -> dict[str, Any]:
     block = made(case, setting.device, setting.half)
     call = with_gradients(block) if trained else without(block)
     with ops.backend(backend):
-        peak = peak_bytes(call, setting)
+        _, peak = with_peak_bytes(call, setting)
         seconds = setting.kernel_seconds(call)
     count = operations(without(made(case, META, setting.half)))
     count *= 3 if trained else 1  # the backward has two products for each one of the forward

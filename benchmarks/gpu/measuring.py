@@ -1,8 +1,8 @@
 """What the areas of whole blocks and steps share: networks of random weights, and what a call of them costs.
 
 Nothing here needs files: a network is built on the meta device, and each parameter is made where it runs, of
-normal values that keep the scale of what passes. Operations are counted on the meta device too: they depend on
-shapes alone.
+normal values that keep the scale of what passes. Operations are counted on the meta device too, since they
+depend on shapes alone.
 """
 
 import time
@@ -23,8 +23,16 @@ BESIDE = 4 * 10**9  # bytes of activations that must be free beside the weights 
 SLOWER = {"PCIe", "NVL", "Laptop"}  # models with a smaller peak, sold under the names of the roofline
 
 
-class TooLarge(Exception):
-    """A network does not fit the free memory of the device."""
+class NotHere(Exception):
+    """Figures that cannot be had on this machine, which is no failure."""
+
+
+def or_why(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What it measures; on a machine with too little memory or without a library, why not."""
+    try:
+        return measure(*args)
+    except (NotHere, torch.OutOfMemoryError) as reason:
+        return {"seconds": None, "why": str(reason).splitlines()[0]}
 
 
 def random_network(cls: type[Network], config: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -34,8 +42,12 @@ def random_network(cls: type[Network], config: Any, device: torch.device, dtype:
 
 def filled(network: nn.Module, device: torch.device) -> Any:
     """A network on the meta device, brought to another one with random weights in their dtypes."""
-    network = network.to_empty(device=device).eval().requires_grad_(False)
-    for name, parameter in network.named_parameters():
+    return fill(network.to_empty(device=device))
+
+
+def fill(network: nn.Module) -> Any:
+    """Give a network random weights, where it is."""
+    for name, parameter in network.eval().requires_grad_(False).named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
         else:
@@ -43,28 +55,29 @@ def filled(network: nn.Module, device: torch.device) -> Any:
     return network
 
 
-def check_room(network: nn.Module, setting: Setting) -> None:
-    """Raises TooLarge for a network, on the meta device, that will not fit."""
+def check_room(cls: type[Network], config: Any, dtype: torch.dtype, setting: Setting) -> None:
+    """Raises NotHere for a network that will not fit the free memory of the device."""
+    network = build_on_meta(cls, config).to(dtype)
     weights, free = sum(p.numel() * p.element_size() for p in network.parameters()), setting.free()
     beside = 0 if setting.dry else BESIDE
     if weights + beside > free:
-        raise TooLarge(f"needs {(weights + beside) / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+        raise NotHere(f"needs {(weights + beside) / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
 
 
 def normal(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, device=device, dtype=dtype).normal_()
 
 
-def peak_bytes(function: Callable[[], Any], setting: Setting) -> int | None:
-    """The most memory that tensors hold during a call, weights and arguments among them. None on a CPU."""
+def with_peak_bytes(function: Callable[[], Any], setting: Setting) -> tuple[Any, int | None]:
+    """The result of a call, and the most memory that tensors held during it, weights and arguments among
+    them; None on a CPU."""
     if setting.device.type != "cuda":
-        function()
-        return None
-    torch.cuda.synchronize(setting.device)
+        return function(), None
+    setting.finish()
     torch.cuda.reset_peak_memory_stats(setting.device)
-    function()
-    torch.cuda.synchronize(setting.device)
-    return torch.cuda.max_memory_allocated(setting.device)
+    result = function()
+    setting.finish()
+    return result, torch.cuda.max_memory_allocated(setting.device)
 
 
 def host_seconds(function: Callable[[], Any], setting: Setting) -> float:

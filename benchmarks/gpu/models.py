@@ -77,7 +77,7 @@ def measure(setting: Setting, system: str, dtype: torch.dtype, allowed: float) -
 
 
 def edited(system: str, device: torch.device, dtype: torch.dtype, steps: int) -> dict[str, Tensor]:
-    """What an edit of the demo leaves: latents, pixels in [0, 1], and a mask where there is one, in float64."""
+    """What an edit of the demo leaves: latents, pixels in [0, 1], a mask where there is one; in float64."""
     pipe = joyedit.load(f"tiny-{system}", device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     edit = json.loads((SCENES / "demo.json").read_text(encoding="utf-8"))[system][0]
