@@ -108,7 +108,6 @@ def test_shares_of_a_profile():
 
 @pytest.mark.parametrize("name", systems.TINY)
 def test_a_step_is_the_same_with_and_without_a_graph(name):
-    """Five steps of a run; the network sees its own timestep in each."""
     system = systems.TINY[name]
     calls = step.GraphedCalls(step.Again)
     results = []
@@ -120,6 +119,13 @@ def test_a_step_is_the_same_with_and_without_a_graph(name):
     for plain, graphed in zip(*results, strict=True):
         assert torch.equal(plain, graphed)
     assert not torch.equal(results[0][0], results[0][1])
+
+
+@pytest.mark.parametrize("name", systems.TINY)
+def test_a_network_is_told_each_step_of_its_own(name):
+    predict = systems.TINY[name].ours(systems.TINY[name], DRY.device).predict
+    first, again, last = (torch.cat(list(predict(i))) for i in (0, 0, systems.STEPS - 1))
+    assert torch.equal(first, again) and not torch.equal(first, last)
 
 
 def test_a_step_of_another_run_begins_anew(monkeypatch):
