@@ -36,7 +36,6 @@ from benchmarks.op_cases import made
 from benchmarks.op_cases.attention import HALF, all_of, alone, projected
 from joyedit import ops
 from joyedit.kernels import attention as kernels
-from joyedit.kernels import attention_tiles as tables
 from joyedit.kernels.attention_tiles import Tile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,22 +46,29 @@ BUDGET = 0.06  # seconds that each candidate is timed
 
 
 class Entry(NamedTuple):
-    """A row of a table, the width of the heads as padded, and a call of `ops.attention` that it serves."""
+    """A row of a table, the width of the heads as padded, and a call of `ops.attention` that needs it."""
 
     table: str
     width: int
     call: str
     args: tuple[Any, ...]
 
+    def asked(self) -> tuple[torch.dtype, bool, bool, tuple[int, int]]:
+        """What the kernel chooses its tile by, beside device and width."""
+        q, k, _, causal, summed = (*self.args, False, False)[:5]
+        q, k = (x if type(x) is tuple else (x,) for x in (q, k))
+        return q[0].dtype, causal, summed, (len(q), len(k))
+
 
 IMAGE_AND_TEXT = (alone(8192, 32, 128), alone(1100, 32, 128))
 TWO_IMAGES = (*all_of(8192, 16, 72)[:2], projected(8192, 16, 72), False, False, [4096, 4096])
+PREFIX = alone(1098, 8, 128)
 CONTEXT = (alone(512, 40, 128), alone(257, 40, 128))
 ENTRIES = (
     Entry("TILES", 128, "JoyImage, image and text", (IMAGE_AND_TEXT,) * 3),
     Entry("TILES", 64, "Stable Diffusion 2.1, 768 px", all_of(9216, 5, 64, HALF, 2)),
     Entry(
-        "CAUSAL_OR_SUMMED_TILES",
+        "SUMMED_TILES",
         128,
         "ChronoEdit, to text and to image",
         (alone(7200, 40, 128), CONTEXT, CONTEXT, False, True),
@@ -76,7 +82,8 @@ ENTRIES = (
     Entry("TILES", 48, "Stable Diffusion 1.5, 512 px", all_of(4096, 8, 40, HALF, 2)),
     Entry("TILES", 80, "JoyImage, two pictures in the vision tower", TWO_IMAGES),
     Entry("TILES", 160, "Stable Diffusion 1.5, 16 x 16", all_of(256, 8, 160, HALF, 2)),
-    Entry("CAUSAL_OR_SUMMED_TILES", 64, "CLIP, causal", (*all_of(77, 16, 64, HALF, 2), True)),
+    Entry("CAUSAL_OR_SUMMED_TILES", 128, "JoyImage, prompt", (alone(1098, 32, 128), PREFIX, PREFIX, True)),
+    Entry("CAUSAL_OR_SUMMED_TILES", 64, "CLIP, prompt", (*all_of(77, 16, 64, HALF, 2), True)),
 )
 TINY = (
     Entry("TILES", 16, "tiny", all_of(40, 1, 16, torch.float16)),
@@ -99,10 +106,8 @@ def candidates(setting: Setting, entry: Entry) -> list[Tile]:
     device = kernels.family(setting.device)
     if device is None:
         raise RuntimeError(kernels.no_tiles(setting.device))
-    table = getattr(tables, entry.table).get(device, {})
-    if entry.table == "TWO_KEY_SEGMENTS_TILES":  # rows that take the place of others
-        table = tables.TILES[device] | table
-    used = next(tile for widest, tile in table.items() if entry.width <= widest)
+    rows = kernels.tiles_for(device, *entry.asked())
+    used = rows[min(widest for widest in rows if entry.width <= widest)]
     found = neighbours(used, can_specialize=device == "sm_100")
     return found[:2] if setting.dry else found
 
@@ -137,7 +142,7 @@ def sweep(setting: Setting, entry: Entry) -> dict[str, Any]:
         wanted = ops.attention(*args)
     found = []
     for tile in candidates(setting, entry):
-        with using(setting, entry, tile), ops.backend("triton"):
+        with using(tile), ops.backend("triton"):
             found.append({"tile": tile._asdict(), **tried(setting, args, wanted)})
     timed = [one for one in found if one["seconds"] is not None]
     if not timed:
@@ -156,10 +161,9 @@ def sweep(setting: Setting, entry: Entry) -> dict[str, Any]:
     }
 
 
-def using(setting: Setting, entry: Entry, tile: Tile) -> contextlib.AbstractContextManager[Any]:
-    """With this tile in the place of the one in use."""
-    table = getattr(tables, entry.table)
-    return mock.patch.dict(table, {kernels.family(setting.device): {entry.width: tile}})
+def using(tile: Tile) -> contextlib.AbstractContextManager[Any]:
+    """Every call is made with this tile."""
+    return mock.patch.object(kernels, "tiles_for", lambda *asked: {ops.HEAD_WIDTH: tile})
 
 
 def tried(setting: Setting, args: tuple[Any, ...], wanted: Tensor) -> dict[str, Any]:
@@ -222,7 +226,7 @@ def compile_share(setting: Setting, share: int, count: int) -> None:
     jobs = [(entry, tile) for entry in entries(setting) for tile in candidates(setting, entry)]
     for entry, tile in jobs[share::count]:
         args = made(entry.args, setting.device)
-        with using(setting, entry, tile), ops.backend("triton"), contextlib.suppress(Exception):
+        with using(tile), ops.backend("triton"), contextlib.suppress(Exception):
             ops.attention(*args)
 
 
@@ -246,35 +250,36 @@ def written(tile: Tile) -> str:
 
 
 def with_row(text: str, table: str, family: str, width: int, row: str) -> str:
-    lines = text.splitlines(keepends=True)
-    rows = table_of(text, table)
+    lines, rows = text.splitlines(keepends=True), table_of(text, table)
     families = {key.value: value for key, value in zip(rows.keys, rows.values, strict=True)}
-    inner, outer = 8 * " ", 4 * " "
-    if family not in families:
-        end = rows.end_lineno - 1
-        lines[end:end] = [f'{outer}"{family}": {{\n', f"{inner}{row}\n", f"{outer}}},\n"]
-        return "".join(lines)
-    of_family = families[family]
-    places = {
-        key.value: (key.lineno - 1, value.end_lineno)
-        for key, value in zip(of_family.keys, of_family.values, strict=True)
-    }
-    if width in places:
-        begin, end = places[width]
+    new = [f"        {row}\n"]
+    if family in families:
+        places = lines_of(families[family])
+        after = (first for known, (first, _) in places.items() if known > width)
+        first = min(after, default=families[family].end_lineno - 1)
+        begin, end = places.get(width, (first, first))
     else:
-        begin = end = min(
-            (at[0] for known, at in places.items() if known > width), default=of_family.end_lineno - 1
-        )
-    lines[begin:end] = [f"{inner}{row}\n"]
+        new = [f'    "{family}": {{\n', *new, "    },\n"]
+        begin = end = rows.end_lineno - 1
+        if not families:  # {}, all in one line
+            new = [lines[begin][: rows.col_offset] + "{\n", *new, "}\n"]
+            end += 1
+    lines[begin:end] = new
     return "".join(lines)
 
 
 def table_of(text: str, name: str) -> ast.Dict:
     for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            if [getattr(target, "id", None) for target in node.targets] == [name]:
-                return node.value
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if [getattr(target, "id", None) for target in targets] == [name]:
+            return node.value
     raise ValueError(f"the file has no table {name}")
+
+
+def lines_of(rows: ast.Dict) -> dict[int, tuple[int, int]]:
+    """Width -> where its line begins and ends."""
+    pairs = zip(rows.keys, rows.values, strict=True)
+    return {key.value: (key.lineno - 1, value.end_lineno) for key, value in pairs}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -184,22 +184,34 @@ def test_no_step_but_the_first_may_wait(monkeypatch):
     assert modes[4:] == ["error", "default"]
 
 
-@pytest.mark.parametrize("system", ["diffedit", pytest.param("joyimage", marks=pytest.mark.slow)])
-def test_small_models_are_compared(monkeypatch, system):
+@pytest.mark.parametrize(
+    "system", ["diffedit", *(pytest.param(s, marks=pytest.mark.slow) for s in ("joyimage", "chronoedit"))]
+)
+def test_small_models_edit_the_same_twice(system):
     found = models.measure(DRY, system, torch.float32, models.SAME[system])
-    assert found["pixels"] == {"largest": 0.0, "rms": 0.0}
-    edited, calls = models.edited, []
+    assert found["pixels"] == found["latents"] == {"largest": 0.0, "rms": 0.0}
 
-    def off(*args):
-        results = edited(*args)
-        calls.append(args)
-        return {**results, "pixels": results["pixels"] + 0.01} if len(calls) == 1 else results
 
-    monkeypatch.setattr(models, "edited", off)
-    assert models.measure(DRY, system, torch.float32, 0.011)["pixels"]["rms"] == pytest.approx(0.01)
-    calls.clear()
-    with pytest.raises(models.Different, match="pixels"):
-        models.measure(DRY, system, torch.float32, 0.009)
+def test_other_edits_are_a_failure(monkeypatch):
+    """The edit on the device comes first."""
+    pixels, mask = torch.rand(1, 3, 8, 8).double(), torch.zeros(1, 10, 10).double()
+    flipped = mask.clone()
+    flipped[:, :, 0] = 1
+
+    def measure(allowed, *results):
+        results = iter(results)
+        monkeypatch.setattr(models, "edited", lambda *args: next(results))
+        return models.measure(DRY, "diffedit", torch.float32, allowed)
+
+    exact, off = {"pixels": pixels, "mask": mask}, {"pixels": pixels + 0.01, "mask": mask}
+    assert measure(0.011, off, exact)["pixels"]["rms"] == pytest.approx(0.01)
+    for allowed, wrong, said in (
+        (0.009, off, "pixels"),
+        (1.0, {"pixels": pixels * math.nan, "mask": mask}, "pixels"),
+        (1.0, {"pixels": pixels, "mask": flipped}, "masks"),
+    ):
+        with pytest.raises(models.Different, match=said):
+            measure(allowed, wrong, exact)
 
 
 @pytest.fixture
@@ -214,7 +226,7 @@ def tiles():
 def tables(tiles, tmp_path):
     """A function: the tables of a file, imported from a copy. And its path."""
     copy = tmp_path / "attention_tiles_copy.py"
-    copy.write_bytes(tiles.FILE.read_bytes())
+    copy.write_bytes(tiles.FILE.read_bytes() + b"EMPTY: dict[str, dict[int, Tile]] = {}\n")
 
     def tables():
         spec = importlib.util.spec_from_file_location(copy.stem, copy)
@@ -250,6 +262,8 @@ def test_the_tables_are_written_from_a_sweep(tiles, tables, tmp_path):
         swept("TILES", "sm_90", 128, (64, 32, 4, 5, False)),
         swept("TILES", "sm_90", 72, (32, 128, 8, 1, False)),  # of a width that has no row
         swept("TWO_KEY_SEGMENTS_TILES", "gfx950", 128, (16, 16, 4, 1, True)),  # of a family that is not there
+        swept("EMPTY", "sm_90", 128, (32, 32, 8, 2, False)),
+        swept("EMPTY", "sm_90", 64, (32, 32, 4, 2, False)),
     ]
     failed = {"area": "tiles", "name": "", "failed": "RuntimeError", "seconds": None}
     others = {**sweeps[0], "area": "calls", "width": 256}
@@ -259,17 +273,21 @@ def test_the_tables_are_written_from_a_sweep(tiles, tables, tmp_path):
 
     text, new = path.read_text(encoding="utf-8"), imported()
     said = "2.36 ms on NVIDIA H200, Triton 3.6.0"
-    assert text.count(said) == 3
+    assert text.count(said) == len(sweeps)
     assert f"        128: Tile(64, 32, 4, 5),  # {said}\n" in text
     assert tuple(new.TILES["sm_90"][128]) == (64, 32, 4, 5, False)
     assert tuple(new.TILES["sm_90"][72]) == (32, 128, 8, 1, False)
     assert tuple(new.TWO_KEY_SEGMENTS_TILES["gfx950"][128]) == (16, 16, 4, 1, True)
     assert list(new.TILES["sm_90"]) == sorted(new.TILES["sm_90"])  # the first that is wide enough is taken
-    kept = [line for line in text.splitlines() if said not in line]
-    gone = [line for line in before if line not in kept]
+    empty = {64: (32, 32, 4, 2, False), 128: (32, 32, 8, 2, False)}
+    assert {device: {w: tuple(tile) for w, tile in r.items()} for device, r in new.EMPTY.items()} == {
+        "sm_90": empty
+    }
+    kept = [line for line in text[: text.index("EMPTY")].splitlines() if said not in line]
+    gone = [line for line in before[:-1] if line not in kept]
     assert len(gone) == 1 and gone[0].strip().startswith("128: Tile(")
     family = ['    "gfx950": {', "    },"]
-    assert sorted(kept + gone) == sorted(before + family)
+    assert sorted(kept + gone) == sorted(before[:-1] + family)
     for name in ("TILES", "CAUSAL_OR_SUMMED_TILES", "TWO_KEY_SEGMENTS_TILES", "FP32_TILES"):
         for device, rows in getattr(old, name).items():
             for width, tile in rows.items():
@@ -298,26 +316,32 @@ def test_only_what_was_measured_is_written(tiles, tables, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_each_entry_of_the_sweep_is_a_row_that_its_call_uses(tiles, monkeypatch, family):
-    """By the choice of the kernel itself: the tile that is tried is the one that is launched."""
+def test_the_kernel_takes_what_the_sweep_tries_and_writes(tiles, monkeypatch, family):
     from joyedit.kernels import attention as kernels
+    from joyedit.kernels import attention_tiles
 
     def chosen(entry):
-        q, k, _, causal, summed = (*entry.args, False, False)[:5]
-        q, k = (x if type(x) is tuple else (x,) for x in (q, k))
-        segments = (len(q), len(k))
-        constants, options = kernels.choose(family, q[0].shape[-1], q[0].dtype, causal, summed, segments)
+        x = entry.args[0]
+        dtype, *asked = entry.asked()
+        constants, options = kernels.choose(
+            family, (x[0] if type(x) is tuple else x).shape[-1], dtype, *asked
+        )
         values = {**constants, **options}
         return tiles.Tile(**{name: values[name] for name in tiles.Tile._fields})
 
     monkeypatch.setattr(kernels, "family", lambda device: family)
+    monkeypatch.setattr(kernels, "OLD_TRITON", False)
     setting = Setting(torch.device("cpu"), False)
     for entry in tiles.ENTRIES:
         used, *others = tiles.candidates(setting, entry)
         assert chosen(entry) == used and len({used, *others}) == 1 + len(others) > 5
         for tile in others:
-            with tiles.using(setting, entry, tile):
+            with tiles.using(tile):
                 assert chosen(entry) == tile
+        table = getattr(attention_tiles, entry.table)
+        with monkeypatch.context() as patch:
+            patch.setitem(table, family, {**table.get(family, {}), entry.width: others[0]})
+            assert chosen(entry) == others[0], entry
         assert chosen(entry) == used
 
 
