@@ -46,7 +46,8 @@ BUDGET = 0.06  # seconds that each candidate is timed
 
 
 class Entry(NamedTuple):
-    """A row of a table, the width of the heads as padded, and a call of `ops.attention` that needs it."""
+    """A row of a table, the width of the heads as padded, and a call of `ops.attention` that needs it. Where
+    several share a row, the first has it."""
 
     table: str
     width: int
@@ -58,6 +59,12 @@ class Entry(NamedTuple):
         q, k, _, causal, summed = (*self.args, False, False)[:5]
         q, k = (x if type(x) is tuple else (x,) for x in (q, k))
         return q[0].dtype, causal, summed, (len(q), len(k))
+
+    def table_here(self) -> str:
+        """The table whose rows lie over all others of the call: older Triton has some of its own."""
+        _, causal, summed, _ = self.asked()
+        older = "CAUSAL_OR_SUMMED_TILES_BEFORE_3_6" if causal or summed else "TILES_BEFORE_3_6"
+        return older if kernels.OLD_TRITON else self.table
 
 
 IMAGE_AND_TEXT = (alone(8192, 32, 128), alone(1100, 32, 128))
@@ -149,7 +156,7 @@ def sweep(setting: Setting, entry: Entry) -> dict[str, Any]:
         raise RuntimeError(f"no tile can be used: {found[0]['why']}")
     best = min(timed, key=lambda one: one["seconds"])
     return {
-        "table": entry.table,
+        "table": entry.table_here(),
         "family": device,
         "width": entry.width,
         "call": entry.call,
@@ -234,9 +241,10 @@ def rewritten(text: str, sweeps: Sequence[Mapping[str, Any]]) -> str:
     """The file of the tables with the best tile of each sweep; all other lines are as they were.
 
     A row of the swept width is replaced, or put in its place by width; where the table has nothing for the
-    family of the GPU, that is added. Raises ValueError for a table that is not in the file.
+    family of the GPU, that is added. Of two sweeps of a row the first counts. Raises ValueError for a table
+    that is not in the file.
     """
-    for found in sweeps:
+    for found in reversed(sweeps):
         tile = Tile(**found["best"])
         said = f"{1000 * found['seconds']:.3g} ms on {found['device']}, Triton {found['triton']}"
         row = f"{found['width']}: {written(tile)},  # {said}"
