@@ -81,7 +81,8 @@ def with_peak_bytes(function: Callable[[], Any], setting: Setting) -> tuple[Any,
 
 
 def host_seconds(function: Callable[[], Any], setting: Setting) -> float:
-    """Until a call has returned, whether or not the device is done."""
+    """Until a call has returned, whether or not the device is done. After about a thousand launches that the
+    device has not begun, a launch waits for it."""
     setting.finish()
     begin = time.perf_counter()
     function()

@@ -38,19 +38,21 @@ from benchmarks.gpu.measuring import (
 )
 from benchmarks.gpu.setting import Row, Setting
 from benchmarks.gpu.systems import SYSTEMS, TINY, System
+from benchmarks.op_cases import all_ops
 from joyedit import ops
 from joyedit.graphs import CudaCapture, GraphedCalls, copy_each
 from joyedit.models.sd_unet import UNet2DConditionModel
 
 LONGEST = 12  # kernels that a profile lists by name
-# What a kernel computes, by its name: the first that fits. Ours are called after their operations.
+# What a kernel computes, by its name: the first that fits. Ours begin with the name of their operation.
+OPERATIONS = "|".join(sorted(all_ops(), key=len, reverse=True))
+OURS = re.compile(rf"({OPERATIONS}|\w+?(?=_forward|_backward))\w*")
 GROUPS = {
     "attention": r"attention|attn|flash|fmha|sdpa",
     "convolutions": r"fprop|convol|implicit|winograd|cudnn",
     "matrix products": r"gemm|cutlass|nvjet|cublas|splitK|^Cijk_|^sm\d+_xmma",
     "copies": r"^Mem(cpy|set)|copy_kernel|CatArray",
 }
-OURS = re.compile(r"(\w+?)_(forward|backward)\w*")
 
 
 class Kernel(NamedTuple):

@@ -182,7 +182,7 @@ def tried(setting: Setting, args: tuple[Any, ...], wanted: Tensor) -> dict[str, 
     except Exception as error:
         setting.finish()  # a device that is broken now is a failure of the row
         return {"seconds": None, "why": f"{type(error).__name__}: {error}"[:300]}
-    if spills := sum(kernel.n_spills for kernel in launched):
+    if spills := sum(kernel.n_spills or 0 for kernel in launched):
         return {"seconds": None, "why": f"{spills} registers are spilled"}
     # Two ways to round the same sums, each within a few units of the dtype at the scale of the result.
     error, scale = (out - wanted).abs().max().item(), wanted.abs().max().item()
@@ -198,7 +198,8 @@ def compiled() -> Iterator[list[Any]]:
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
         kernel = run(self, *args, **kwargs)
-        kernels.append(kernel)
+        if kernel is not None:
+            kernels.append(kernel)
         return kernel
 
     with mock.patch.object(JITFunction, "run", recorded):

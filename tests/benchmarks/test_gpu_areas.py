@@ -73,6 +73,8 @@ def test_kernels_are_told_apart():
         "attention_forward": "attention",
         "gate_residual_norm_forward": "gate_residual_norm",
         "qk_norm_rope_forward": "qk_norm_rope",
+        "group_norm_merge_statistics": "group_norm",
+        "gated_forward_pieces": "gated",
         "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<cutlass::bfloat16_t>>": "attention",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128": "attention",
         "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_bias_TNT": "matrix products",
