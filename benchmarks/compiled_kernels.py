@@ -2,7 +2,7 @@
 
 results/kernels/<release of Triton>/<file of kernels/>.json: call and its kernel -> GPU -> one of
 
-    {"source", "launch", "registers", "spills", "shared", "warps", "instructions"}
+    {"source", "launch", "registers", "spills", "shared", "warps", "instructions", "binary"}
     {"source", "launch", "failed": why the compiler has nothing}
     {"refused": why the operation leaves this GPU to PyTorch}
 """

@@ -73,6 +73,7 @@ class Launch:
 
 
 Entries = dict[str, Launch | str]  # GPU -> what is launched there, or why nothing is
+Job = tuple[Launch, str, Mapping[str, Any]]  # a launch, a GPU, and what was recorded of them
 
 
 @contextlib.contextmanager
@@ -210,11 +211,9 @@ def table(module: Any, version: str = triton.__version__) -> dict[str, Entries]:
     return rows
 
 
-def in_children(
-    todo: Mapping[str, tuple[Launch, str]], processes: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, what `compiled` says) of every launch and GPU in order of completion, or why it fails. So many
-    processes compile: if one aborts, only the launch in hand fails."""
+def in_children(todo: Mapping[str, Job], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, what `compiled` says) of every job in order of completion, or why it fails. So many processes
+    compile: if one aborts, only the job in hand fails."""
     fork = multiprocessing.get_context("fork")  # nothing to pickle, and torch and Triton are loaded
     waiting, running = list(reversed(todo)), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +236,9 @@ def in_children(
                     result = ours.recv()
                 except EOFError:
                     child.join()
-                    yield key, {"failed": f"{signal.Signals(-child.exitcode).name}: {last_words(said)}"}
+                    code = child.exitcode or 0
+                    reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+                    yield key, {"failed": f"{reason}: {last_words(said)}"}
                     continue
                 ours.send(waiting[-1] if waiting else None)
                 if waiting:
@@ -245,7 +246,7 @@ def in_children(
                 yield key, result
 
 
-def work(theirs: Connection, said: Path, todo: Mapping[str, tuple[Launch, str]]) -> None:
+def work(theirs: Connection, said: Path, todo: Mapping[str, Job]) -> None:
     """A child: key after key comes in, and what `compiled` says or the reason of its failure goes out. What
     the compiler prints goes to a file."""
     printed = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -268,39 +269,54 @@ def last_words(said: Path) -> str:
     return found[0].strip() if found else ""
 
 
-def compiled(one: Launch, target: str) -> dict[str, Any]:
-    """What came out: registers of a thread, shared memory, spills, counts of instructions."""
-    kernel = triton.compile(one.source, target=TARGETS[target], options=one.options)
-    if TARGETS[target].backend == "hip":
-        text = kernel.asm["amdgcn"]
+def compiled(one: Launch, target: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What came out: registers of a thread, shared memory, spills, counts of instructions, and a hash of
+    these and the machine code. Where that is the recorded one the code is not disassembled, which takes half
+    of the time."""
+    backend = TARGETS[target].backend
+    with mock.patch.dict(os.environ, TRITON_DISABLE_LINE_INFO="1"):  # it holds the paths of this machine
+        kernel = triton.compile(one.source, target=TARGETS[target], options=one.options)
+    code = kernel.asm["amdgcn"].encode() if backend == "hip" else kernel.asm["cubin"]
 
-        def stated(key: str) -> int:
-            return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+    def hashed(figures: dict[str, Any]) -> str:
+        told = repr((COUNTED[backend], kernel.metadata.shared, kernel.metadata.num_warps, figures))
+        return hashlib.sha256(code + told.encode()).hexdigest()[:16]
 
-        registers = stated("vgpr_count")
-        spills = sum(map(stated, ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")))
-        instructions = re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
-    else:
-        registers, spills, instructions = disassembled(kernel.asm["cubin"])
+    known = {key: recorded[key] for key in recorded if key not in ("source", "launch", "binary")}
+    if recorded.get("binary") == hashed(known):
+        return {**known, "binary": recorded["binary"]}
+    registers, spills, instructions = (parsed if backend == "hip" else disassembled)(code)
     counts = {}
-    for pattern in COUNTED[TARGETS[target].backend]:
+    for pattern in COUNTED[backend]:
         if count := sum(re.match(pattern, word) is not None for word in instructions):
             counts[pattern] = count
-    return {
+    figures = {
         "registers": registers,
         "spills": spills,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "instructions": {"all": len(instructions), **counts},
     }
+    return {**figures, "binary": hashed(figures)}
+
+
+def parsed(code: bytes) -> tuple[int, int, list[str]]:
+    """AMD's: registers, spills (registers, bytes of memory private to a thread) and all instructions."""
+    text = code.decode()
+
+    def stated(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
+    spills = sum(map(stated, ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")))
+    return stated("vgpr_count"), spills, re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
 
 
 def disassembled(cubin: bytes) -> tuple[int, int, list[str]]:
-    """Registers, spills (bytes of stack and local memory, instructions that use it) and all instructions."""
+    """NVIDIA's: registers, spills (bytes of stack and local memory, and the instructions that use it) and all
+    instructions."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-
         command = [CUOBJDUMP, "-res-usage", "-sass", path]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
@@ -323,34 +339,36 @@ def stale(name: str, version: str = VERSION) -> list[str]:
     return old
 
 
-def made(name: str, recorded: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """Rows of one file of kernels/ as they are now: `recorded` where that is of the same code, the rest
-    compiled."""
+def made(name: str, recorded: Mapping[str, Any], again: bool, processes: int) -> dict[str, Any]:
+    """Rows of one file of kernels/ as they are now: `recorded` where that is of the same code, the rest, or
+    all of it `again`, compiled."""
     rows, todo = table(op_cases.modules()[name]), {}
-    known = {e["source"]: e for entries in recorded.values() for e in entries.values() if "source" in e}
-    for entries in rows.values():
+    done = {e["source"]: e for entries in recorded.values() for e in entries.values() if "source" in e}
+    done = {} if again else done
+    for row, entries in rows.items():
         for target, entry in entries.items():
-            if isinstance(entry, Launch) and entry.digest not in known:
-                todo[entry.digest] = entry, target
+            if isinstance(entry, Launch) and entry.digest not in done:
+                todo[entry.digest] = entry, target, recorded.get(row, {}).get(target, {})
     bar = tqdm(in_children(todo, processes), name, len(todo), disable=None, leave=False, dynamic_ncols=True)
     for digest, result in bar:
-        known[digest] = {"source": digest, "launch": todo[digest][0].described, **result}
+        done[digest] = {"source": digest, "launch": todo[digest][0].described, **result}
     return {
-        row: {t: {"refused": e} if isinstance(e, str) else known[e.digest] for t, e in entries.items()}
+        row: {t: {"refused": e} if isinstance(e, str) else done[e.digest] for t, e in entries.items()}
         for row, entries in rows.items()
     }
 
 
-def update(name: str, everything: bool = False, processes: int = 2) -> None:
+def update(name: str, again: bool = False, processes: int = 2) -> None:
     """Compile what changed in one file of kernels/, and write its results."""
-    rows = made(name, {} if everything else read(name, VERSION, RESULTS), processes)
+    rows = made(name, read(name, VERSION, RESULTS), again, processes)
     (RESULTS / VERSION).mkdir(parents=True, exist_ok=True)
     (RESULTS / VERSION / f"{name}.json").write_text(written(rows), encoding="utf-8")
 
 
 def check(name: str, processes: int = 2) -> list[str]:
     """Compile one file of kernels/, and name the differences from its results."""
-    committed, now = read(name, VERSION, RESULTS), made(name, {}, processes)
+    committed = read(name, VERSION, RESULTS)
+    now = made(name, committed, True, processes)
     found = [f"{row}: is no longer launched" for row in committed if row not in now]
     for row, entries in now.items():
         for target, result in entries.items():

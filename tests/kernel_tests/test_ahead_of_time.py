@@ -91,7 +91,7 @@ def test_one_kernel_compiles_for_each_vendor(target):
         for row, entries in rows.items()
         if isinstance(entries.get(target), kernels_aot.Launch)
     )
-    result = kernels_aot.compiled(entry, target)
+    result = kernels_aot.compiled(entry, target, {})
     assert result["registers"] > 16 and result["instructions"]["all"] > 50
     if kernels_aot.VERSION in VERSIONS:
         assert result.items() <= compiled_kernels.read(name, kernels_aot.VERSION)[row][target].items()
@@ -105,7 +105,7 @@ def test_whole_table_compiles(name):
         assert kernels_aot.check(name, processes=1) == []
     else:
         op = op_cases.modules()[name].OPS
-        for row, entries in kernels_aot.made(name, {}, processes=1).items():
+        for row, entries in kernels_aot.made(name, {}, True, processes=1).items():
             for target, entry in entries.items():
                 wrong = "refused" not in entry and compiled_kernels.problems(
                     op[row.partition(":")[0]], target, entry
@@ -156,7 +156,7 @@ def test_a_changed_function_or_constant_of_another_file_is_noticed(monkeypatch, 
 def test_a_compiler_that_fails_or_aborts_is_a_row(monkeypatch):
     """As an assertion in C++ does, and after it the rest is compiled."""
 
-    def compiled(what, target):
+    def compiled(what, target, recorded):
         if what == "aborts":
             os.write(2, b"/build/Pass.cpp:77: void f(): Assertion `it holds' failed.\n")
             os.abort()
@@ -165,7 +165,7 @@ def test_a_compiler_that_fails_or_aborts_is_a_row(monkeypatch):
         return {"registers": 8 * len(what)}
 
     monkeypatch.setattr(kernels_aot, "compiled", compiled)
-    todo = {str(i): (what, "sm_90") for i, what in enumerate(("a", "aborts", "raises", "ab", "abc"))}
+    todo = {str(i): (what, "sm_90", {}) for i, what in enumerate(("a", "aborts", "raises", "ab", "abc"))}
     for processes in (1, 2, 9):
         assert dict(kernels_aot.in_children(todo, processes)) == {
             "0": {"registers": 8},
@@ -189,7 +189,7 @@ def test_check_names_differences_and_writes_nothing(monkeypatch, recorded, capsy
     results = compiled_kernels.read("guide", kernels_aot.VERSION, recorded.parents[1])
     by_launch = {entry["source"]: entry for row in results.values() for entry in row.values()}
 
-    def compiled(one, target):
+    def compiled(one, target, recorded):
         return {key: value for key, value in by_launch[one.digest].items() if key not in ("source", "launch")}
 
     files = {name: op_cases.modules()[name] for name in ("guide", "rms_norm")}
@@ -220,7 +220,7 @@ def test_only_what_changed_is_compiled_again(monkeypatch, recorded):
     asked = []
 
     def in_children(todo, processes):
-        asked.extend(target for _, target in todo.values())
+        asked.extend(target for _, target, _ in todo.values())
         return ((key, compiled) for key in todo)
 
     monkeypatch.setattr(kernels_aot, "in_children", in_children)
@@ -229,7 +229,7 @@ def test_only_what_changed_is_compiled_again(monkeypatch, recorded):
         asked == ["sm_90"]
         and compiled_kernels.read("guide", kernels_aot.VERSION, recorded.parents[1]) == before
     )
-    kernels_aot.update("guide", everything=True)
+    kernels_aot.update("guide", again=True)
     launched = {entry["source"] for entries in before.values() for entry in entries.values()}
     assert len(asked) == 1 + len(launched)
 
