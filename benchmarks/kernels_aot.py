@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,9 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS |= {arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")}
+# Without the paths of this machine in the code; and Triton 3.4 links AMD's by a program of ROCm, where the rest
+# have a linker: what is linked is never run here.
+COMPILING = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_HIP_LLD_PATH": shutil.which("true") or ""}
 # Counted in every kernel where they occur, so that a change of them shows in the diff.
 COUNTED = {
     "cuda": (r"LDG\.E\.(\w+\.)*128", r"STG\.E\.(\w+\.)*128", "LDGSTS", "UTMALDG", "HMMA", "HGMMA", "UTCHMMA"),
@@ -274,7 +278,7 @@ def compiled(one: Launch, target: str, recorded: Mapping[str, Any]) -> dict[str,
     these and the machine code. Where that is the recorded one the code is not disassembled, which takes half
     of the time."""
     backend = TARGETS[target].backend
-    with mock.patch.dict(os.environ, TRITON_DISABLE_LINE_INFO="1"):  # it holds the paths of this machine
+    with mock.patch.dict(os.environ, COMPILING):
         kernel = triton.compile(one.source, target=TARGETS[target], options=one.options)
     code = kernel.asm["amdgcn"].encode() if backend == "hip" else kernel.asm["cubin"]
 

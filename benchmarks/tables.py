@@ -25,16 +25,18 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 # The row of results/SYSTEM.json that is a whole edit.
 WHOLE_EDITS = {"joyimage": "edit", "diffedit": "whole", "chronoedit": "whole"}
+# What a GPU's kernels are compiled for -> its names, and those of them that `roofline` has figures of.
 FAMILIES = {
-    "sm_80": "A100",
-    "sm_86": "RTX 30",
-    "sm_89": "RTX 40, L4",
-    "sm_90": "H100, H200",
-    "sm_100": "B200",
-    "sm_120": "RTX 50",
-    "gfx942": "MI300X",
-    "gfx950": "MI350X",
+    "sm_80": ("A100", ()),
+    "sm_86": ("RTX 30", ()),
+    "sm_89": ("RTX 40, L4", ("4090",)),
+    "sm_90": ("H100, H200", ("H100", "H200")),
+    "sm_100": ("B200", ("B200",)),
+    "sm_120": ("RTX 50", ()),
+    "gfx942": ("MI300X", ("MI300X",)),
+    "gfx950": ("MI350X", ()),
 }
+STEP = "joyimage, 1024 px: eager"  # the row of results/gpu/ that the README shows
 NAMES = {"joyimage": "JoyAI-Image-Edit", "diffedit": "DiffEdit", "chronoedit": "ChronoEdit"}
 
 
@@ -191,16 +193,30 @@ def problem_table(results: Path = RESULTS) -> str:
 
 def gpu_table(results: Path = RESULTS) -> str:
     """Markdown of the families of GPUs: how many kernels each release of Triton compiled for one, how many of
-    these have a problem, and what was measured."""
+    these have a problem, and a guided step of JoyImage at 1024 x 1024 pixels, as computed and as measured."""
     folder, measured = results / "kernels", measurements(results)
     versions = compiled_kernels.versions(folder)
-    head = ["GPU", *(f"compiled by Triton {version}" for version in versions), "measured"]
+    head = ["GPU", *(f"Triton {version}" for version in versions), "computed: floor, prediction", "measured"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for target, name in FAMILIES.items():
+    for target, (name, known) in FAMILIES.items():
         counts = (compiled(folder, version, target) for version in versions)
-        here = [run["machine"]["device"] for run in measured if family(run["machine"]) == target]
-        lines.append(f"| {' | '.join([f'{name} ({target})', *counts, ', '.join(here) or 'no'])} |")
+        here = [run for run in measured if family(run["machine"]) == target]
+        steps = ", ".join(map(computed, known)) or "-", ", ".join(map(step, here)) or "no"
+        lines.append(f"| {' | '.join([f'{name} ({target})', *counts, *steps])} |")
     return "\n".join(lines)
+
+
+def computed(gpu: str) -> str:
+    """The least time of a step's products and attention, and what the step should take."""
+    floor = roofline.floor_of_step("joyimage", roofline.GPUS[gpu])
+    return f"{gpu} {floor:.2f}, {roofline.predicted_step('joyimage', roofline.GPUS[gpu]):.2f} s"
+
+
+def step(run: Mapping[str, Any]) -> str:
+    """A measured step, or that only other things were measured."""
+    found = [row for row in run["rows"] if row["area"] == "step" and row["name"] == STEP]
+    seconds = found[0].get("seconds") if found else None
+    return run["machine"]["device"] + (f" {seconds:.2f} s" if seconds else ", but no step")
 
 
 def compiled(folder: Path, version: str, target: str) -> str:
@@ -216,6 +232,8 @@ def compiled(folder: Path, version: str, target: str) -> str:
                 problems[row].append(what)
     said = [" ".join(found) for found in problems.values()]
     spill, slower = (sum(word in text for text in said) for word in ("spills", "no instruction"))
+    if not said:
+        return "-"
     run = len(said) - sum("compile" in text or "shared" in text for text in said)
     counts = [f"all {run}" if run == len(said) else f"{run} of {len(said)}"]
     counts += [f"{spill} spill"] * bool(spill) + [f"{slower} lack an instruction"] * bool(slower)
@@ -238,7 +256,7 @@ def measured_table(results: Path = RESULTS) -> str:
     """Markdown of the blocks and denoising steps that GPUs were measured with, a column for each."""
     runs = measurements(results)
     if not runs:
-        return "No GPU has measured this yet (`python -m benchmarks.gpu`)."
+        return "No GPU has measured this yet."
     machines = [run["machine"] for run in runs]
     said = (f"{m['device']}: {m['date']}, torch {m['torch']}, Triton {m['triton']}" for m in machines)
     head = ["measured", *(m["device"] for m in machines)]
@@ -246,7 +264,7 @@ def measured_table(results: Path = RESULTS) -> str:
     cells: dict[str, list[str]] = {}
     for i, run in enumerate(runs):
         for row in run["rows"]:
-            if row["area"] in ("block", "step"):
+            if row["area"] in ("block", "step") and (row["failed"] or "seconds" in row):
                 mine = cells.setdefault(f"{row['area']}: {row['name']}", ["-"] * len(runs))
                 mine[i] = figures(row)
     return "\n".join([*lines, *(f"| {' | '.join([name, *row])} |" for name, row in cells.items())])
@@ -254,8 +272,10 @@ def measured_table(results: Path = RESULTS) -> str:
 
 def figures(row: Mapping[str, Any]) -> str:
     """Time, share of the device's peak and memory, where a row has them."""
-    if row["failed"] is not None:
+    if row["failed"]:
         return "failed"
+    if row["seconds"] is None:
+        return row["why"]
     said = [quantity(row["seconds"], "s")]
     if row.get("share_of_peak") is not None:
         said.append(f"{100 * row['share_of_peak']:.0f} % of peak")

@@ -217,7 +217,7 @@ def compiled(**changes):
     return {"launch": "*bf16", "registers": 40, "spills": 0, "shared": 64, "instructions": wide, **changes}
 
 
-def test_tables_of_what_was_compiled(benchmark, recorded):
+def test_tables_of_what_was_compiled(benchmark, recorded, monkeypatch):
     tables = benchmark("tables")
     good, spilling = compiled(), compiled(spills=12)
     results = recorded(
@@ -230,10 +230,13 @@ def test_tables_of_what_was_compiled(benchmark, recorded):
             },
         }
     )
+    monkeypatch.setattr(tables, "computed", lambda gpu: f"{gpu} 1.00, 2.00 s")
     found = tables.gpu_table(results).splitlines()
-    assert found[0] == "| GPU | compiled by Triton 3.4 | compiled by Triton 3.10 | measured |"
-    assert "| H100, H200 (sm_90) | 2 of 3, 2 spill, 1 lack an instruction | all 2 | no |" in found
-    assert "| MI300X (gfx942) | 1 of 2 | all 1 | no |" in found
+    assert found[0] == "| GPU | Triton 3.4 | Triton 3.10 | computed: floor, prediction | measured |"
+    sm_90 = "2 of 3, 2 spill, 1 lack an instruction | all 2 | H100 1.00, 2.00 s, H200 1.00, 2.00 s | no |"
+    assert f"| H100, H200 (sm_90) | {sm_90}" in found
+    assert "| MI300X (gfx942) | 1 of 2 | all 1 | MI300X 1.00, 2.00 s | no |" in found
+    assert "| A100 (sm_80) | - | - | - | no |" in found
     assert tables.problem_table(results).splitlines()[2:] == [
         "| guide: a [f] | sm_90 | 12 spills | - |",
         "| guide: a [f] | gfx942 | does not compile | - |",
@@ -244,32 +247,40 @@ def test_tables_of_what_was_compiled(benchmark, recorded):
     assert tables.problem_table(results) == "Nothing under Triton 3.4, 3.10."
 
 
-def test_tables_of_what_gpus_measured(benchmark, recorded):
+def test_tables_of_what_gpus_measured(benchmark, recorded, monkeypatch):
     tables = benchmark("tables")
     machine = {"hip": None, "date": "2027-01-01", "torch": "2.13", "triton": "3.9.0"}
     h200 = {**machine, "device": "NVIDIA H200", "capability": "9.0"}
-    mi300 = {**machine, "device": "MI300X", "capability": "9.4", "hip": "7.0"}
-    row = {"area": "step", "name": "joyimage", "failed": None, "seconds": 0.61, "peak_bytes": 2**35}
+    mi300 = {**machine, "device": "Instinct", "capability": "9.4", "hip": "7.0"}
+    row = {"area": "step", "name": tables.STEP, "failed": None, "seconds": 0.614, "peak_bytes": 2**35}
     part = {"area": "block", "name": "a", "failed": None, "seconds": 2.5, "share_of_peak": 0.5}
-    failed = {"area": "step", "name": "joyimage", "failed": "out of memory"}
-    other = {"area": "calls", "name": "rms_norm", "failed": None}
+    failed = {"area": "step", "name": tables.STEP, "failed": "out of memory"}
+    absent = {"area": "step", "name": "b", "failed": None, "seconds": None, "why": "no diffusers"}
+    others = [{"area": area, "name": "c", "failed": None} for area in ("calls", "step")]
     runs = [
-        {"dry_run": False, "machine": h200, "rows": [row, part, other]},
-        {"dry_run": False, "machine": mi300, "rows": [failed]},
+        {"dry_run": False, "machine": h200, "rows": [row, part, *others]},
+        {"dry_run": False, "machine": mi300, "rows": [failed, absent]},
         {"dry_run": True, "machine": {**mi300, "device": "made up"}, "rows": [row]},
     ]
     results = recorded({"3.9": {"guide: a [f]": {"sm_90": compiled(), "gfx942": compiled()}}})
-    assert "No GPU has measured this yet" in tables.measured_table(results)
+    assert tables.measured_table(results) == "No GPU has measured this yet."
     recorded({}, runs)
     assert tables.measured_table(results).splitlines() == [
-        "NVIDIA H200: 2027-01-01, torch 2.13, Triton 3.9.0; MI300X: 2027-01-01, torch 2.13, Triton 3.9.0.",
+        "NVIDIA H200: 2027-01-01, torch 2.13, Triton 3.9.0; Instinct: 2027-01-01, torch 2.13, Triton 3.9.0.",
         "",
-        "| measured | NVIDIA H200 | MI300X |",
+        "| measured | NVIDIA H200 | Instinct |",
         "| --- | ---: | ---: |",
-        "| step: joyimage | 610 ms, 32.0 GiB | failed |",
+        f"| step: {tables.STEP} | 614 ms, 32.0 GiB | failed |",
         "| block: a | 2.5 s, 50 % of peak | - |",
+        "| step: b | - | no diffusers |",
     ]
+    monkeypatch.setattr(tables, "computed", lambda gpu: gpu)
     found = tables.gpu_table(results).splitlines()
-    assert "| H100, H200 (sm_90) | all 1 | NVIDIA H200 |" in found
-    assert "| MI300X (gfx942) | all 1 | MI300X |" in found
-    assert "| A100 (sm_80) | all 0 | no |" in found
+    assert "| H100, H200 (sm_90) | all 1 | H100, H200 | NVIDIA H200 0.61 s |" in found
+    assert "| MI300X (gfx942) | all 1 | MI300X | Instinct, but no step |" in found
+    assert "| RTX 50 (sm_120) | - | - | no |" in found
+
+
+def test_computed_steps_are_between_the_floor_and_twice_of_it(benchmark):
+    floor, predicted = map(float, re.findall(r"\d\.\d\d", benchmark("tables").computed("H200")))
+    assert 0.3 < floor < predicted < 2 * floor
