@@ -30,8 +30,9 @@ class Problem(NamedTuple):
 
 def versions(results: Path = RESULTS) -> list[str]:
     """Releases of Triton that have results, the newest last."""
-    found = (path.name for path in results.iterdir() if re.fullmatch(r"\d+\.\d+", path.name))
-    return sorted(found, key=lambda name: tuple(map(int, name.split("."))))
+    found = {path.parent.name for path in results.glob("*/*.json")}
+    numbers = [name for name in found if re.fullmatch(r"\d+\.\d+", name)]
+    return sorted(numbers, key=lambda name: tuple(map(int, name.split("."))))
 
 
 def read(name: str, version: str, results: Path = RESULTS) -> dict[str, Any]:

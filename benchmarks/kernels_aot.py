@@ -55,8 +55,8 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS |= {arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")}
-# Without the paths of this machine in the code; and Triton 3.4 links AMD's by a program of ROCm, where the rest
-# have a linker: what is linked is never run here.
+# No paths of this machine in the code. And Triton 3.4 calls ROCm's linker, where later ones have their own:
+# nothing that is linked runs here.
 COMPILING = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_HIP_LLD_PATH": shutil.which("true") or ""}
 # Counted in every kernel where they occur, so that a change of them shows in the diff.
 COUNTED = {
