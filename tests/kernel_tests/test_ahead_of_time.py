@@ -131,8 +131,8 @@ def test_a_changed_function_or_constant_of_another_file_is_noticed(monkeypatch, 
         "@triton.jit\ndef other(x):\n    return x\n"
     )
     (tmp_path / "near.py").write_text(
-        "import far\nimport triton\nfrom far import halved\n\n\n"
-        "@triton.jit\ndef direct(x):\n    return halved(x)\n\n\n"
+        "import far\nimport triton\nfrom far import halved as half\n\n\n"
+        "@triton.jit\ndef direct(x):\n    return half(x)\n\n\n"
         "@triton.jit\ndef by_module(x):\n    return far.halved(x)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
