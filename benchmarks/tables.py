@@ -157,9 +157,9 @@ def kernel_table(results: Path = RESULTS) -> str:
             )
             cells = [f"`{name}`", f"`kernels/{file}.py`", op.fuses, ", ".join(spared) or "-"]
             lines.append(f"| {' | '.join([*cells, *(registers(mine, target) for target in targets)])} |")
-    head = ["operation", "file", "in one pass", "memory traffic saved in a block", *targets]
+    head = [f"operation, Triton {newest}", "file", "in one pass", "memory traffic saved in a block", *targets]
     rule = ["---"] * 4 + ["---:"] * len(targets)
-    return "\n".join([f"Triton {newest}.", "", f"| {' | '.join(head)} |", f"| {' | '.join(rule)} |", *lines])
+    return "\n".join([f"| {' | '.join(head)} |", f"| {' | '.join(rule)} |", *lines])
 
 
 def registers(rows: list[tuple[str, Any]], target: str) -> str:
