@@ -2,33 +2,44 @@
 
 Every case of `op_cases` is called through joyedit.ops with the launch of a kernel replaced: what would have
 been launched, with the tiles chosen for that GPU and the specialisation of these very arguments, is compiled
-instead. So the table cannot differ from what the systems launch. Required of each: no spilled register, no
-more shared memory than the GPU has, and the machine instructions that the operation's `Op` names. An
-operation that refuses a GPU (`joyedit.ops` then uses PyTorch there) has the reason in its place.
+instead. So the table cannot differ from what the systems launch. Recorded of each: registers, shared memory,
+spills, and counts of machine instructions, or in their place why an operation refuses a GPU (`joyedit.ops`
+then uses PyTorch there) or why the compiler fails. `compiled_kernels` reads that, and names the problems.
 
-Results: results/kernels/<file of kernels/>.json, by call and GPU, with a hash of what was compiled; only
-entries whose hash changed are compiled again (`--all`: every one). Commit them: a change that costs registers
-shows in the diff. Arguments: files of kernels/ to bring up to date (default: all).
+Results: results/kernels/<Triton>/<file of kernels/>.json, one folder for each release of Triton that was
+installed when this ran, by call and GPU, with a hash of what was compiled; only entries whose hash changed
+are compiled again (`--all`: every one). Commit them: a change that costs registers shows in the diff. The
+hash does not depend on Triton, so any release can tell which results of the others are out of date.
+
+Arguments: files of kernels/ to bring up to date (default: all). `--check` compiles them and compares with
+what is committed, and of the other files says which results are out of date; it writes nothing. The status is
+1 where something differs or the newest Triton recorded has a problem; those of older ones are data.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -36,17 +47,17 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks import op_cases
+from benchmarks.compiled_kernels import RESULTS, all_problems, read, versions
 from benchmarks.op_cases import Case
 from joyedit import ops
 
-RESULTS = Path(__file__).resolve().parent / "results" / "kernels"
+VERSION = ".".join(triton.__version__.split(".")[:2])
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS |= {arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")}
-# Bytes of shared memory that one block may ask for. Triton compiles more without a word; its launch then
-# fails.
-SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
-SHARED_LIMIT |= {"sm_120": 101376, "gfx942": 65536, "gfx950": 163840}
+# No paths of this machine in the code. And Triton 3.4 calls ROCm's linker, where later ones have their own:
+# nothing that is linked runs here.
+COMPILING = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_HIP_LLD_PATH": shutil.which("true") or ""}
 # Counted in every kernel where they occur, so that a change of them shows in the diff.
 COUNTED = {
     "cuda": (r"LDG\.E\.(\w+\.)*128", r"STG\.E\.(\w+\.)*128", "LDGSTS", "UTMALDG", "HMMA", "HGMMA", "UTCHMMA"),
@@ -66,11 +77,13 @@ class Launch:
 
 
 Entries = dict[str, Launch | str]  # GPU -> what is launched there, or why nothing is
+Job = tuple[Launch, str, Mapping[str, Any]]  # a launch, a GPU, and what was recorded of them
 
 
 @contextlib.contextmanager
-def launches_on(name: str) -> Iterator[list[Launch]]:
-    """Within it, kernels are not launched but collected, as if this machine had the GPU of that name."""
+def launches_on(name: str, version: str = triton.__version__) -> Iterator[list[Launch]]:
+    """Within it, kernels are not launched but collected, as if this machine had the GPU of that name, and
+    that Triton."""
     target, found = TARGETS[name], []
 
     def collect(kernel: JITFunction, *args, grid, warmup, **kwargs):
@@ -80,6 +93,7 @@ def launches_on(name: str) -> Iterator[list[Launch]]:
     properties = types.SimpleNamespace(gcnArchName=name, multi_processor_count=128, major=major, minor=minor)
     with (
         mock.patch.object(JITFunction, "run", collect),
+        mock.patch.object(triton, "__version__", version),
         mock.patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (major, minor)),
         mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
@@ -91,26 +105,76 @@ def launches_on(name: str) -> Iterator[list[Launch]]:
 
 def launch(kernel: JITFunction, target: GPUTarget, args: tuple, kwargs: dict[str, Any]) -> Launch:
     """As Triton's own launch specialises a kernel on its arguments."""
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*args, **kwargs)
-    options, signature, constants, attributes = kernel._pack_args(
-        backend, kwargs, bound, specialization, options
-    )
+    backend, bind = binder(kernel, target)
+    bound, specialization, _ = bind(*args, **kwargs)
+    kinds = [kind for kind, _ in specialization]
+    parts = list(leaves(kinds, [hint for _, hint in specialization], list(bound.values())))
+    signature = dict(zip(bound, kinds, strict=True))
+    constants = {path: value for path, kind, _, value in parts if kind == "constexpr"}
+    attributes = {
+        path: backend.parse_attr(hint) for path, kind, hint, _ in parts if kind != "constexpr" and hint
+    }
     source = ASTSource(kernel, signature, constants, attributes)
-    code = "".join(f.src for f in vars(sys.modules[kernel.__module__]).values() if isinstance(f, JITFunction))
     chosen = {key: kwargs[key] for key in sorted(kwargs) if key not in signature}
-    told = [
-        code,
-        sorted(signature.items()),
-        sorted(map(str, constants.items())),
-        sorted(map(str, attributes.items())),
-    ]
-    described = ", ".join(str(v) for v in signature.values() if v != "constexpr")
-    constants = {kernel.params[path[0]].name: value for path, value in constants.items()}
-    described += "".join(f", {name}={value}" for name, value in [*constants.items(), *chosen.items()])
-    digest = hashlib.sha256(repr([*told, chosen, target.arch]).encode()).hexdigest()[:16]
-    return Launch(kernel, source, options.__dict__, described, digest)
+    described = ", ".join(str(kind) for kind in kinds if kind != "constexpr")
+    named = {kernel.params[path[0]].name: value for path, value in constants.items()}
+    described += "".join(f", {name}={value}" for name, value in [*named.items(), *chosen.items()])
+    told = (code(kernel), kinds, sorted(constants.items()), known(parts), chosen, target.arch)
+    digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    return Launch(kernel, source, backend.parse_options(kwargs).__dict__, described, digest)
+
+
+@functools.cache
+def binder(kernel: JITFunction, target: GPUTarget) -> tuple[Any, Callable[..., Any]]:
+    backend = make_backend(target)
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def leaves(
+    kinds: Any, hints: Any, values: Any, path: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[int, ...], Any, Any, Any]]:
+    """(path, type, what is known of the value, value) of every argument, and of every element of a tuple."""
+    for i, (kind, hint, value) in enumerate(zip(kinds, hints, values, strict=True)):
+        if isinstance(kind, tuple):
+            yield from leaves(kind, hint, value, (*path, i))
+        else:
+            yield (*path, i), kind, hint, value
+
+
+def known(parts: list[tuple[tuple[int, ...], Any, Any, Any]]) -> list[tuple[Any, ...]]:
+    """Which values are multiples of 16, and which tensors are within 2 GiB: all that any release of Triton
+    compiles for (3.4 does not ask for the second)."""
+    found = []
+    for path, kind, hint, value in parts:
+        if kind != "constexpr" and hint is not None:
+            small = isinstance(value, Tensor) and value.untyped_storage().nbytes() < 2**31
+            found.append((path, "D" in hint, small))
+    return found
+
+
+def code(kernel: JITFunction) -> list[str]:
+    """Source of a kernel, and of the functions and constants that it uses in any file of kernels/."""
+    found: dict[JITFunction, str] = {}
+    constants = set()
+
+    def visit(function: JITFunction) -> None:
+        found[function] = function.src
+        names, seen = function.fn.__code__.co_names, function.fn.__globals__
+        values = [seen.get(name) for name in names]
+        modules = [value for value in values if isinstance(value, types.ModuleType)]
+        values += [getattr(module, name, None) for module in modules for name in names]
+        for value in values:
+            if isinstance(value, JITFunction) and value not in found and not of_triton(value):
+                visit(value)
+            elif isinstance(value, tl.constexpr):
+                constants.add(repr(value))
+
+    visit(kernel)
+    return sorted([*found.values(), *constants])
+
+
+def of_triton(function: JITFunction) -> bool:
+    return function.fn.__module__.partition(".")[0] == "triton"
 
 
 def call(case: Case) -> None:
@@ -123,9 +187,9 @@ def call(case: Case) -> None:
         torch.autograd.grad(out, inputs, [torch.empty_like(t) for t in out])
 
 
-def table(module: Any) -> dict[str, Entries]:
-    """Title of a call and name of its kernel -> GPU -> launch. A row whose launches are all in earlier rows
-    is left out."""
+def table(module: Any, version: str = triton.__version__) -> dict[str, Entries]:
+    """Title of a call and name of its kernel -> GPU -> launch under that Triton. A row whose launches are all
+    in earlier rows is left out."""
     rows, seen = {}, set()
     for case in module.CASES:
         if not case.compiled:
@@ -133,7 +197,7 @@ def table(module: Any) -> dict[str, Entries]:
         made: dict[str, Entries] = {}
         for target in TARGETS:
             try:
-                with launches_on(target) as found:
+                with launches_on(target, version) as found:
                     call(case)
             except RuntimeError as refused:
                 made.setdefault(case.title, {})[target] = str(refused)
@@ -151,66 +215,124 @@ def table(module: Any) -> dict[str, Entries]:
     return rows
 
 
-def compiled(one: Launch, target: str) -> dict[str, Any]:
-    """What came out: registers of a thread, shared memory, spills, counts of instructions."""
-    kernel = triton.compile(one.source, target=TARGETS[target], options=one.options)
-    if TARGETS[target].backend == "hip":
-        text = kernel.asm["amdgcn"]
+def in_children(todo: Mapping[str, Job], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, what `compiled` says) of every job in order of completion, or why it fails. So many processes
+    compile: if one aborts, only the job in hand fails."""
+    fork = multiprocessing.get_context("fork")  # nothing to pickle, and torch and Triton are loaded
+    waiting, running = list(reversed(todo)), {}
+    with tempfile.TemporaryDirectory() as folder:
 
-        def stated(key: str) -> int:
-            return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+        def start(key: str) -> None:
+            ours, theirs = fork.Pipe()
+            said = Path(folder, f"{len(waiting)}.txt")
+            child = fork.Process(target=work, args=(theirs, said, todo), daemon=True)
+            child.start()
+            theirs.close()
+            ours.send(key)
+            running[ours] = key, child, said
 
-        registers = stated("vgpr_count")
-        spills = sum(map(stated, ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")))
-        instructions = re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
-    else:
-        registers, spills, instructions = disassembled(kernel.asm["cubin"])
+        while waiting or running:
+            while waiting and len(running) < processes:
+                start(waiting.pop())
+            for ours in wait(list(running)):
+                key, child, said = running.pop(ours)
+                try:
+                    result = ours.recv()
+                except EOFError:
+                    child.join()
+                    code = child.exitcode or 0
+                    reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+                    yield key, {"failed": f"{reason}: {last_words(said)}"}
+                    continue
+                ours.send(waiting[-1] if waiting else None)
+                if waiting:
+                    running[ours] = waiting.pop(), child, said
+                yield key, result
+
+
+def work(theirs: Connection, said: Path, todo: Mapping[str, Job]) -> None:
+    """A child: key after key comes in, and what `compiled` says or the reason of its failure goes out. What
+    the compiler prints goes to a file."""
+    printed = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(printed, 2)
+    while (key := theirs.recv()) is not None:
+        os.truncate(printed, 0)
+        try:
+            result = compiled(*todo[key])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            words = last_words(said)
+            result = {"failed": f"{reason}: {words}" if words else reason}
+        theirs.send(result)
+
+
+def last_words(said: Path) -> str:
+    """What a failed compiler printed: the assertion or the first error, without paths and line numbers."""
+    text = said.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"Assertion .*|LLVM ERROR: .*|(?<=error: ).*", text)
+    return found[0].strip() if found else ""
+
+
+def compiled(one: Launch, target: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What came out: registers of a thread, shared memory, spills, counts of instructions, and a hash of
+    these and the machine code. Where that is the recorded one the code is not disassembled, which takes half
+    of the time."""
+    backend = TARGETS[target].backend
+    with mock.patch.dict(os.environ, COMPILING):
+        kernel = triton.compile(one.source, target=TARGETS[target], options=one.options)
+    code = kernel.asm["amdgcn"].encode() if backend == "hip" else kernel.asm["cubin"]
+
+    def hashed(figures: dict[str, Any]) -> str:
+        told = repr((COUNTED[backend], kernel.metadata.shared, kernel.metadata.num_warps, figures))
+        return hashlib.sha256(code + told.encode()).hexdigest()[:16]
+
+    known = {key: recorded[key] for key in recorded if key not in ("source", "launch", "binary")}
+    if recorded.get("binary") == hashed(known):
+        return {**known, "binary": recorded["binary"]}
+    registers, spills, instructions = (parsed if backend == "hip" else disassembled)(code)
     counts = {}
-    for pattern in COUNTED[TARGETS[target].backend]:
+    for pattern in COUNTED[backend]:
         if count := sum(re.match(pattern, word) is not None for word in instructions):
             counts[pattern] = count
-    return {
+    figures = {
         "registers": registers,
         "spills": spills,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "instructions": {"all": len(instructions), **counts},
     }
+    return {**figures, "binary": hashed(figures)}
+
+
+def parsed(code: bytes) -> tuple[int, int, list[str]]:
+    """AMD's: registers, spills (registers, bytes of memory private to a thread) and all instructions."""
+    text = code.decode()
+
+    def stated(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
+    spills = sum(map(stated, ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")))
+    return stated("vgpr_count"), spills, re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
 
 
 def disassembled(cubin: bytes) -> tuple[int, int, list[str]]:
-    """Registers, spills (bytes of stack and local memory, instructions that use it) and all instructions."""
+    """NVIDIA's: registers, spills (bytes of stack and local memory, and the instructions that use it) and all
+    instructions."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-
-        def dump(flag: str) -> str:
-            return subprocess.run([CUOBJDUMP, flag, path], capture_output=True, text=True, check=True).stdout
-
-        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage"))
-        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", dump("-sass"))
+        command = [CUOBJDUMP, "-res-usage", "-sass", path]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
     local = sum(word.startswith(("STL", "LDL")) for word in instructions)
     return int(usage[1]), int(usage[2]) + int(usage[3]) + local, instructions
 
 
-def problems(op: op_cases.Op, one: Launch, target: str, result: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled kernel."""
-    found = [f"{result['spills']} spills"] if result["spills"] else []
-    if result["shared"] > SHARED_LIMIT[target]:
-        found.append(f"{result['shared']} bytes of shared memory, there are {SHARED_LIMIT[target]}")
-    if op.matrix and "bf16" not in one.described and "fp16" not in one.described:
-        return found  # without matrix units for fp32
-    for key in (TARGETS[target].backend, target):
-        for pattern in op.instructions.get(key, ()):
-            if not result["instructions"].get(pattern):
-                found.append(f"no instruction {pattern}")
-    return found
-
-
-def stale(name: str) -> list[str]:
-    """Entries of results/kernels/<name>.json that are not of the kernels as they are."""
-    recorded = read(name)
-    rows = table(op_cases.modules()[name])
+def stale(name: str, version: str = VERSION) -> list[str]:
+    """Entries of results/kernels/<version>/<name>.json that are not of the kernels as they are."""
+    recorded = read(name, version, RESULTS)
+    rows = table(op_cases.modules()[name], f"{version}.0")
     old = [f"{row}: is no longer launched" for row in recorded if row not in rows]
     for row, entries in rows.items():
         for target, entry in entries.items():
@@ -221,27 +343,44 @@ def stale(name: str) -> list[str]:
     return old
 
 
-def read(name: str) -> dict[str, Any]:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+def made(name: str, recorded: Mapping[str, Any], again: bool, processes: int) -> dict[str, Any]:
+    """Rows of one file of kernels/ as they are now: `recorded` where that is of the same code, the rest, or
+    all of it `again`, compiled."""
+    rows, todo = table(op_cases.modules()[name]), {}
+    done = {e["source"]: e for entries in recorded.values() for e in entries.values() if "source" in e}
+    done = {} if again else done
+    for row, entries in rows.items():
+        for target, entry in entries.items():
+            if isinstance(entry, Launch) and entry.digest not in done:
+                todo[entry.digest] = entry, target, recorded.get(row, {}).get(target, {})
+    bar = tqdm(in_children(todo, processes), name, len(todo), disable=None, leave=False, dynamic_ncols=True)
+    for digest, result in bar:
+        done[digest] = {"source": digest, "launch": todo[digest][0].described, **result}
+    return {
+        row: {t: {"refused": e} if isinstance(e, str) else done[e.digest] for t, e in entries.items()}
+        for row, entries in rows.items()
+    }
 
 
-def update(name: str, everything: bool = False) -> list[str]:
-    """Compile what changed in one file of kernels/, and write its results. Returns what is wrong."""
-    module, recorded, rows, wrong = op_cases.modules()[name], read(name), {}, []
-    todo = [(row, *pair) for row, entries in table(module).items() for pair in entries.items()]
-    for row, target, entry in tqdm(todo, desc=name, disable=None, leave=False, dynamic_ncols=True):
-        result = {"refused": entry} if isinstance(entry, str) else recorded.get(row, {}).get(target, {})
-        if isinstance(entry, Launch):
-            if everything or result.get("source") != entry.digest:
-                described = {"source": entry.digest, "launch": entry.described}
-                result = described | compiled(entry, target)
-            op = module.OPS[row.partition(":")[0]]
-            wrong += [f"{row} on {target}: {problem}" for problem in problems(op, entry, target, result)]
-        rows.setdefault(row, {})[target] = result
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(written(rows), encoding="utf-8")
-    return wrong
+def update(name: str, again: bool = False, processes: int = 2) -> None:
+    """Compile what changed in one file of kernels/, and write its results."""
+    rows = made(name, read(name, VERSION, RESULTS), again, processes)
+    (RESULTS / VERSION).mkdir(parents=True, exist_ok=True)
+    (RESULTS / VERSION / f"{name}.json").write_text(written(rows), encoding="utf-8")
+
+
+def check(name: str, processes: int = 2) -> list[str]:
+    """Compile one file of kernels/, and name the differences from its results."""
+    committed = read(name, VERSION, RESULTS)
+    now = made(name, committed, True, processes)
+    found = [f"{row}: is no longer launched" for row in committed if row not in now]
+    for row, entries in now.items():
+        for target, result in entries.items():
+            was = committed.get(row, {}).get(target, {})
+            keys = sorted(key for key in was.keys() | result if was.get(key) != result.get(key))
+            parts = (f"{key} {was.get(key)}, now {result.get(key)}" for key in keys)
+            found += [f"{row} on {target}: {'; '.join(parts)}"] if keys else []
+    return found
 
 
 def written(rows: dict[str, Any]) -> str:
@@ -260,14 +399,25 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="name of a file of kernels/, without .py")
     parser.add_argument("--all", action="store_true", help="compile every entry again")
+    parser.add_argument("--check", action="store_true", help="compare with what is committed, write nothing")
+    parser.add_argument("--processes", type=int, default=2, help="so many compilers at a time (default 2)")
     given = parser.parse_args(arguments)
+    every = list(op_cases.modules())
+    files = given.files or every
     wrong = []
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):
-        for name in given.files or op_cases.modules():
-            wrong += update(name, given.all)
-            for row, entries in read(name).items():
-                cells = (f"{t} {e.get('registers', 'torch')}" for t, e in entries.items())
-                print(f"{row}\n    registers: {', '.join(cells)}")
+        for name in files:
+            if given.check:
+                wrong += check(name, given.processes)
+            else:
+                update(name, given.all, given.processes)
+    if given.check:
+        wrong += [f"out of date: {line}" for name in every if name not in files for line in stale(name)]
+    for name in files:
+        for row, target, what in all_problems(name, VERSION, RESULTS):
+            found = f"{row} on {target}: {what}"
+            print(found)
+            wrong += [found] if VERSION == versions(RESULTS)[-1] else []
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0

@@ -4,7 +4,10 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
 
   speed:SYSTEM  results/SYSTEM.json, a line per row
   edits         of the same files the whole edit of each system
-  kernels       results/kernels/, and the sizes in `op_cases`
+  gpus          results/kernels/ and results/gpu/: what each family of GPUs was compiled for, and measured
+  kernels       the newest Triton's results/kernels/, and the sizes in `op_cases`
+  problems      results/kernels/: what spills or does not compile, under each Triton
+  measured      results/gpu/: blocks and steps on GPUs
   small         results/shapes/: the small models
 """
 
@@ -15,11 +18,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import compiled_kernels, op_cases, roofline
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 # The row of results/SYSTEM.json that is a whole edit.
 WHOLE_EDITS = {"joyimage": "edit", "diffedit": "whole", "chronoedit": "whole"}
+# What a GPU's kernels are compiled for -> its names, and those of them that `roofline` has figures of.
+FAMILIES = {
+    "sm_80": ("A100", ()),
+    "sm_86": ("RTX 30", ()),
+    "sm_89": ("RTX 40, L4", ("4090",)),
+    "sm_90": ("H100, H200", ("H100", "H200")),
+    "sm_100": ("B200", ("B200",)),
+    "sm_120": ("RTX 50", ()),
+    "gfx942": ("MI300X", ("MI300X",)),
+    "gfx950": ("MI350X", ()),
+}
+STEP = "joyimage, 1024 px: eager"  # the row of results/gpu/ that the README shows
 NAMES = {"joyimage": "JoyAI-Image-Edit", "diffedit": "DiffEdit", "chronoedit": "ChronoEdit"}
 
 
@@ -84,7 +101,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
         return f"{match[1]}\n{render(content)}\n{match[3]}"
 
     text = re.sub(r"(<!-- speed:(\w+) -->).*?(<!-- /speed:\2 -->)", table, text, flags=re.DOTALL)
-    for name, made in (("edits", edits_table), ("kernels", kernel_table), ("small", small_table)):
+    for name, made in TABLES.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if begin in text:
             before, rest = text.split(begin)
@@ -123,14 +140,12 @@ def small_table(results: Path = RESULTS) -> str:
 
 
 def kernel_table(results: Path = RESULTS) -> str:
-    """Markdown of all kernels: what each fuses, what that saves in a block, and registers of a thread,
-    forward and backward, the largest among the calls, on each GPU."""
-    from benchmarks import op_cases, roofline
-
-    traffic = roofline.rows()
+    """Markdown of all kernels under the newest Triton: what each fuses, what that saves in a block, and
+    registers of a thread, forward and backward, the largest among the calls, on each GPU."""
+    traffic, (*_, newest) = roofline.rows(), compiled_kernels.versions(results / "kernels")
     lines, targets = [], []
     for file, module in op_cases.modules().items():
-        recorded = json.loads((results / "kernels" / f"{file}.json").read_text(encoding="utf-8"))["rows"]
+        recorded = compiled_kernels.read(file, newest, results / "kernels")
         targets = targets or list(next(iter(recorded.values())))
         for name, op in module.OPS.items():
             mine = [(row, entries) for row, entries in recorded.items() if row.startswith(f"{name}:")]
@@ -142,7 +157,7 @@ def kernel_table(results: Path = RESULTS) -> str:
             )
             cells = [f"`{name}`", f"`kernels/{file}.py`", op.fuses, ", ".join(spared) or "-"]
             lines.append(f"| {' | '.join([*cells, *(registers(mine, target) for target in targets)])} |")
-    head = ["operation", "file", "in one pass", "memory traffic saved in a block", *targets]
+    head = [f"operation, Triton {newest}", "file", "in one pass", "memory traffic saved in a block", *targets]
     rule = ["---"] * 4 + ["---:"] * len(targets)
     return "\n".join([f"| {' | '.join(head)} |", f"| {' | '.join(rule)} |", *lines])
 
@@ -152,10 +167,131 @@ def registers(rows: list[tuple[str, Any]], target: str) -> str:
     found: dict[bool, list[int]] = {False: [], True: []}
     for row, entries in rows:
         if "registers" in entries.get(target, {}):
-            found["[backward" in row].append(entries[target]["registers"])
+            found["backward" in row.rpartition("[")[2]].append(entries[target]["registers"])
     if not found[False]:
         return "torch"
     return " / ".join(str(max(values)) for values in found.values() if values)
+
+
+def problem_table(results: Path = RESULTS) -> str:
+    """Markdown of what is wrong with a kernel on a GPU under a release of Triton."""
+    versions = compiled_kernels.versions(results / "kernels")
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for version in versions:
+        for file in op_cases.modules():
+            for row, target, what in compiled_kernels.all_problems(file, version, results / "kernels"):
+                found.setdefault((row, target), {}).setdefault(version, []).append(what)
+    if not found:
+        return f"Nothing under Triton {', '.join(versions)}."
+    head = ["kernel", "GPU", *(f"Triton {version}" for version in versions)]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for (row, target), said in found.items():
+        cells = (", ".join(said.get(version, "-")) for version in versions)
+        lines.append(f"| {' | '.join([row, target, *cells])} |")
+    return "\n".join(lines)
+
+
+def gpu_table(results: Path = RESULTS) -> str:
+    """Markdown of the families of GPUs: how many kernels each release of Triton compiled for one, how many of
+    these have a problem, and a guided step of JoyImage at 1024 x 1024 pixels, as computed and as measured."""
+    folder, measured = results / "kernels", measurements(results)
+    versions = compiled_kernels.versions(folder)
+    head = ["GPU", *(f"Triton {version}" for version in versions), "computed: floor, prediction", "measured"]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for target, (name, known) in FAMILIES.items():
+        counts = (compiled(folder, version, target) for version in versions)
+        here = [run for run in measured if family(run["machine"]) == target]
+        steps = ", ".join(map(computed, known)) or "-", ", ".join(map(step, here)) or "no"
+        lines.append(f"| {' | '.join([f'{name} ({target})', *counts, *steps])} |")
+    return "\n".join(lines)
+
+
+def computed(gpu: str) -> str:
+    """The least time of a step's products and attention, and what the step should take."""
+    floor = roofline.floor_of_step("joyimage", roofline.GPUS[gpu])
+    return f"{gpu} {floor:.2f}, {roofline.predicted_step('joyimage', roofline.GPUS[gpu]):.2f} s"
+
+
+def step(run: Mapping[str, Any]) -> str:
+    """A measured step, or that only other things were measured."""
+    found = [row for row in run["rows"] if row["area"] == "step" and row["name"] == STEP]
+    seconds = found[0].get("seconds") if found else None
+    return run["machine"]["device"] + (f" {seconds:.2f} s" if seconds else ", but no step")
+
+
+def compiled(folder: Path, version: str, target: str) -> str:
+    """Of the kernels of one GPU: how many run, and how many of them spill or lack an instruction."""
+    problems: dict[str, list[str]] = {}
+    for file in op_cases.modules():
+        rows = compiled_kernels.read(file, version, folder)
+        problems |= {
+            row: [] for row, found in rows.items() if "refused" not in found.get(target, {"refused": ""})
+        }
+        for row, where, what in compiled_kernels.all_problems(file, version, folder):
+            if where == target:
+                problems[row].append(what)
+    said = [" ".join(found) for found in problems.values()]
+    spill, slower = (sum(word in text for text in said) for word in ("spills", "no instruction"))
+    if not said:
+        return "-"
+    run = len(said) - sum("compile" in text or "shared" in text for text in said)
+    counts = [f"all {run}" if run == len(said) else f"{run} of {len(said)}"]
+    counts += [f"{spill} spill"] * bool(spill) + [f"{slower} lack an instruction"] * bool(slower)
+    return ", ".join(counts)
+
+
+def measurements(results: Path) -> list[dict[str, Any]]:
+    """What `python -m benchmarks.gpu` wrote on GPUs."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "gpu").glob("*.json"))]
+    return [run for run in runs if not run["dry_run"]]
+
+
+def family(machine: Mapping[str, Any]) -> str:
+    """The name under which a GPU's kernels are compiled."""
+    major, minor = machine["capability"].split(".")
+    return {"4": "gfx942", "5": "gfx950"}.get(minor, "gfx") if machine["hip"] else f"sm_{major}{minor}"
+
+
+def measured_table(results: Path = RESULTS) -> str:
+    """Markdown of the blocks and denoising steps that GPUs were measured with, a column for each."""
+    runs = measurements(results)
+    if not runs:
+        return "No GPU has measured this yet."
+    machines = [run["machine"] for run in runs]
+    said = (f"{m['device']}: {m['date']}, torch {m['torch']}, Triton {m['triton']}" for m in machines)
+    head = ["measured", *(m["device"] for m in machines)]
+    lines = [f"{'; '.join(said)}.", "", f"| {' | '.join(head)} |", f"| ---{' | ---:' * len(runs)} |"]
+    cells: dict[str, list[str]] = {}
+    for i, run in enumerate(runs):
+        for row in run["rows"]:
+            if row["area"] in ("block", "step") and (row["failed"] or "seconds" in row):
+                mine = cells.setdefault(f"{row['area']}: {row['name']}", ["-"] * len(runs))
+                mine[i] = figures(row)
+    return "\n".join([*lines, *(f"| {' | '.join([name, *row])} |" for name, row in cells.items())])
+
+
+def figures(row: Mapping[str, Any]) -> str:
+    """Time, share of the device's peak and memory, where a row has them."""
+    if row["failed"]:
+        return "failed"
+    if row["seconds"] is None:
+        return row["why"]
+    said = [quantity(row["seconds"], "s")]
+    if row.get("share_of_peak") is not None:
+        said.append(f"{100 * row['share_of_peak']:.0f} % of peak")
+    if row.get("peak_bytes") is not None:
+        said.append(f"{row['peak_bytes'] / 2**30:.1f} GiB")
+    return ", ".join(said)
+
+
+TABLES = {
+    "edits": edits_table,
+    "gpus": gpu_table,
+    "kernels": kernel_table,
+    "problems": problem_table,
+    "measured": measured_table,
+    "small": small_table,
+}
 
 
 def pages() -> list[Path]:

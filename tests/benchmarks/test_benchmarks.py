@@ -165,7 +165,7 @@ def test_pages_show_the_committed_results(benchmark):
     for text in texts:
         assert tables.filled(text) == text, "run: python -m benchmarks.tables"
     shown = sorted(re.findall(r"<!-- (\w[\w:]*) -->", "\n".join(texts)))
-    assert shown == sorted(["edits", "kernels", "small", *(f"speed:{path.stem}" for path in COMMITTED)])
+    assert shown == sorted([*tables.TABLES, *(f"speed:{path.stem}" for path in COMMITTED)])
 
 
 def test_tables_are_filled_in(benchmark, tmp_path):
@@ -195,3 +195,92 @@ def test_table_of_whole_edits(benchmark, tmp_path):
         "| DiffEdit: small | 2 s | 250 ms | 2.00x | 0 |",
         "| ChronoEdit: small | 2 s | 250 ms | 3.00x | 0 |",
     ]
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Writes made-up results of the kernels `guide` of some releases of Triton, and of a GPU."""
+
+    def write(kernels, gpus=()):
+        files = {f"kernels/{version}/guide.json": {"rows": rows} for version, rows in kernels.items()}
+        files |= {f"gpu/{i}.json": run for i, run in enumerate(gpus)}
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+def compiled(**changes):
+    wide = {r"LDG\.E\.(\w+\.)*128": 2, "(global|buffer)_load_(b128|dwordx4)": 2}
+    return {"launch": "*bf16", "registers": 40, "spills": 0, "shared": 64, "instructions": wide, **changes}
+
+
+def test_tables_of_what_was_compiled(benchmark, recorded, monkeypatch):
+    tables = benchmark("tables")
+    good, spilling = compiled(), compiled(spills=12)
+    results = recorded(
+        {
+            "3.10": {"guide: a [f]": {"sm_90": good, "gfx942": good}, "guide: b [f]": {"sm_90": good}},
+            "3.4": {
+                "guide: a [f]": {"sm_90": spilling, "gfx942": {"failed": "SIGABRT"}},
+                "guide: b [f]": {"sm_90": compiled(spills=3, instructions={}), "gfx942": {"refused": "why"}},
+                "guide: c [f]": {"sm_90": compiled(shared=2**20), "gfx942": good},
+            },
+        }
+    )
+    monkeypatch.setattr(tables, "computed", lambda gpu: f"{gpu} 1.00, 2.00 s")
+    found = tables.gpu_table(results).splitlines()
+    assert found[0] == "| GPU | Triton 3.4 | Triton 3.10 | computed: floor, prediction | measured |"
+    sm_90 = "2 of 3, 2 spill, 1 lack an instruction | all 2 | H100 1.00, 2.00 s, H200 1.00, 2.00 s | no |"
+    assert f"| H100, H200 (sm_90) | {sm_90}" in found
+    assert "| MI300X (gfx942) | 1 of 2 | all 1 | MI300X 1.00, 2.00 s | no |" in found
+    assert "| A100 (sm_80) | - | - | - | no |" in found
+    assert tables.problem_table(results).splitlines()[2:] == [
+        "| guide: a [f] | sm_90 | 12 spills | - |",
+        "| guide: a [f] | gfx942 | does not compile | - |",
+        r"| guide: b [f] | sm_90 | 3 spills, no instruction LDG\.E\.(\w+\.)*128 | - |",
+        "| guide: c [f] | sm_90 | 1048576 bytes of shared memory, there are 232448 | - |",
+    ]
+    recorded({"3.4": {"guide: a [f]": {"sm_90": good}}})
+    assert tables.problem_table(results) == "Nothing under Triton 3.4, 3.10."
+
+
+def test_tables_of_what_gpus_measured(benchmark, recorded, monkeypatch):
+    tables = benchmark("tables")
+    machine = {"hip": None, "date": "2027-01-01", "torch": "2.13", "triton": "3.9.0"}
+    h200 = {**machine, "device": "NVIDIA H200", "capability": "9.0"}
+    mi300 = {**machine, "device": "Instinct", "capability": "9.4", "hip": "7.0"}
+    row = {"area": "step", "name": tables.STEP, "failed": None, "seconds": 0.614, "peak_bytes": 2**35}
+    part = {"area": "block", "name": "a", "failed": None, "seconds": 2.5, "share_of_peak": 0.5}
+    failed = {"area": "step", "name": tables.STEP, "failed": "out of memory"}
+    absent = {"area": "step", "name": "b", "failed": None, "seconds": None, "why": "no diffusers"}
+    others = [{"area": area, "name": "c", "failed": None} for area in ("calls", "step")]
+    runs = [
+        {"dry_run": False, "machine": h200, "rows": [row, part, *others]},
+        {"dry_run": False, "machine": mi300, "rows": [failed, absent]},
+        {"dry_run": True, "machine": {**mi300, "device": "made up"}, "rows": [row]},
+    ]
+    results = recorded({"3.9": {"guide: a [f]": {"sm_90": compiled(), "gfx942": compiled()}}})
+    assert tables.measured_table(results) == "No GPU has measured this yet."
+    recorded({}, runs)
+    assert tables.measured_table(results).splitlines() == [
+        "NVIDIA H200: 2027-01-01, torch 2.13, Triton 3.9.0; Instinct: 2027-01-01, torch 2.13, Triton 3.9.0.",
+        "",
+        "| measured | NVIDIA H200 | Instinct |",
+        "| --- | ---: | ---: |",
+        f"| step: {tables.STEP} | 614 ms, 32.0 GiB | failed |",
+        "| block: a | 2.5 s, 50 % of peak | - |",
+        "| step: b | - | no diffusers |",
+    ]
+    monkeypatch.setattr(tables, "computed", lambda gpu: gpu)
+    found = tables.gpu_table(results).splitlines()
+    assert "| H100, H200 (sm_90) | all 1 | H100, H200 | NVIDIA H200 0.61 s |" in found
+    assert "| MI300X (gfx942) | all 1 | MI300X | Instinct, but no step |" in found
+    assert "| RTX 50 (sm_120) | - | - | no |" in found
+
+
+def test_computed_steps_are_between_the_floor_and_twice_of_it(benchmark):
+    floor, predicted = map(float, re.findall(r"\d\.\d\d", benchmark("tables").computed("H200")))
+    assert 0.3 < floor < predicted < 2 * floor
