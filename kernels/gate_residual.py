@@ -10,9 +10,9 @@ statistics in fp32; out has the dtype of x, and the norm is that of the rounded 
 one after the other.
 
 Fused: gate, sum, both statistics, modulation and the casts around them: forward reads x and y and writes out
-(and normed); a block thus touches its stream twice, not eight times. Backward reads the incoming gradients, y
-(and out) and writes the gradients of x and y; the gradients of gate, shift and scale are summed per program,
-then over programs.
+(and normed); a block thus touches its stream twice, not eight times. Backward of the norm reads the incoming
+gradients and out and writes x's gradient; that of the gate reads it and y and writes y's. The gradients of
+gate, shift and scale are summed per program, then over programs.
 
 The kernels see x and y as rows with two strides, so that slices need no copy. A program goes over some tokens
 of one sample, whole rows of them or, of the gated residual alone, a part of the width, and loads gate, scale
@@ -156,20 +156,14 @@ def gate_residual_norm_backward(
     dout_ptr,  # (B, N, D) contiguous
     dnormed_ptr,  # (B, N, D) contiguous
     out_ptr,  # (B, N, D) contiguous
-    y_ptr,  # (B, N, D), strides (stride_yb, stride_yn, 1)
-    gate_ptr,  # (B, D), strides (stride_gate, 1), or None
     scale_ptr,  # (B, D), strides (stride_scale, 1)
-    dx_ptr,  # (B, N, D) contiguous
-    dy_ptr,  # (B, N, D) contiguous
-    dgate_ptr,  # (B, programs, D) fp32, or None: no gate
+    dx_ptr,  # (B, N, D) contiguous: all that out's gradient comes to
+    dy_ptr,  # (B, N, D) contiguous, or None: a gate makes another of it
     dshift_ptr,  # (B, programs, D) fp32
     dscale_ptr,  # (B, programs, D) fp32
     programs,  # programs that share the tokens of one sample
     num_tokens,
     width,
-    stride_yb,
-    stride_yn,
-    stride_gate,
     stride_scale,
     eps,
     PLUS_ONE: tl.constexpr,
@@ -178,34 +172,29 @@ def gate_residual_norm_backward(
 ):
     b = (tl.program_id(0) // programs).to(tl.int64)
     d = tl.arange(0, BLOCK)[None]
-    dgate = tl.zeros((ROWS, BLOCK), tl.float32)
     dshift = tl.zeros((ROWS, BLOCK), tl.float32)
     dscale = tl.zeros((ROWS, BLOCK), tl.float32)
+    scale = PLUS_ONE + tl.load(scale_ptr + b * stride_scale + d, d < width, other=0.0).to(tl.float32)
     for chunk in range(tl.program_id(0) % programs, tl.cdiv(num_tokens, ROWS), programs):
         n = (chunk * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (n < num_tokens) & (d < width)
         row = (b * num_tokens + n) * width + d
         dx = tl.load(dout_ptr + row, mask, other=0.0).to(tl.float32)
         x = tl.load(out_ptr + row, mask, other=0.0).to(tl.float32)
+        grad = tl.load(dnormed_ptr + row, mask, other=0.0).to(tl.float32)
         x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
         normed = x * rstd
-        grad = tl.load(dnormed_ptr + row, mask, other=0.0).to(tl.float32)
         dshift += grad
         dscale += grad * normed
-        grad *= PLUS_ONE + tl.load(scale_ptr + b * stride_scale + d, d < width, other=0.0).to(tl.float32)
+        grad *= scale
         along = (tl.sum(grad * normed, 1) / width)[:, None]
         level = (tl.sum(grad, 1) / width)[:, None]
         dx += (grad - level - normed * along) * rstd
         tl.store(dx_ptr + row, dx, mask)
-        if gate_ptr is not None:
-            y = tl.load(y_ptr + b * stride_yb + n * stride_yn + d, mask, other=0.0).to(tl.float32)
-            dgate += dx * y
-            dx *= tl.load(gate_ptr + b * stride_gate + d, d < width, other=0.0).to(tl.float32)
-        tl.store(dy_ptr + row, dx, mask)
+        if dy_ptr is not None:
+            tl.store(dy_ptr + row, dx, mask)
     p = tl.program_id(0).to(tl.int64)
-    if gate_ptr is not None:
-        tl.store(dgate_ptr + p * width + d, tl.sum(dgate, 0)[None], d < width)
     tl.store(dshift_ptr + p * width + d, tl.sum(dshift, 0)[None], d < width)
     tl.store(dscale_ptr + p * width + d, tl.sum(dscale, 0)[None], d < width)
 
@@ -283,22 +272,22 @@ def run_gate_residual_norm_backward(
     """Gradients of x and y, and of gate, shift and scale for each sample: (B, D) fp32; zeros without a
     gate."""
     dx, dy, (b, n, d) = like(out), like(y), y.shape
-    zeros = torch.zeros((b, d), dtype=torch.float32, device=y.device)
+    dgate = torch.zeros((b, d), dtype=torch.float32, device=y.device)
     if y.numel() == 0:
-        return dx, dy, zeros, zeros.clone(), zeros.clone()
-    choice = backward_tile(d)
+        return dx, dy, dgate, dgate.clone(), dgate.clone()
+    (scale, stride_scale), choice = as_modulation(scale), backward_tile(d)
     programs = min(triton.cdiv(n, choice["ROWS"]), max(1, PARTIAL_SUMS // b))
-    dgate, dshift, dscale = torch.empty((3, b, programs, d), dtype=torch.float32, device=y.device)
-    y, (gate, stride_gate), (scale, stride_scale) = as_rows(y), as_modulation(gate), as_modulation(scale)
+    dshift, dscale = torch.empty((2, b, programs, d), dtype=torch.float32, device=y.device)
     with torch.cuda.device_of(y):
         gate_residual_norm_backward[b * programs,](
-            *(dout.contiguous(), dnormed.contiguous(), out, y, gate, scale, dx, dy),
-            *(None if gate is None else dgate, dshift, dscale),
-            *(programs, n, d, *y.stride()[:2], stride_gate, stride_scale, eps),
+            *(dout.contiguous(), dnormed.contiguous(), out, scale, dx, dy if gate is None else None),
+            *(dshift, dscale, programs, n, d, stride_scale, eps),
             PLUS_ONE=int(plus_one),
             **choice,
         )
-    return dx, dy, zeros if gate is None else dgate.sum(1), dshift.sum(1), dscale.sum(1)
+    if gate is not None:
+        dy, dgate = run_gate_residual_backward(dx, y, gate)
+    return dx, dy, dgate, dshift.sum(1), dscale.sum(1)
 
 
 LIBRARY = torch.library.Library("joyedit", "FRAGMENT")

@@ -182,6 +182,39 @@ def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def kernel_entries(name: str) -> set[str]:
+    """The compiled functions of a module that are launched, `entry[grid](...)`, and not called by others."""
+    compiled = {
+        node.name
+        for node in tree(name).body
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+    }
+    launched = (node.func.value for node in ast.walk(tree(name)) if is_launch(node))
+    return {value.id for value in launched if value.id in compiled}
+
+
+def is_launch(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and isinstance(node.func.value, ast.Name)
+    )
+
+
+def test_kernels_are_named_after_their_operations():
+    """A profile shows nothing but these names."""
+    found: list[str] = []
+    for name in SOURCES:
+        entries = kernel_entries(name) if name.startswith("joyedit.kernels.") else set()
+        file = name.rpartition(".")[2]
+        registered = re.findall(r'LIBRARY\.define\(\s*"(\w+)\(', SOURCES[name].read_text(encoding="utf-8"))
+        for entry in entries:
+            assert entry.startswith((file, *registered)), f"{name}: what does {entry} compute?"
+        found += entries
+    assert "rms_norm_forward" in found and len(found) == len(set(found)), "two kernels have one name"
+
+
 def test_package_links_stay_links():
     for name in ("convert", "kernels"):
         link = ROOT / "joyedit" / name

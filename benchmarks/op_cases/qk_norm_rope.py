@@ -7,8 +7,9 @@ from benchmarks.op_cases import Case, Op, T
 
 
 def joyimage(q, k, q_weight, k_weight, rope, eps=1e-6, half_split=False, start=0, out=None):
-    """The results are new tensors, which `attention` then joins. The norm is torch.nn.RMSNorm, one kernel on a GPU. Elsewhere torch takes it apart, so the bytes are
-    counted on the LayerNorm of the same size. The rotation is in fp32."""
+    """The results are new tensors, which `attention` then joins. The norm is torch.nn.RMSNorm, one kernel on
+    a GPU. Elsewhere torch takes it apart, so the bytes are counted on the LayerNorm of the same size. The
+    rotation is in fp32."""
     if half_split:
         return qwen(q, k, q_weight, k_weight, rope)
 

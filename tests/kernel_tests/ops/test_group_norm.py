@@ -70,7 +70,7 @@ def test_many_tiles(check, randn, shared, last, partial_sums):
     """2501 positions are three tiles of a contiguous map and 40 of one with channels last."""
     from joyedit.kernels import group_norm
 
-    shared.setattr(group_norm, "PARTIAL_SUMS", partial_sums)
+    shared.setattr(group_norm, "SHARING", partial_sums)
     check(True, maps(randn, last, 1, 34, 61, 41), 2)
 
 
@@ -118,7 +118,7 @@ def test_nearly_constant_maps(randn, monkeypatch, last, elements):
     from joyedit.kernels import group_norm
 
     monkeypatch.setattr(group_norm, "ONE_PROGRAM", elements)
-    monkeypatch.setattr(group_norm, "PARTIAL_SUMS", 1)  # each element of a tile sees several values
+    monkeypatch.setattr(group_norm, "SHARING", 1)  # each element of a tile sees several values
     x = maps(randn, last, 1, 12, 71, 61) * 0.05 + 4096
     weight, bias = randn(2, 12)
     exact = plain(x.double(), weight.double(), bias.double(), 3, 1e-6)

@@ -126,6 +126,36 @@ def test_one_gradient_is_enough(randn, angles):
 
 
 @pytest.mark.parametrize("half_split", [False, True], ids=["neighbours", "halves"])
+@pytest.mark.parametrize("queries", [0, 2, 3])
+def test_results_in_parts_of_larger_tensors(
+    launches, randn, projected, angles, dtype, device, queries, half_split
+):
+    q, k = projected(2, queries, 3, 3, 2, 8, dtype)
+    given = q, k, randn(8), randn(8), angles(3, 4), 1e-6, half_split, 3 - queries
+    joint = [torch.full((2, 6, heads, 8), 7.0, dtype=dtype, device=device) for heads in (3, 2)]
+    places = joint[0][:, 2 : 2 + queries], joint[1][:, 2:5]
+    with ops.backend("triton"):
+        with launches() as counts:
+            out = ops.qk_norm_rope(*given, out=places)
+        wanted = ops.qk_norm_rope(*given)
+    assert counts == {"qk_norm_rope_out": 1}
+    for whole, written, place, exact in zip(joint, out, places, wanted, strict=True):
+        assert written.data_ptr() == place.data_ptr() and torch.equal(place, exact)
+        stop = 2 + place.shape[1]
+        assert (whole[:, :2] == 7).all() and (whole[:, stop:] == 7).all(), "more was written"
+
+
+def test_results_that_cannot_be_written(randn, angles):
+    from joyedit.kernels.qk_norm_rope import qk_norm_rope_out
+
+    q, k = randn(1, 3, 2, 8), randn(1, 3, 2, 8)
+    given = q, k, None, None, *angles(3, 4), 1e-6, False, 0
+    for place in (randn(1, 2, 3, 8).transpose(1, 2), randn(1, 3, 2, 16)[..., ::2], randn(1, 4, 2, 8)):
+        with pytest.raises(ValueError, match=r"\(1, 3, 2, 8\) cannot be written to"):
+            qk_norm_rope_out(*given, randn(1, 3, 2, 8), place)
+
+
+@pytest.mark.parametrize("half_split", [False, True], ids=["neighbours", "halves"])
 @pytest.mark.parametrize("steps", ["each, turned", "each", "together, turned", "together", "turned"])
 def test_torch_is_the_same_function(randn, projected, angles, dtype, steps, half_split):
     q, k = projected(2, 3, 5, 4, 2, 6, dtype)
@@ -192,7 +222,7 @@ def test_fullgraph_with_a_start_that_varies(randn, angles):
 
 @pytest.mark.slow
 def test_registration(randn, projected, angles):
-    from joyedit.kernels.qk_norm_rope import qk_norm_rope
+    from joyedit.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_out
 
     q, k = (t.detach().requires_grad_() for t in projected(1, 2, 3, 2, 1, 4, torch.float32))
     cos, sin = angles(3, 2)
@@ -201,3 +231,6 @@ def test_registration(randn, projected, angles):
     torch.library.opcheck(qk_norm_rope, (q, k, None, None, cos, sin, 1e-6, True, 1))
     weights = randn(8).requires_grad_(), randn(4).requires_grad_()
     torch.library.opcheck(qk_norm_rope, (q, k, *weights, None, None, 1e-6, False, 0))
+    q, k, *weights = (t.detach() for t in (q, k, *weights))
+    places = randn(1, 4, 2, 4)[:, 1:3], randn(1, 5, 1, 4)[:, :3]
+    torch.library.opcheck(qk_norm_rope_out, (q, k, *weights, cos, sin, 1e-6, False, 1, *places))

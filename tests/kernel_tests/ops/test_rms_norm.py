@@ -16,7 +16,8 @@ def plain_sum(x, y, weight, eps):
 
 
 STRIDED = pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-SHAPES = [(1, 1), (2, 7, 17), (1, 5120), (2, 3, 5, 64), (70, 192), (0, 8)]
+# Six rows of 2100 are those of a program and a half.
+SHAPES = [(1, 1), (2, 7, 17), (1, 5120), (2, 3, 5, 64), (70, 192), (2, 6, 2100), (0, 8)]
 
 
 @STRIDED

@@ -358,16 +358,18 @@ def qwen_text(config, masked=False) -> Counts:
 
 
 def joyimage_transformer(config) -> Counts:
-    """Two streams; in the last block only what the target's tokens need."""
-    stream = Counts(ada_layer_norm=1, qk_norm_rope=1, gate_residual_norm=1, gate_residual=1, gelu_tanh=1)
+    """Two streams, which write q, k and v where the attention reads both; in the last block only what the
+    target's tokens need."""
+    to_attention = Counts(ada_layer_norm=1, qk_norm_rope_out=1)
+    stream = to_attention + Counts(gate_residual_norm=1, gate_residual=1, gelu_tanh=1)
     block = stream * 2 + Counts(attention=1)
-    last = stream + Counts(ada_layer_norm=1, rms_norm=1, attention=1)
+    last = stream + to_attention + Counts(attention=1)
     return block * (config.num_layers - 1) + last + Counts(layer_norm=1)
 
 
 def chronoedit_transformer(config) -> Counts:
-    attention = Counts(ada_layer_norm=1, qk_norm_rope=1, attention=1, gate_residual=1)
-    to_context = Counts(layer_norm=1, rms_norm=1, attention=1)
+    attention = Counts(ada_layer_norm=1, qk_norm_rope=1, attention=1, gate_residual_layer_norm=1)
+    to_context = Counts(rms_norm=1, attention=1)
     mlp = Counts(gate_residual_norm=1, gelu_tanh=1, gate_residual=1)
     return (attention + to_context + mlp) * config.num_layers + Counts(ada_layer_norm=1)
 
