@@ -117,7 +117,7 @@ def timed(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
 def measure(cases: list[Case], providers: list[str]) -> Iterator[dict[str, Any]]:
     """Times of every case and provider on the device: all there are, after each case. Prints a line for
     each."""
-    from benchmarks.roofline import stored
+    from benchmarks.roofline import once
 
     rows = {}
     for case in cases:
@@ -128,7 +128,7 @@ def measure(cases: list[Case], providers: list[str]) -> Iterator[dict[str, Any]]
                 function = call(case, provider)
                 error = check(case, provider, function, args)
                 seconds = timed(function, args)
-                fused = stored(tree_leaves(args)) + stored(floats(function(*args)))
+                fused = once(args, floats(function(*args)))
             except Exception as wrong:
                 row[provider] = {"failed": f"{type(wrong).__name__}: {wrong}"}
             else:

@@ -87,6 +87,11 @@ def stored(values: Iterable[Any]) -> int:
     return total
 
 
+def once(*values: Any) -> int:
+    """Bytes of arguments and results, each once, also where a result was written to an argument."""
+    return stored({id(t): t for t in tree_leaves(values)}.values())
+
+
 def traffic(case: Case, op: Op) -> Traffic:
     args = case.make("meta", fill=False)
     with ops.backend("torch"):
@@ -94,8 +99,7 @@ def traffic(case: Case, op: Op) -> Traffic:
     plain = op.plain if callable(op.plain) else op.plain[case.system]
     with Moved() as moved:
         plain(*args)
-    fused = stored(tree_leaves(args)) + stored(tree_leaves(out))
-    return Traffic(fused, moved.bytes, moved.launches, op.operations(*args))
+    return Traffic(once(args, out), moved.bytes, moved.launches, op.operations(*args))
 
 
 def floor(t: Traffic, op: Op, gpu: GPU) -> float:
