@@ -68,7 +68,7 @@ def has_cudnn_attention() -> bool:
 
 
 def family(device: torch.device) -> str | None:
-    """The key of the tables above, None for a device that is not in them."""
+    """The key of the tables of tiles, None for a device that is not in them."""
     if INTERPRETED:
         return "sm_80"
     properties = torch.cuda.get_device_properties(device)
