@@ -68,7 +68,7 @@ def has_cudnn_attention() -> bool:
 
 
 def family(device: torch.device) -> str | None:
-    """The key of the tables above, None for a device that is not in them."""
+    """The key of the tables of tiles, None for a device that is not in them."""
     if INTERPRETED:
         return "sm_80"
     properties = torch.cuda.get_device_properties(device)
@@ -97,8 +97,9 @@ def choose(
     tile = table[min(widest for widest in table if main + rest <= widest)]._asdict()
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"E": width, "MAIN": main, "REST": rest, "CAUSAL": causal, "SUMMED": summed, **tile}
-    # For AMD's devices Triton 3.6 does not compile a choice between pointers. Unrolled, the loop has none.
-    constants["UNROLL"] = 2 if device.startswith("gfx") else 1
+    # Unrolled where the loop over two segments is not compiled: for AMD's devices Triton 3.6 takes no choice
+    # between pointers, for sm_100 Triton 3.4 no head in two parts (and later ones spill).
+    constants["UNROLL"] = 2 if device.startswith("gfx") or device == "sm_100" and rest else 1
     return constants, {**options, "enable_fp_fusion": True}
 
 

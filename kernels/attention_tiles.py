@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 TILES = {
     "sm_80": {
         48: Tile(128, 32, 4, 3),  # compiled: no spills with Triton 3.4, 3.6, 3.9
-        64: Tile(128, 64, 4, 3),  # compiled: no spills with Triton 3.4, 3.6, 3.9
+        64: Tile(128, 64, 4, 3),  # compiled: no spills with Triton 3.6, 3.9
         80: Tile(128, 64, 8, 3),  # compiled: no spills with Triton 3.4, 3.6, 3.9
         128: Tile(128, 64, 8, 3),  # compiled: no spills with Triton 3.6, 3.9
         160: Tile(128, 32, 8, 2),  # compiled: no spills with Triton 3.6, 3.9
@@ -50,14 +50,14 @@ TILES = {
     "sm_90": {
         128: Tile(128, 128, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
         160: Tile(128, 64, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
-        256: Tile(128, 64, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
+        256: Tile(64, 32, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
     },
     "sm_100": {
         64: Tile(128, 128, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
         80: Tile(128, 128, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
         128: Tile(128, 64, 8, 3, WARP_SPECIALIZE=True),  # compiled: no spills with Triton 3.4, 3.6, 3.9
         160: Tile(128, 64, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
-        256: Tile(128, 64, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
+        256: Tile(64, 64, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
     },
     "sm_120": {
         64: Tile(128, 64, 4, 2),  # compiled: no spills with Triton 3.6, 3.9
@@ -67,16 +67,16 @@ TILES = {
         256: Tile(64, 32, 8, 2),  # compiled: no spills with Triton 3.6, 3.9
     },
     "gfx942": {
-        80: Tile(128, 64, 4, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
+        80: Tile(128, 64, 4, 2),  # compiled: no spills with Triton 3.6, 3.9
         128: Tile(128, 32, 4, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
         160: Tile(128, 32, 4, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
         256: Tile(64, 32, 4, 1),  # compiled: no spills with Triton 3.4, 3.6, 3.9
     },
     "gfx950": {
-        80: Tile(128, 64, 4, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
+        80: Tile(128, 64, 4, 2),  # compiled: no spills with Triton 3.6, 3.9
         128: Tile(128, 64, 4, 2),  # compiled: no spills with Triton 3.6, 3.9
-        160: Tile(128, 32, 4, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
-        256: Tile(64, 32, 4, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
+        160: Tile(128, 32, 4, 2),  # compiled: no spills with Triton 3.6, 3.9
+        256: Tile(64, 32, 4, 2),  # compiled: no spills with Triton 3.6, 3.9
     },
 }
 # One segment of queries over two of keys, where the tile above spills.
@@ -86,9 +86,6 @@ TWO_KEY_SEGMENTS_TILES = {
     },
     "sm_86": {
         128: Tile(128, 32, 8, 3),  # compiled: no spills with Triton 3.6, 3.9
-    },
-    "sm_90": {
-        256: Tile(128, 32, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
     },
 }
 # The diagonal and a second accumulator take registers of their own.
@@ -123,7 +120,7 @@ CAUSAL_OR_SUMMED_TILES = {
     },
     "gfx950": {
         128: Tile(128, 32, 4, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
-        256: Tile(64, 32, 4, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
+        256: Tile(64, 32, 4, 2),  # compiled: no spills with Triton 3.6, 3.9
     },
 }
 # Summed, where the tile of a causal one spills.
@@ -140,6 +137,8 @@ SUMMED_TILES = {
         256: Tile(64, 16, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
     },
     "sm_100": {
+        64: Tile(64, 64, 4, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
+        160: Tile(128, 64, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
         256: Tile(64, 16, 8, 2),  # compiled: no spills with Triton 3.4, 3.6, 3.9
     },
     "sm_120": {
@@ -149,22 +148,29 @@ SUMMED_TILES = {
 # Triton before 3.6 needs more registers for the same: in place of the rows above, of two segments too.
 TILES_BEFORE_3_6 = {
     "sm_80": {
+        64: Tile(128, 64, 8, 3),  # compiled: no spills with Triton 3.4
         128: Tile(128, 32, 8, 3),  # compiled: no spills with Triton 3.4
-        160: Tile(128, 32, 8, 3),  # compiled: no spills with Triton 3.4
+        160: Tile(128, 16, 8, 2),  # compiled: no spills with Triton 3.4
     },
     "sm_86": {
         80: Tile(128, 32, 8, 3),  # compiled: no spills with Triton 3.4
         128: Tile(128, 32, 8, 3),  # compiled: no spills with Triton 3.4
-        160: Tile(128, 32, 8, 3),  # compiled: no spills with Triton 3.4
+        160: Tile(128, 16, 8, 2),  # compiled: no spills with Triton 3.4
     },
     "sm_120": {
         64: Tile(128, 64, 8, 2),  # compiled: no spills with Triton 3.4
         128: Tile(128, 32, 8, 3),  # compiled: no spills with Triton 3.4
-        160: Tile(128, 32, 8, 3),  # compiled: no spills with Triton 3.4
+        160: Tile(128, 16, 8, 2),  # compiled: no spills with Triton 3.4
         256: Tile(64, 16, 8, 2),  # compiled: no spills with Triton 3.4
     },
+    "gfx942": {
+        80: Tile(128, 32, 4, 2),  # compiled: no spills with Triton 3.4
+    },
     "gfx950": {
+        80: Tile(128, 32, 4, 2),  # compiled: no spills with Triton 3.4
         128: Tile(128, 32, 4, 2),  # compiled: no spills with Triton 3.4
+        160: Tile(128, 32, 4, 1),  # compiled: no spills with Triton 3.4
+        256: Tile(64, 32, 4, 1),  # compiled: no spills with Triton 3.4
     },
 }
 CAUSAL_OR_SUMMED_TILES_BEFORE_3_6 = {
@@ -180,6 +186,9 @@ CAUSAL_OR_SUMMED_TILES_BEFORE_3_6 = {
         128: Tile(64, 64, 8, 2),  # compiled: no spills with Triton 3.4
         160: Tile(64, 16, 8, 1),  # compiled: no spills with Triton 3.4
         256: Tile(32, 32, 8, 2),  # compiled: no spills with Triton 3.4
+    },
+    "gfx950": {
+        256: Tile(64, 32, 4, 1),  # compiled: no spills with Triton 3.4
     },
 }
 # fp32 without TF32: NVIDIA's matrix units do not have it, and the products are unrolled multiply-adds.
