@@ -8,7 +8,9 @@ Backward reads the incoming gradient and x and writes x's gradient; the statisti
 the row is in registers anyway. The gradients of scale and shift are summed per program, then over programs.
 
 The kernels see x (A, R, D) as rows with two strides, so that slices need no copy, and one scale and shift per
-A (batch stride 0: the same for all). out is contiguous. A program holds ROWS whole rows of one sample.
+A (batch stride 0: the same for all). out is contiguous. A program goes over ROWS_EACH whole rows of one
+sample and loads scale and shift once for them: at a width of 4096, with x in bf16 and modulation in fp32, 24
+KiB for each row pass between L2 cache and program, not 48.
 """
 
 import torch

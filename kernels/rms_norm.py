@@ -9,7 +9,8 @@ statistics are computed anew, because the row is in registers anyway. The gradie
 program, then over programs.
 
 x, y (A, R, D), of one dtype or two: rows with two strides, so that slices need no copy; weight (D); results
-are contiguous. A program holds ROWS whole rows.
+are contiguous. A program goes over ROWS_EACH whole rows and loads the weight once for them: at a width of
+5120 in bf16, 22.5 KiB for each row pass between L2 cache and program, not 30.
 """
 
 import torch

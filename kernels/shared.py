@@ -21,9 +21,9 @@ def options(elements: int, each: int = 16, most_threads: int = 512) -> dict[str,
 
 def tile(*inputs: Tensor) -> dict[str, int]:
     """Of a norm: ROWS whole rows at a time, 4096 elements or one row, and at least four one after the other,
-    for which scale and shift are loaded once. While a program norms some, the next ones are on their way
-    (STAGES - 1 times, in 64 KiB of shared memory, which every GPU has); 8 elements per thread leave the
-    registers for scale and shift."""
+    for which scale and shift are loaded once and held in registers: hence 8 elements per thread. While some
+    are normed, the next ones are on their way: STAGES - 1 times these rows of all inputs, in at most 64 KiB
+    of shared memory, which every GPU has. Where ROWS are four already, nothing comes after them."""
     block = triton.next_power_of_2(inputs[0].shape[-1])
     rows = max(1, min(64, 4096 // block))
     rows_each = max(4, rows)
