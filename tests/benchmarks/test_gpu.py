@@ -329,6 +329,14 @@ def test_a_wrong_operation_is_written_down_and_the_others_are_timed(timed_on_a_c
     assert "failed: rms_norm: small, case: triton; swiglu: small, case: compile" in capsys.readouterr().err
 
 
+def test_bytes_of_a_result_that_is_given():
+    q, weight, out = torch.ones(2, 3, 2, 4), torch.ones(4), (torch.ones(2, 3, 2, 4), torch.ones(2, 3, 2, 4))
+    args = q, q.clone(), weight, weight.clone(), None
+    assert timings.fused_bytes(args, ops.qk_norm_rope(*args)) == 4 * (4 * q.numel() + 8)
+    args = (*args, 1e-6, False, 0, out)
+    assert timings.fused_bytes(args, ops.qk_norm_rope(*args)) == 4 * (4 * q.numel() + 8)
+
+
 def test_operations_that_are_all_right(timed_on_a_cpu, tmp_path):
     timed_on_a_cpu.setattr(timings, "call", lambda case, provider, right=timings.call: right(case, "torch"))
     assert timings.main(["--out", str(tmp_path / "out.json"), "--provider", "torch,triton"]) == 0
