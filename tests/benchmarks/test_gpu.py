@@ -51,6 +51,7 @@ def run(monkeypatch, tmp_path):
         assert written["dry_run"] is True and written["machine"]["device"] == "made up"
         return status, written["rows"]
 
+    run.path = path
     return run
 
 
@@ -193,6 +194,8 @@ def test_nothing_goes_on_when_all_time_is_over(run, clock):
 
 def test_an_interruption_leaves_what_was_measured(run, capsys):
     def interrupt():
+        while not json.loads(run.path.read_text())["rows"]:
+            time.sleep(0.01)
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(100)
 
