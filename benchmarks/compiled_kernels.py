@@ -54,8 +54,9 @@ def problems(op: op_cases.Op, target: str, entry: Mapping[str, Any]) -> list[str
         return found  # without matrix units for fp32
     for key in ("cuda" if target.startswith("sm") else "hip", target):
         for pattern in op.instructions.get(key, ()):
-            if not entry["instructions"].get(pattern):
-                found.append(f"no instruction {pattern}")
+            alternatives = (pattern,) if isinstance(pattern, str) else pattern
+            if not any(entry["instructions"].get(one) for one in alternatives):
+                found.append(f"no instruction {' or '.join(alternatives)}")
     return found
 
 

@@ -107,6 +107,13 @@ def worst_error(
     return worst
 
 
+def fused_bytes(args: tuple[Any, ...], results: Any) -> int:
+    """What the fused operation moves: each argument is read once, each result written once."""
+    from benchmarks.roofline import once
+
+    return once(args, floats(results))
+
+
 def timed(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
     """Median seconds of a call on a device whose L2 cache was emptied before."""
     from triton.testing import do_bench
@@ -117,8 +124,6 @@ def timed(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
 def measure(cases: list[Case], providers: list[str]) -> Iterator[dict[str, Any]]:
     """Times of every case and provider on the device: all there are, after each case. Prints a line for
     each."""
-    from benchmarks.roofline import once
-
     rows = {}
     for case in cases:
         args = case.make("cuda")
@@ -128,7 +133,7 @@ def measure(cases: list[Case], providers: list[str]) -> Iterator[dict[str, Any]]
                 function = call(case, provider)
                 error = check(case, provider, function, args)
                 seconds = timed(function, args)
-                fused = once(args, floats(function(*args)))
+                fused = fused_bytes(args, function(*args))
             except Exception as wrong:
                 row[provider] = {"failed": f"{type(wrong).__name__}: {wrong}"}
             else:

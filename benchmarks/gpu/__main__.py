@@ -140,6 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if rows:
+            write(given.out, results)  # it may have come in the middle of that
         print(f"stopped; {given.out} holds the {len(rows)} rows that were done", file=sys.stderr)
         return 130
     failed = sum(row["failed"] is not None for row in rows)

@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.correctness import sized
 from benchmarks.gpu.setting import Row, Setting
 from benchmarks.op_cases import Case, all_cases, all_ops
-from benchmarks.ops import call, check, floats
-from benchmarks.roofline import SYSTEMS, once
+from benchmarks.ops import call, check, fused_bytes
+from benchmarks.roofline import SYSTEMS
 from joyedit import ops
 
 SDPA = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
@@ -63,7 +63,7 @@ def timed(case: Case, name: str, setting: Setting) -> dict[str, Any]:
     error = check(case, name, function, args)
     kernel_seconds = setting.kernel_seconds(lambda: function(*args))
     call_seconds = setting.call_seconds(lambda: function(*args))
-    moved = once(args, floats(function(*args)))
+    moved = fused_bytes(args, function(*args))
     found = {
         "per_step": case.per_step,
         "kernel_seconds": kernel_seconds,

@@ -153,6 +153,10 @@ def odd(dtype: torch.dtype) -> list[Case]:
 
 
 # ----------------------------------------------------------------------------------------- sizes of a dry run
+def viewed(t: T) -> tuple[int, ...]:
+    return tuple(t.view(torch.empty(t.shape, device="meta")).shape)
+
+
 def sized(case: Case, setting: Setting) -> Case:
     """The case as it is; in a dry run with few tokens, heads, pixels or groups, and fp32 for bf16."""
     if not setting.dry:
@@ -173,7 +177,8 @@ def sized(case: Case, setting: Setting) -> Case:
     def tiny(value: Any) -> Any:
         if isinstance(value, T):
             dtype = SINGLE if value.dtype == torch.bfloat16 else value.dtype
-            return value._replace(shape=fewer(value.shape), dtype=dtype)
+            small, wanted = T(fewer(value.shape), dtype, value.view), fewer(viewed(value))
+            return small if viewed(small) == wanted else T(wanted, dtype)  # a view that names positions
         if isinstance(value, tuple):
             return tuple(map(tiny, value))
         if isinstance(value, list):

@@ -38,7 +38,7 @@ class Op(NamedTuple):
     small: arguments of a few elements, for what does not depend on their size. operations(*args): arithmetic
     operations of one call; matrix: they are done by matrix units. instructions: for each backend ("cuda",
     "hip") and architecture where it matters ("sm_90", "gfx942"), patterns of `kernels_aot.COUNTED` that must
-    occur in every kernel: wide loads, matrix units, asynchronous copies.
+    occur in every kernel: wide loads, matrix units, asynchronous copies. Of a tuple in place of a pattern, one.
     """
 
     fuses: str
@@ -46,8 +46,8 @@ class Op(NamedTuple):
     small: tuple[Any, ...]
     operations: Callable[..., int]
     matrix: bool = False
-    instructions: Mapping[str, tuple[str, ...]] = {
-        "cuda": (r"LDG(STS)?\.E\.(\w+\.)*128",),
+    instructions: Mapping[str, tuple[str | tuple[str, ...], ...]] = {
+        "cuda": ((r"LDG\.E\.(\w+\.)*128", "LDGSTS"),),
         "hip": (r"(global|buffer)_load_(b128|dwordx4)",),
     }
 

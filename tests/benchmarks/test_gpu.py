@@ -51,6 +51,7 @@ def run(monkeypatch, tmp_path):
         assert written["dry_run"] is True and written["machine"]["device"] == "made up"
         return status, written["rows"]
 
+    run.path = path
     return run
 
 
@@ -193,6 +194,8 @@ def test_nothing_goes_on_when_all_time_is_over(run, clock):
 
 def test_an_interruption_leaves_what_was_measured(run, capsys):
     def interrupt():
+        while not json.loads(run.path.read_text())["rows"]:
+            time.sleep(0.01)
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(100)
 
@@ -327,6 +330,14 @@ def test_a_wrong_operation_is_written_down_and_the_others_are_timed(timed_on_a_c
         assert rows[title][name]["seconds"] == 0.5 and rows[title][name]["bytes_per_second"] > 0
     assert "seconds" not in rows["rms_norm: small, case"]["triton"]
     assert "failed: rms_norm: small, case: triton; swiglu: small, case: compile" in capsys.readouterr().err
+
+
+def test_bytes_of_a_result_that_is_given():
+    q, weight, out = torch.ones(2, 3, 2, 4), torch.ones(4), (torch.ones(2, 3, 2, 4), torch.ones(2, 3, 2, 4))
+    args = q, q.clone(), weight, weight.clone(), None
+    assert timings.fused_bytes(args, ops.qk_norm_rope(*args)) == 4 * (4 * q.numel() + 8)
+    args = (*args, 1e-6, False, 0, out)
+    assert timings.fused_bytes(args, ops.qk_norm_rope(*args)) == 4 * (4 * q.numel() + 8)
 
 
 def test_operations_that_are_all_right(timed_on_a_cpu, tmp_path):

@@ -261,5 +261,5 @@ def test_what_is_wrong_is_named():
     assert problems() == []
     assert problems(spills=8) == ["8 spills"]
     assert "bytes of shared memory" in problems(shared=232449)[0]
-    assert problems(instructions={"all": 9}) == [r"no instruction LDG\.E\.(\w+\.)*128"]
+    assert problems(instructions={"all": 9}) == [r"no instruction LDG\.E\.(\w+\.)*128 or LDGSTS"]
     assert problems(failed="SIGABRT") == ["does not compile"]
