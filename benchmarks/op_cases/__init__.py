@@ -38,7 +38,7 @@ class Op(NamedTuple):
     small: arguments of a few elements, for what does not depend on their size. operations(*args): arithmetic
     operations of one call; matrix: they are done by matrix units. instructions: for each backend ("cuda",
     "hip") and architecture where it matters ("sm_90", "gfx942"), patterns of `kernels_aot.COUNTED` that must
-    occur in every kernel: wide loads, matrix units, asynchronous copies. Of a tuple in place of a pattern, one.
+    occur in every kernel: wide loads, matrix units, asynchronous copies. Of a tuple of patterns one must.
     """
 
     fuses: str
