@@ -122,10 +122,12 @@ def test_a_changed_kernel_or_tile_is_noticed(monkeypatch):
     from joyedit.kernels import rms_norm
 
     tile = rms_norm.tile
-    monkeypatch.setattr(rms_norm, "tile", lambda width: {**tile(width), "num_warps": 2})
+    monkeypatch.setattr(rms_norm, "tile", lambda *inputs: {**tile(*inputs), "num_warps": 2})
     assert len(kernels_aot.stale("rms_norm", NEWEST)) >= len(kernels_aot.TARGETS)
     monkeypatch.undo()
-    monkeypatch.setattr(rms_norm.backward, "_src", rms_norm.backward.src.replace("normed * along", "normed"))
+    monkeypatch.setattr(
+        rms_norm.rms_norm_backward, "_src", rms_norm.rms_norm_backward.src.replace("normed * along", "normed")
+    )
     assert len(kernels_aot.stale("rms_norm", NEWEST)) >= len(kernels_aot.TARGETS)
 
 
@@ -220,7 +222,8 @@ def test_only_what_changed_is_compiled_again(monkeypatch, recorded):
     wrong = recorded.read_text(encoding="utf-8").replace(entries["sm_90"]["source"], "of other code")
     recorded.write_text(wrong, encoding="utf-8")
     compiled = {
-        key: entries["sm_90"][key] for key in ("registers", "spills", "shared", "warps", "instructions")
+        key: entries["sm_90"][key]
+        for key in ("registers", "spills", "shared", "warps", "instructions", "binary")
     }
     asked = []
 
