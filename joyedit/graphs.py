@@ -68,7 +68,7 @@ class CudaCapture:
             raise NotRecorded(f"it computes on {device}, and graphs need a CUDA or ROCm device")
         self.device, self.stream = device, torch.cuda.Stream(device)
         self.last_use = torch.cuda.Event()
-        self.living: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self.living: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, None] = weakref.WeakKeyDictionary()
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -102,7 +102,7 @@ class CudaCapture:
         except BaseException:
             self.living.clear()  # what failed may have left the pool half recorded
             raise
-        self.living.add(graph)
+        self.living[graph] = None
         return result, graph.replay
 
     def finish(self) -> None:

@@ -103,13 +103,18 @@ def choose(
     return constants, {**options, "enable_fp_fusion": True}
 
 
+def before_3_6() -> bool:
+    """Whether Triton is of the releases that have tables of their own."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+
+
 def tiles_for(
     device: str, dtype: torch.dtype, causal: bool, summed: bool, segments: tuple[int, int]
 ) -> dict[int, tiles.Tile]:
     """The tables of tiles for such a call, one laid over the other: widest head of a row -> tile."""
     if dtype == torch.float32:
         return tiles.FP32_TILES[device[: 2 if device.startswith("sm") else 3]]
-    is_old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+    is_old = before_3_6()
     if causal or summed:
         tables = [tiles.CAUSAL_OR_SUMMED_TILES]
         tables += [tiles.SUMMED_TILES] if summed else []

@@ -64,7 +64,7 @@ class Entry(NamedTuple):
         """The table whose rows lie over all others of the call: older Triton has some of its own."""
         _, causal, summed, _ = self.asked()
         older = "CAUSAL_OR_SUMMED_TILES_BEFORE_3_6" if causal or summed else "TILES_BEFORE_3_6"
-        return older if kernels.OLD_TRITON else self.table
+        return older if kernels.before_3_6() else self.table
 
 
 IMAGE_AND_TEXT = (alone(8192, 32, 128), alone(1100, 32, 128))

@@ -335,7 +335,7 @@ def test_the_kernel_takes_what_the_sweep_tries_and_writes(tiles, monkeypatch, fa
         return tiles.Tile(**{name: values[name] for name in tiles.Tile._fields})
 
     monkeypatch.setattr(kernels, "family", lambda device: family)
-    monkeypatch.setattr(kernels, "OLD_TRITON", is_old)
+    monkeypatch.setattr(kernels.triton, "__version__", "3.5.1" if is_old else "3.9.0")
     setting = Setting(torch.device("cpu"), False)
     for entry in tiles.ENTRIES:
         if is_old:  # rows that lie over those of newer versions
