@@ -103,11 +103,6 @@ def choose(
     return constants, {**options, "enable_fp_fusion": True}
 
 
-def before_3_6() -> bool:
-    """Whether Triton is of the releases that have tables of their own."""
-    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
-
-
 def tiles_for(
     device: str, dtype: torch.dtype, causal: bool, summed: bool, segments: tuple[int, int]
 ) -> dict[int, tiles.Tile]:
@@ -521,6 +516,11 @@ def fake_attention(q, k, v, lengths, causal, summed, scale):
     b, _, h, e = q[0].shape
     tokens = sum(part.shape[1] for part in q)
     return torch.empty((b, tokens, h, e), dtype=q[0].dtype, device=q[0].device)
+
+
+def before_3_6() -> bool:
+    """Whether Triton is of the releases that have tables of their own."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 
 
 LIBRARY = torch.library.Library("joyedit", "FRAGMENT")
