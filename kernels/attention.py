@@ -30,6 +30,7 @@ from torch import Tensor
 from triton.runtime import _allocation
 
 from joyedit.kernels import attention_tiles as tiles
+from joyedit.kernels.shared import register
 
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2_E = 1.4426950408889634
@@ -101,6 +102,11 @@ def choose(
     # between pointers, for sm_100 Triton 3.4 no head in two parts (and later ones spill).
     constants["UNROLL"] = 2 if device.startswith("gfx") or device == "sm_100" and rest else 1
     return constants, {**options, "enable_fp_fusion": True}
+
+
+def before_3_6() -> bool:
+    """Whether Triton is of the releases that have tables of their own."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 
 
 def tiles_for(
@@ -518,17 +524,11 @@ def fake_attention(q, k, v, lengths, causal, summed, scale):
     return torch.empty((b, tokens, h, e), dtype=q[0].dtype, device=q[0].device)
 
 
-def before_3_6() -> bool:
-    """Whether Triton is of the releases that have tables of their own."""
-    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
-
-
 LIBRARY = torch.library.Library("joyedit", "FRAGMENT")
 LIBRARY.define(
     "attention(Tensor[] q, Tensor[] k, Tensor[] v, int[] lengths, bool causal, bool summed, float scale)"
     " -> Tensor"
 )
-for key in ("CUDA", "CPU"):  # AMD's devices are CUDA to PyTorch; the CPU is the interpreter's
-    LIBRARY.impl("attention", run_attention, key)
+register(LIBRARY, "attention", run_attention)
 torch.library.register_fake("joyedit::attention", fake_attention, lib=LIBRARY)
 attention = torch.ops.joyedit.attention.default
