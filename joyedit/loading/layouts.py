@@ -7,9 +7,8 @@ Layouts of whole checkpoints:
               file of the first alone
   ldm         one file with all of Stable Diffusion, see `single_file.py`
 
-Edit and Edit-Plus have the same tensors: in ComfyUI's layout, `plus` in the name of the transformer's file tells
-them apart, or what `load` is told.
 A Diffusers folder goes by its subfolders: that of ChronoEdit was published under the names of WAN's classes.
+Edit and Edit-Plus have the same tensors: of ComfyUI's files one is Plus's that has `plus` in its name.
 Files without a config beside them have the released one. Nothing of a repository is executed.
 """
 
@@ -109,7 +108,7 @@ def load(
 ) -> Any:
     """Load a pipeline from a folder, a weight file, a Hub repository, or one of the built-in names.
 
-    pipeline: class name, where a checkpoint serves several.
+    pipeline: class name, where a checkpoint serves several, as ComfyUI's files of JoyAI's transformer do.
     device: "auto" takes the accelerator if there is one.
     dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16, and the VAE and
         vision tower of ChronoEdit, which become fp32. {"transformer": ..., "default": ...}: by part.
@@ -207,8 +206,8 @@ def find_checkpoint(name_or_path: str | Path, pipeline: str | None = None, **opt
     if pipeline is not None and layout == "diffusers":
         return Checkpoint(origin, listing, layout, pipeline)
     held = _pipeline_class(origin, layout)
-    if layout == "comfyui" and ALIKE >= {pipeline, held}:
-        held = pipeline
+    if pipeline is not None and layout == "comfyui" and ALIKE >= {pipeline, held}:
+        return Checkpoint(origin, listing, layout, pipeline)
     if pipeline not in (None, held):
         raise ValueError(f"pipeline={pipeline!r}: {name} is of a {held}")
     return Checkpoint(origin, listing, layout, held)
@@ -314,18 +313,15 @@ def _is_chronoedit(origin: Origin) -> bool:
 
 def _is_plus(origin: Origin) -> bool:
     """Whether ComfyUI's file of the transformer, or each of several, is called Edit-Plus's."""
-    folder = COMFYUI_FOLDERS["transformer"]
-    held = (
-        [file for file in origin.listing() if file.startswith(f"{folder}/")]
-        if not Path(origin.name).is_file()
-        else [origin.name]
-    )
-    files = [file for file in held if file.endswith(WEIGHT_SUFFIXES)]
+    folder, files = COMFYUI_FOLDERS["transformer"], [origin.name]
+    if not Path(origin.name).is_file():
+        files = [file for file in origin.listing() if file.startswith(f"{folder}/")]
+        files = [file for file in files if file.endswith(WEIGHT_SUFFIXES)]
     return bool(files) and all(map(is_called_plus, files))
 
 
 def is_called_plus(file: str) -> bool:
-    return "plus" in PurePosixPath(file).name.lower()
+    return "plus" in Path(file).name.lower()
 
 
 def pipeline_for(class_name: str) -> str | None:
@@ -533,12 +529,22 @@ def _open_comfyui(found: Checkpoint, options: LoadOptions, passed: Mapping[str, 
     paths = {name: Path(origin.name) for name in folders}
     if found.listing:
         single = {name: _only_file(found, folder) for name, folder in folders.items()}
+        _warn_of_two_models(
+            found, [single[name] for name in ("transformer", "text_encoder") if name in single]
+        )
         configs = [f"{folder}/config.json" for folder in folders.values()]
         root = origin.fetch([*single.values(), *(name for name in configs if name in found.listing)])
         paths = {name: root / file for name, file in single.items()}
     for name, path in paths.items():
         parts[name] = plan_file(kinds[name], path, _with_dtype(cls, name, options))
     return parts
+
+
+def _warn_of_two_models(found: Checkpoint, files: Sequence[str]) -> None:
+    if found.class_name in ALIKE and len(set(map(is_called_plus, files))) > 1:
+        log.warning(
+            "Edit and Edit-Plus have text encoders of their own, but %s are of both", " and ".join(files)
+        )
 
 
 def save_checkpoint(
