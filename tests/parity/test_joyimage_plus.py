@@ -160,14 +160,16 @@ def ours(checkpoint):
 
 @pytest.fixture(scope="module")
 def reference(checkpoint):
+    return open_reference(checkpoint, torch.float32)
+
+
+def open_reference(checkpoint, dtype):
     pipe = ReferencePipeline(
         scheduler=ReferenceScheduler.from_pretrained(checkpoint, subfolder="scheduler"),
-        vae=ReferenceVAE.from_pretrained(checkpoint, subfolder="vae"),
-        text_encoder=ReferenceEncoder.from_pretrained(
-            checkpoint / "text_encoder", dtype=torch.float32
-        ).eval(),
+        vae=ReferenceVAE.from_pretrained(checkpoint, subfolder="vae", dtype=dtype),
+        text_encoder=ReferenceEncoder.from_pretrained(checkpoint / "text_encoder", dtype=dtype).eval(),
         tokenizer=ReferenceTokenizer.from_pretrained(checkpoint / "tokenizer"),
-        transformer=ReferenceTransformer.from_pretrained(checkpoint, subfolder="transformer"),
+        transformer=ReferenceTransformer.from_pretrained(checkpoint, subfolder="transformer", dtype=dtype),
         processor=None,
     )
     own = JoyImageEditPlusPipeline.from_pretrained(checkpoint)
@@ -270,6 +272,25 @@ def test_prompt_embeddings_equal_the_reference(ours, reference):
         else:
             assert own.shape[1] == length
             assert distance(embeds[longest], theirs[longest]) <= 1e-5 * float(theirs.abs().max())
+
+
+@pytest.mark.slow
+def test_bf16_is_no_further_from_fp32_than_twice_the_reference(checkpoint, reference):
+    ours = JoyImageEditPlusPipeline.from_pretrained(checkpoint, dtype="bf16")
+    ours.buckets = BUCKETS
+    ours.set_progress_bar_config(disable=True)
+    theirs = open_reference(checkpoint, torch.bfloat16)
+    call = dict(CALLS["batch of ragged references"], generator=None)
+    errors = []
+    start = torch.randn(3, 16, 1, 8, 10, generator=torch.Generator().manual_seed(1)).bfloat16()
+    _, exact = run_reference(reference, latents=start.float(), **call)
+    for latents in (
+        run_ours(ours, latents=start, **call)[1],
+        run_reference(theirs, latents=start, **call)[1],
+    ):
+        assert latents.dtype == torch.bfloat16
+        errors.append(float((latents.float() - exact).abs().mean()))
+    assert 0 < errors[0] <= 2 * errors[1]
 
 
 @pytest.mark.slow
