@@ -145,16 +145,16 @@ def test_a_record_of_too_many(run, plus, no_work):
     assert status == 1 and "7 pictures" in err
 
 
-def test_a_recorded_name_leads_nowhere_else(run, plus, tmp_path, no_work):
-    Path("inside").mkdir()
-    secret = facts("b.png")
-    (tmp_path / "b.png").rename(tmp_path / "secret.png")
-    outside = {**secret, "name": "../secret.png"}
+def test_a_recorded_name_leads_nowhere_else(run, plus, tmp_path, no_work, monkeypatch):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    outside = {**facts("b.png"), "name": "../b.png"}
     metadata = {"prompt": "x", "model": str(plus), "references": [outside], "input": facts("a.png")}
-    images.save_png(Image.new("RGB", (8, 8)), "inside/made.png", metadata)
-    Path("a.png").rename("inside/a.png")
-    Path("secret.png").rename("inside/other.png")
-    status, _, err = run("edit", "inside/a.png", "--config-from", "inside/made.png")
+    images.save_png(Image.new("RGB", (8, 8)), inside / "made.png", metadata)
+    Path("a.png").rename(inside / "a.png")
+    monkeypatch.chdir(inside)
+    assert Path("../b.png").is_file()
+    status, _, err = run("edit", "a.png", "--config-from", "made.png")
     assert status == 1 and "no such file" in err
 
 

@@ -285,6 +285,15 @@ def test_images_and_their_places_in_turns(pipe):
         pipe.encode_prompt_multiple_images(["<image>\n", "x"], images=[SQUARE])
 
 
+def test_turns_that_speak_before_they_show(pipe):
+    """The same picture after different words: what the turns share ends before it."""
+    turns = ["<|im_start|>user\nSee <image>\n", "<|im_start|>user\nOr <image>\nagain"]
+    embeds, mask = pipe.encode_prompt_multiple_images(turns, images=[SQUARE, SQUARE])
+    for row, turn in enumerate(turns):
+        alone, _ = pipe.encode_prompt_multiple_images(turn, images=[SQUARE])
+        torch.testing.assert_close(embeds[row][mask[row].bool()], alone[0])
+
+
 def test_buckets_and_parts(pipe, loaded):
     pipe.buckets = [(100, 100)]
     with pytest.raises(ValueError, match="multiples of 16"):
