@@ -104,6 +104,7 @@ def made_local(source, published):
     if changed != source and "num_inference_steps" not in source:
         changed = changed.replace("generator=", "num_inference_steps=2, generator=")
     changed = changed.replace('"cuda"', '"cpu"').replace("(photo.height, photo.width)", "(64, 96, 32 * 48)")
+    changed = re.sub(r"\b(height|width)=\d+", r"\1=64", changed)
     return re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", changed)
 
 
@@ -149,7 +150,7 @@ def test_python_blocks(page, source, desk, published):
 def run_joyedit(words, published, capsys):
     """Runs a command of a page, small and in one step. Every path that it prints is there."""
     small = ["--steps", "1"] if words[0] in ("edit", "generate") else []
-    if "nvidia/ChronoEdit-14B-Diffusers" in words:
+    if "nvidia/ChronoEdit-14B-Diffusers" in words or "--height" in words:
         small += ["--height", "32", "--width", "48"]
     if "--reasoning-steps" in words:
         words[words.index("--reasoning-steps") + 1] = "1"
