@@ -85,6 +85,7 @@ def test_the_size_is_that_of_the_last(run, plus):
     assert Image.open("a-edit-1.png").size == (width, height) and height > width
 
 
+@pytest.mark.slow
 def test_without_a_photograph(run, plus):
     words = ("generate", "x", "--model", plus, *SIZE, *QUICK)
     assert run(*words, "--seed", 1)[0] == 0
@@ -94,6 +95,7 @@ def test_without_a_photograph(run, plus):
     assert "input" not in recorded("generated-2.png")
 
 
+@pytest.mark.slow
 def test_one_photograph_is_a_reference_of_one(run, plus):
     status, _, _ = run("edit", "a.png", "c.png", "x", "--model", plus, *SIZE, *QUICK, "--seed", 1)
     assert status == 0 and Path("a-edit-1.png").is_file() and Path("c-edit-1.png").is_file()

@@ -82,6 +82,7 @@ def test_one_list_serves_all_prompts(pipe):
     np.testing.assert_array_equal(flat, nested)
 
 
+@pytest.mark.slow
 def test_forms_of_pictures(pipe):
     pixels = np.asarray(WIDE)
     expected = run(pipe, [WIDE, TALL])
@@ -314,6 +315,7 @@ def test_edit_and_plus_share_parts(loaded, pipe):
     np.testing.assert_array_equal(run(again, [WIDE, TALL]), run(pipe, [WIDE, TALL]))
 
 
+@pytest.mark.slow
 def test_offloading(checkpoint, pipe):
     moved = JoyImageEditPlusPipeline.from_pretrained(checkpoint, dtype="float32")
     moved.buckets = BUCKETS
