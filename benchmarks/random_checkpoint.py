@@ -32,6 +32,7 @@ from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel
 from joyedit.models.wan_vae import AutoencoderKLWan, AutoencoderKLWanConfig
 from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
 from joyedit.pipelines.joyimage import JoyImageEditPipeline
+from joyedit.pipelines.joyimage_plus import JoyImageEditPlusPipeline
 from joyedit.schedulers.ddim import DDIMScheduler
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
@@ -56,8 +57,10 @@ SPECIAL_TOKENS = (
 WORDS = "a of and the in on at is it an bowl basket photo fruit pear cat dog".split()
 
 
-def write_random_checkpoint(folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a JoyAI-Image-Edit checkpoint to `folder`."""
+def write_random_checkpoint(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, plus: bool = False
+) -> None:
+    """Write a JoyAI-Image-Edit checkpoint to `folder`, or one of Edit-Plus."""
     tokenizer = _byte_tokenizer(folder / "tokenizer")
     write_json(
         folder / "tokenizer" / "preprocessor_config.json",
@@ -89,7 +92,8 @@ def write_random_checkpoint(folder: Path, seed: int = 0, dtype: torch.dtype = to
         )
         vae = AutoencoderKLWan(AutoencoderKLWanConfig(base_dim=8, num_res_blocks=1))
         encoder = Qwen3VLForConditionalGeneration(_encoder_config(tokenizer))
-    pipe = JoyImageEditPipeline(
+    made = JoyImageEditPlusPipeline if plus else JoyImageEditPipeline
+    pipe = made(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.5),
         vae=vae.to(dtype),
         text_encoder=encoder.to(dtype),

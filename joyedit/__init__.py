@@ -20,6 +20,8 @@ _MODULE_OF = {
     "load": "joyedit.loading.layouts",
     "JoyImageEditPipeline": "joyedit.pipelines.joyimage",
     "JoyImageEditPipelineOutput": "joyedit.pipelines.joyimage",
+    "JoyImageEditPlusPipeline": "joyedit.pipelines.joyimage_plus",
+    "JoyImageEditPlusPipelineOutput": "joyedit.pipelines.joyimage_plus",
     "ChronoEditPipeline": "joyedit.pipelines.chronoedit",
     "ChronoEditPipelineOutput": "joyedit.pipelines.chronoedit",
     "StableDiffusionDiffEditPipeline": "joyedit.pipelines.diffedit",
@@ -28,6 +30,7 @@ _MODULE_OF = {
     "PipelineCallback": "joyedit.pipelines.pipeline",
     "MultiPipelineCallbacks": "joyedit.pipelines.pipeline",
     "JoyImageEditTransformer3DModel": "joyedit.models.joyimage_mmdit",
+    "JoyImageEditPlusTransformer3DModel": "joyedit.models.joyimage_mmdit",
     "ChronoEditTransformer3DModel": "joyedit.models.chronoedit_dit",
     "AutoencoderKLWan": "joyedit.models.wan_vae",
     "AutoencoderKL": "joyedit.models.sd_vae",
@@ -74,6 +77,9 @@ if TYPE_CHECKING:
     from joyedit.models.clip import CLIPVisionModel as CLIPVisionModel
     from joyedit.models.clip import CLIPVisionModelWithProjection as CLIPVisionModelWithProjection
     from joyedit.models.clip import StableDiffusionSafetyChecker as StableDiffusionSafetyChecker
+    from joyedit.models.joyimage_mmdit import (
+        JoyImageEditPlusTransformer3DModel as JoyImageEditPlusTransformer3DModel,
+    )
     from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel as JoyImageEditTransformer3DModel
     from joyedit.models.qwen3_vl import Qwen3VLForConditionalGeneration as Qwen3VLForConditionalGeneration
     from joyedit.models.sd_unet import UNet2DConditionModel as UNet2DConditionModel
@@ -87,6 +93,10 @@ if TYPE_CHECKING:
     from joyedit.pipelines.diffedit import StableDiffusionPipelineOutput as StableDiffusionPipelineOutput
     from joyedit.pipelines.joyimage import JoyImageEditPipeline as JoyImageEditPipeline
     from joyedit.pipelines.joyimage import JoyImageEditPipelineOutput as JoyImageEditPipelineOutput
+    from joyedit.pipelines.joyimage_plus import JoyImageEditPlusPipeline as JoyImageEditPlusPipeline
+    from joyedit.pipelines.joyimage_plus import (
+        JoyImageEditPlusPipelineOutput as JoyImageEditPlusPipelineOutput,
+    )
     from joyedit.pipelines.pipeline import MultiPipelineCallbacks as MultiPipelineCallbacks
     from joyedit.pipelines.pipeline import PipelineCallback as PipelineCallback
     from joyedit.schedulers.ddim import DDIMInverseScheduler as DDIMInverseScheduler

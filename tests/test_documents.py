@@ -65,23 +65,32 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def plus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents") / "joyai-plus"
+    write_random_checkpoint(folder, plus=True)
+    return folder
+
+
 @pytest.fixture
 def desk(checkpoint, tmp_path, monkeypatch):
     """A working folder with the photograph that the examples name; downloads come from it."""
     monkeypatch.chdir(tmp_path)
     photo = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
     photo.save("astronaut.jpg")
+    photo.rotate(180).save("hat.jpg")
     load_image = joyedit.load_image
     monkeypatch.setattr(joyedit, "load_image", lambda name: load_image(Path(str(name)).name))
     return tmp_path
 
 
 @pytest.fixture
-def published(checkpoint, stable_diffusion, chronoedit):
+def published(checkpoint, plus, stable_diffusion, chronoedit):
     """Published names -> the tiny checkpoints that stand for them."""
     return {
         "jdopensource/JoyAI-Image-Edit-Diffusers": checkpoint,
         "jdopensource/JoyAI-Image-Edit": checkpoint,
+        "jdopensource/JoyAI-Image-Edit-Plus-Diffusers": plus,
         "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
         "nvidia/ChronoEdit-14B-Diffusers": chronoedit,
     }
@@ -95,6 +104,7 @@ def made_local(source, published):
     if changed != source and "num_inference_steps" not in source:
         changed = changed.replace("generator=", "num_inference_steps=2, generator=")
     changed = changed.replace('"cuda"', '"cpu"').replace("(photo.height, photo.width)", "(64, 96, 32 * 48)")
+    changed = re.sub(r"\b(height|width)=\d+", r"\1=64", changed)
     return re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", changed)
 
 
@@ -140,7 +150,7 @@ def test_python_blocks(page, source, desk, published):
 def run_joyedit(words, published, capsys):
     """Runs a command of a page, small and in one step. Every path that it prints is there."""
     small = ["--steps", "1"] if words[0] in ("edit", "generate") else []
-    if "nvidia/ChronoEdit-14B-Diffusers" in words:
+    if "nvidia/ChronoEdit-14B-Diffusers" in words or "--height" in words:
         small += ["--height", "32", "--width", "48"]
     if "--reasoning-steps" in words:
         words[words.index("--reasoning-steps") + 1] = "1"

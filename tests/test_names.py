@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 NAMES = """
     __version__ load
-    JoyImageEditPipeline JoyImageEditPipelineOutput ChronoEditPipeline ChronoEditPipelineOutput
+    JoyImageEditPipeline JoyImageEditPipelineOutput JoyImageEditPlusPipeline JoyImageEditPlusPipelineOutput
+    ChronoEditPipeline ChronoEditPipelineOutput
     StableDiffusionDiffEditPipeline StableDiffusionPipelineOutput DiffEditInversionPipelineOutput
     PipelineCallback MultiPipelineCallbacks
-    JoyImageEditTransformer3DModel ChronoEditTransformer3DModel AutoencoderKLWan AutoencoderKL
-    UNet2DConditionModel Qwen3VLForConditionalGeneration CLIPTextModel CLIPVisionModel
-    CLIPVisionModelWithProjection StableDiffusionSafetyChecker UMT5EncoderModel
+    JoyImageEditTransformer3DModel JoyImageEditPlusTransformer3DModel ChronoEditTransformer3DModel
+    AutoencoderKLWan AutoencoderKL UNet2DConditionModel Qwen3VLForConditionalGeneration CLIPTextModel
+    CLIPVisionModel CLIPVisionModelWithProjection StableDiffusionSafetyChecker UMT5EncoderModel
     Qwen2Tokenizer Qwen3VLProcessor CLIPTokenizer T5TokenizerFast CLIPImageProcessor
     FlowMatchEulerDiscreteScheduler DDIMScheduler DDIMInverseScheduler UniPCMultistepScheduler
     load_image make_image_grid export_to_video hf_hub_download

@@ -114,17 +114,19 @@ class Network(NetworkSpellings):
         max_shard_size: int | str = "5GB",
         variant: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        class_name: str | None = None,
         **options: Any,
     ) -> None:
         """Write config.json and safetensors (in shards when larger than `max_shard_size`) that open equal
-        here and in diffusers or transformers. options: safe_serialization=True, push_to_hub=False and their
-        like, with no other value."""
-        check_saving(options, ("max_shard_size", "variant", "metadata"))
+        here and in diffusers or transformers. class_name: what config.json calls it; None, its class.
+        options: safe_serialization=True, push_to_hub=False and their like, with no other value."""
+        check_saving(options, ("max_shard_size", "variant", "metadata", "class_name"))
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         inverse = self.layouts()[0].invert(self.state_dict())
         save_tensors(folder, self.weights_stem, inverse, max_shard_size, variant, metadata)
-        write_json(folder / "config.json", self.config_to_save())
+        named = {} if class_name is None else {"_class_name": class_name}
+        write_json(folder / "config.json", {**self.config_to_save(), **named})
 
     def config_to_save(self) -> dict[str, Any]:
         return {"_class_name": type(self).__name__, **self.config.to_dict()}

@@ -254,7 +254,8 @@ def image_options() -> Parser:
     )
     add("--force", action="store_true", help="replace files that are there already")
     *others, usual = SYSTEMS
-    models = ", ".join([usual.model, *(f"{system.occasion} {system.model}" for system in others)])
+    special = (f"{system.occasion} {system.model}" for system in others if system.model)
+    models = ", ".join([usual.model, *special])
     add = parser.add_argument_group("the model").add_argument
     add(
         "-m",

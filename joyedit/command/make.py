@@ -18,6 +18,7 @@ from joyedit.command.arguments import blank, contradiction
 from joyedit.command.calls import origin_options, said, source_options, spelt
 from joyedit.command.photos import Photo, read_photo
 from joyedit.command.recorded import facts_of_run, fill_from_image
+from joyedit.command.references import open_references
 from joyedit.command.results import numbered, output_paths, refuse_files, write_results
 from joyedit.command.systems import SYSTEMS, System, system_of
 
@@ -41,6 +42,7 @@ def make(args: argparse.Namespace) -> Iterator[list[Path]]:
     if args.config_from is not None:
         fill_from_image(args, photos)
         refuse_contradictions(args)
+    args.references = open_references(args)
     seeds = seeds_of(args)
     paths = paths_of(args, photos, seeds)
 

@@ -1,6 +1,8 @@
 """The photographs of a command: read from paths or URLs, named without their folders, and resized."""
 
+import hashlib
 import logging
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
@@ -35,6 +37,17 @@ def read_photo(source: str) -> Photo:
         raise IsADirectoryError(f"{path} is a folder: name the photographs in it, as in {path / '*.png'}")
     image, digest = load_photo(source)
     return Photo(image, {"name": photo_name(source), "sha256": digest}, image.info.get("icc_profile"))
+
+
+def find_recorded(name: str, sha256: str, folders: Iterable[Path]) -> Path | None:
+    """The file of that name, without its folder, and content in the first of these folders that has it."""
+    for folder in folders:
+        path = folder / Path(name).name
+        if path.is_file():
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+                    return path
+    return None
 
 
 def photo_name(source: str) -> str:

@@ -42,7 +42,7 @@ REPEATED: dict[str, type | tuple[type, ...]] = {
 }
 
 # Those of which there may be several: recorded as a list, or one as itself.
-SEVERAL = ("lora", "lora_scale")
+SEVERAL = ("lora", "lora_scale", "references")
 
 
 def facts_of_run(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from joyedit.command.captions import Captions
 from joyedit.command.film import Film
 from joyedit.command.instruction import Instruction
+from joyedit.command.references import References
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 class System(Protocol):
     """What a system is to the commands.
 
-    pipeline: the class of its pipeline. model: the checkpoint, where none is named; occasion: when that is.
+    pipeline: the class of its pipeline. model: the checkpoint, where none is named, or "" where there is
+    no small one; occasion: when that is.
     commands: those that it has.
     texts: the arguments that say what to do.
     options: the arguments that it alone knows, and how they are spelt on the command line.
@@ -102,7 +104,7 @@ class System(Protocol):
 
 
 # In the order in which their options are shown. The first that is meant is taken; the last always is.
-SYSTEMS: tuple[System, ...] = (Captions(), Film(), Instruction())
+SYSTEMS: tuple[System, ...] = (Captions(), Film(), References(), Instruction())
 
 
 def system_of(pipeline: Any) -> System | None:

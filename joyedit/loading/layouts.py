@@ -8,6 +8,7 @@ Layouts of whole checkpoints:
   ldm         one file with all of Stable Diffusion, see `single_file.py`
 
 A Diffusers folder goes by its subfolders: that of ChronoEdit was published under the names of WAN's classes.
+Edit and Edit-Plus have the same tensors: of ComfyUI's files one is Plus's that has `plus` in its name.
 Files without a config beside them have the released one. Nothing of a repository is executed.
 """
 
@@ -43,6 +44,7 @@ log = logging.getLogger("joyedit")
 
 PIPELINES = {  # class -> module
     "JoyImageEditPipeline": "joyedit.pipelines.joyimage",
+    "JoyImageEditPlusPipeline": "joyedit.pipelines.joyimage_plus",
     "StableDiffusionDiffEditPipeline": "joyedit.pipelines.diffedit",
     "ChronoEditPipeline": "joyedit.pipelines.chronoedit",
 }
@@ -50,6 +52,7 @@ BUILT_IN = ("tiny-joyimage", "tiny-diffedit", "tiny-chronoedit")  # small ones, 
 ASSETS = Path(__file__).parents[1] / "assets"
 RELEASED = {
     "JoyImageEditPipeline": "jdopensource/JoyAI-Image-Edit-Diffusers",
+    "JoyImageEditPlusPipeline": "jdopensource/JoyAI-Image-Edit-Plus-Diffusers",
     "StableDiffusionDiffEditPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "ChronoEditPipeline": "nvidia/ChronoEdit-14B-Diffusers",
 }
@@ -70,13 +73,15 @@ COMFYUI_FOLDERS = {  # part -> folder
     "image_encoder": "clip_vision",
 }
 COMFYUI_SCHEDULERS = {  # JoyAI: as the published ComfyUI nodes use it; ChronoEdit: as its Diffusers folder
-    "JoyImageEditPipeline": {"shift": 1.5},
+    **dict.fromkeys(("JoyImageEditPipeline", "JoyImageEditPlusPipeline"), {"shift": 1.5}),
     "ChronoEditPipeline": {
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
         "flow_shift": 5.0,
     },
 }
+# Of the same tensors: a file does not say which of them it is.
+ALIKE = {"JoyImageEditPipeline", "JoyImageEditPlusPipeline"}
 # Tensors that tell ChronoEdit's transformer: its cross-attention reads an image.
 READS_IMAGES = ("blocks.0.cross_attn.k_img.weight", "blocks.0.attn2.add_k_proj.weight")
 
@@ -103,7 +108,7 @@ def load(
 ) -> Any:
     """Load a pipeline from a folder, a weight file, a Hub repository, or one of the built-in names.
 
-    pipeline: class name, where a checkpoint serves several.
+    pipeline: class name, where a checkpoint serves several, as ComfyUI's files of JoyAI's transformer do.
     device: "auto" takes the accelerator if there is one.
     dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16, and the VAE and
         vision tower of ChronoEdit, which become fp32. {"transformer": ..., "default": ...}: by part.
@@ -201,6 +206,8 @@ def find_checkpoint(name_or_path: str | Path, pipeline: str | None = None, **opt
     if pipeline is not None and layout == "diffusers":
         return Checkpoint(origin, listing, layout, pipeline)
     held = _pipeline_class(origin, layout)
+    if pipeline is not None and layout == "comfyui" and ALIKE >= {pipeline, held}:
+        return Checkpoint(origin, listing, layout, pipeline)
     if pipeline not in (None, held):
         raise ValueError(f"pipeline={pipeline!r}: {name} is of a {held}")
     return Checkpoint(origin, listing, layout, held)
@@ -274,7 +281,9 @@ def _preset_lora(found: Checkpoint, preset: str) -> Path:
 
 def _pipeline_class(origin: Origin, layout: str) -> str:
     if layout == "comfyui":
-        return "ChronoEditPipeline" if _is_chronoedit(origin) else "JoyImageEditPipeline"
+        if _is_chronoedit(origin):
+            return "ChronoEditPipeline"
+        return "JoyImageEditPlusPipeline" if _is_plus(origin) else "JoyImageEditPipeline"
     if layout != "diffusers":
         return "StableDiffusionDiffEditPipeline" if layout == "ldm" else "JoyImageEditPipeline"
     name = read_json(origin.fetch(["model_index.json"]) / "model_index.json").get("_class_name")
@@ -300,6 +309,19 @@ def _is_chronoedit(origin: Origin) -> bool:
         return any(name.endswith(READS_IMAGES) for name in files)
     folder = COMFYUI_FOLDERS["image_encoder"]
     return any(name.startswith(f"{folder}/") for name in origin.listing())
+
+
+def _is_plus(origin: Origin) -> bool:
+    """Whether ComfyUI's file of the transformer, or each of several, is called Edit-Plus's."""
+    folder, files = COMFYUI_FOLDERS["transformer"], [origin.name]
+    if not Path(origin.name).is_file():
+        files = [file for file in origin.listing() if file.startswith(f"{folder}/")]
+        files = [file for file in files if file.endswith(WEIGHT_SUFFIXES)]
+    return bool(files) and all(map(is_called_plus, files))
+
+
+def is_called_plus(file: str) -> bool:
+    return "plus" in Path(file).name.lower()
 
 
 def pipeline_for(class_name: str) -> str | None:
@@ -396,6 +418,9 @@ def _read(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _only_file(found: Checkpoint, folder: str) -> str:
     files = [f for f in found.listing if f.startswith(f"{folder}/") and f.endswith(WEIGHT_SUFFIXES)]
+    if len(files) > 1 and found.class_name in ALIKE:  # files of both, side by side
+        plus = found.class_name == "JoyImageEditPlusPipeline"
+        files = [file for file in files if is_called_plus(file) == plus] or files
     if len(files) != 1:
         raise FileNotFoundError(
             f"{found.origin.name}/{folder}: wanted exactly one weight file, found {files or 'none'}"
@@ -504,12 +529,22 @@ def _open_comfyui(found: Checkpoint, options: LoadOptions, passed: Mapping[str, 
     paths = {name: Path(origin.name) for name in folders}
     if found.listing:
         single = {name: _only_file(found, folder) for name, folder in folders.items()}
+        _warn_of_two_models(
+            found, [single[name] for name in ("transformer", "text_encoder") if name in single]
+        )
         configs = [f"{folder}/config.json" for folder in folders.values()]
         root = origin.fetch([*single.values(), *(name for name in configs if name in found.listing)])
         paths = {name: root / file for name, file in single.items()}
     for name, path in paths.items():
         parts[name] = plan_file(kinds[name], path, _with_dtype(cls, name, options))
     return parts
+
+
+def _warn_of_two_models(found: Checkpoint, files: Sequence[str]) -> None:
+    if found.class_name in ALIKE and len(set(map(is_called_plus, files))) > 1:
+        log.warning(
+            "Edit and Edit-Plus have text encoders of their own, but %s are of both", " and ".join(files)
+        )
 
 
 def save_checkpoint(
@@ -528,6 +563,11 @@ def save_checkpoint(
     if to == "diffusers":
         pipe.save_pretrained(folder, metadata=metadata)
         return
+    plus = isinstance(pipe, _open_class("JoyImageEditPlusPipeline"))
+    if plus and to == "original":
+        raise ValueError(
+            f"to={to!r}: JoyAI-Image-Edit-Plus has no such layout, only 'diffusers' and 'comfyui'"
+        )
     if "processor" not in pipe.components:
         kind = "Stable Diffusion" if "unet" in pipe.components else "ChronoEdit"
         raise ValueError(f"to={to!r} is for JoyAI-Image: {kind} is written as 'diffusers' only")
@@ -539,7 +579,8 @@ def save_checkpoint(
             place = COMFYUI_FOLDERS[part]
             layout = _layout(network, "comfyui")
             state = layout.invert(network.state_dict())
-            save_tensors(folder / place, f"{part}_joyimage", state, 10**15, metadata=metadata)
+            stem = f"{part}_joyimage{'_plus' * plus}"
+            save_tensors(folder / place, stem, state, 10**15, metadata=metadata)
             _save_unreleased_config(network, folder / place)
     else:
         _save_original(pipe, folder, metadata)

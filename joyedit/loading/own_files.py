@@ -38,7 +38,8 @@ def patterns(layout: str) -> list[str]:
     if layout == "diffusers":
         return ["model_index.json", *_of_diffusers_parts()]
     if layout == "comfyui":
-        own = ["config.json", "*_joyimage.safetensors", "*_joyimage-?????-of-?????.safetensors"]
+        ends = ("", "_plus", "-?????-of-?????", "_plus-?????-of-?????")
+        own = ["config.json", *(f"*_joyimage{end}.safetensors" for end in ends)]
         return [f"{folder}/{name}" for folder in COMFYUI_FOLDERS.values() for name in own]
     networks = [
         "transformer/config.json",

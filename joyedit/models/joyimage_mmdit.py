@@ -11,9 +11,12 @@ twice or thrown away: the prompt, all timesteps, the references and the rotary t
 of the guidance through each block in turn, and whose last block and head see target tokens only. To change
 the attention, change `JointAttention`.
 
+Edit and Edit-Plus are this network with weights of their own. Of Plus, references have sizes of their own:
+`rope` and `predict_branches` take a list of grids, the target's and one of each reference.
+
 B batch   I items   C latent channels   T frames   N image tokens   M target tokens, the first M of N
 L text tokens   D width   H heads   E = D / H
-Source: diffusers `transformer_joyimage.py`; arXiv 2605.04128.
+Source: diffusers `transformer_joyimage.py`, `transformer_joyimage_edit_plus.py`; arXiv 2605.04128.
 """
 
 import dataclasses
@@ -34,6 +37,7 @@ from joyedit.models.rope import grid_rope
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (N, E / 2)
 Grid = tuple[int, int, int]  # frames (all items together), rows and columns of the token grid
+Grids = Grid | list[Grid]  # one, or several after one another, each of a size of its own
 Places = tuple[Any, ...] | None  # where q, k and v are written; None: to fresh tensors
 Streams = tuple[Tensor, Tensor]  # image tokens (B, N, D), text tokens (B, L, D)
 
@@ -122,6 +126,7 @@ class JoyImageEditTransformer3DModel(Network):
 
     Config = JoyImageEditConfig
     table = "joyimage_mmdit"
+    relatives = frozenset({"JoyImageEditPlusTransformer3DModel"})  # as folders of Edit-Plus call it
     # As the reference loads it: neighbouring timesteps differ by less than bf16 resolves.
     fp32_modules = frozenset({"time_embedder"})
 
@@ -159,7 +164,7 @@ class JoyImageEditTransformer3DModel(Network):
         return JoyImageTransformerOutput(out) if return_dict else (out,)
 
     def predict_target(
-        self, target: Tensor, reference: Tensor | None, txt: Tensor, vec: Tensor, rope: Rope, grid: Grid
+        self, target: Tensor, reference: Tensor | None, txt: Tensor, vec: Tensor, rope: Rope, grid: Grids
     ) -> Tensor:
         """`predict_branches` of one branch: velocity of the target, (B, C, T, H, W)."""
         return self.predict_branches(target, reference, [txt], vec, rope, grid)[0]
@@ -171,30 +176,30 @@ class JoyImageEditTransformer3DModel(Network):
         texts: Sequence[Tensor],
         vec: Tensor,
         rope: Rope,
-        grid: Grid,
+        grid: Grids,
     ) -> list[Tensor]:
         """Velocity of the target alone under each text, (B, C, T, H, W) in the dtype of its tokens: its part
         of `forward`. The branches go through the blocks together, so that each block is visited once.
 
         target (B, M, D) and references (B, N - M, D) or None, from `embed_image`: one for all texts, or one
         for each; texts (B, L, D) each, of any lengths, from `embed_text`; vec (6, D) or (B or 1, 6, D) from
-        `embed_time`; rope from `rope(grid)`; grid: of target and references together. Raises ValueError when
-        the tokens do not fill the grid.
+        `embed_time`; rope from `rope(grid)`; grid: of target and references together, or the target's and
+        those of the references in a list. Raises ValueError when the tokens do not fill the grid.
         """
         targets = one_for_each(target, len(texts))
         branches = []
         for img, reference, txt in zip(targets, one_for_each(references, len(texts)), texts, strict=True):
             img = img if reference is None else torch.cat((img, reference), dim=1)
-            if img.shape[1] != math.prod(grid):
+            if img.shape[1] != sum(map(math.prod, grids_of(grid))):
                 raise ValueError(f"{img.shape[1]} image tokens do not fill the grid {grid}")
             branches.append((img, txt))
         return self.denoise(branches, targets[0].shape[1], vec, rope, grid) if branches else []
 
     def denoise(
-        self, branches: list[Streams], num_targets: int, vec: Tensor, rope: Rope, grid: Grid
+        self, branches: list[Streams], num_targets: int, vec: Tensor, rope: Rope, grid: Grids
     ) -> list[Tensor]:
         """The blocks and the head: of each branch the velocities of the first M = num_targets of N image
-        tokens, unpatchified.
+        tokens, unpatchified. Of several grids those tokens are of the first.
 
         Of the last block and the head, only what those tokens need is computed.
         """
@@ -203,7 +208,7 @@ class JoyImageEditTransformer3DModel(Network):
         for block in blocks:
             branches = [block(img, txt, vec, rope) for img, txt in branches]
         targets = [last(img, txt, vec, rope, num_targets)[0] for img, txt in branches]  # (B, M, D) each
-        return [self.unpatchify(self.proj_out(ops.layer_norm(x)), grid) for x in targets]
+        return [self.unpatchify(self.proj_out(ops.layer_norm(x)), grids_of(grid)[0]) for x in targets]
 
     def embed_image(self, latents: Tensor) -> Tensor:
         """(B, I, C, T, H, W) or (B, C, T, H, W) -> (B, N, D), item after item in the order given.
@@ -229,9 +234,15 @@ class JoyImageEditTransformer3DModel(Network):
         device = self.device
         return self.condition_embedder.embed_time(timesteps.to(device), self.activation_dtype(device))
 
-    def rope(self, grid: Grid, device: torch.device | str | None = None) -> Rope:
-        """cos and sin of every image token of the grid, each (N, E / 2) fp32."""
-        return grid_rope(grid, self.config.rope_dims, self.config.theta, device or self.device)
+    def rope(self, grid: Grids, device: torch.device | str | None = None) -> Rope:
+        """cos and sin of every image token, each (N, E / 2) fp32. Of several grids each begins with the frame
+        after the last one of the grid before it; rows and columns count from 0 in each."""
+        dims, theta, first, tables = self.config.rope_dims, self.config.theta, 0, []
+        for one in grids_of(grid):
+            tables.append(grid_rope(one, dims, theta, device or self.device, first))
+            first += one[0]
+        cos, sin = zip(*tables, strict=True)
+        return torch.cat(cos), torch.cat(sin)
 
     def token_grid(self, latents: Tensor) -> Grid:
         """Frames, rows and columns of tokens of all items together. (B, I, C, T, H, W) or (B, C, T, H, W).
@@ -263,6 +274,9 @@ class JoyImageEditTransformer3DModel(Network):
 
     def activation_dtype(self, device: torch.device) -> torch.dtype:
         return ops.compute_dtype(self.dtype, device)
+
+
+JoyImageEditPlusTransformer3DModel = JoyImageEditTransformer3DModel  # its name in diffusers
 
 
 class DoubleStreamBlock(nn.Module):
@@ -442,6 +456,11 @@ class TextEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(ops.linear_gelu(x, self.linear_1.weight, self.linear_1.bias))
+
+
+def grids_of(grid: Grids) -> list[Grid]:
+    """As a list: one, or those that there are."""
+    return grid if isinstance(grid, list) else [grid]
 
 
 def one_for_each(given: Any, count: int) -> list[Any]:

@@ -13,12 +13,18 @@ def axis_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype = 
 
 
 def grid_rope(
-    grid: tuple[int, int, int], dims: tuple[int, int, int], theta: float, device: torch.device | str = "cpu"
+    grid: tuple[int, int, int],
+    dims: tuple[int, int, int],
+    theta: float,
+    device: torch.device | str = "cpu",
+    first_frame: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of a (T, H, W) token grid in row-major order, each (T * H * W, sum(dims) / 2), fp32.
 
-    The head width is shared out among the three axes; each axis counts its positions from 0.
+    The head width is shared out among the three axes; each axis counts its positions from 0, frames from
+    `first_frame`.
     """
     index = torch.cartesian_prod(*(torch.arange(n, device=device) for n in grid)).reshape(-1, 3)
+    index = index + torch.tensor((first_frame, 0, 0), device=device)
     angles = torch.cat([axis_angles(index[:, axis], dim, theta) for axis, dim in enumerate(dims)], dim=-1)
     return angles.cos(), angles.sin()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from joyedit import ops
 from joyedit.media import images as im
-from joyedit.models.joyimage_mmdit import Grid, JoyImageEditTransformer3DModel, Rope
+from joyedit.models.joyimage_mmdit import Grids, JoyImageEditTransformer3DModel, Rope
 from joyedit.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.noise import Generators, draw_noise
@@ -90,11 +90,11 @@ class Group(NamedTuple):
 Branch = list[Group]  # all samples, under the positive prompts or under the negative ones
 
 
-def in_order(branch: Branch, parts: list[Tensor]) -> Tensor:
-    """What was computed group by group, in the order of the samples."""
+def in_order(groups: Sequence[Any], parts: list[Tensor]) -> Tensor:
+    """What was computed group by group, each with its `rows`, in the order of the samples."""
     if len(parts) == 1:
         return parts[0]
-    return torch.cat(parts)[torch.cat([group.rows for group in branch]).argsort()]
+    return torch.cat(parts)[torch.cat([group.rows for group in groups]).argsort()]
 
 
 class JoyImageEditPipeline(Pipeline):
@@ -375,7 +375,7 @@ class JoyImageEditPipeline(Pipeline):
         return self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
     def _velocities(
-        self, target: Tensor, branches: list[Branch], vec: Tensor, rope: Rope, grid: Grid
+        self, target: Tensor, branches: list[Branch], vec: Tensor, rope: Rope, grid: Grids
     ) -> list[Tensor]:
         """What the transformer predicts for the target latents in each branch. target (B, N, D) -> (B, C, 1,
         h, w) each."""
@@ -482,9 +482,8 @@ class JoyImageEditPipeline(Pipeline):
                 padded = [reader.read_padded(each, pictures) for each in texts]
             return [Prompt(p.embeds[:, kept], p.mask[:, kept]) for p in padded]
         with self._reader() as reader:
-            states = reader.read(
-                [text for each in texts for text in each], pictures and pictures * len(texts)
-            )
+            shown = None if pictures is None else [[picture] for picture in pictures] * len(texts)
+            states = reader.read([text for each in texts for text in each], shown)
         rows = iter(state[kept] for state in states)
         return [Prompt.pad(list(islice(rows, len(each)))) for each in texts]
 

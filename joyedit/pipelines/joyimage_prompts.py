@@ -1,13 +1,15 @@
 """How JoyAI-Image reads prompts: Qwen3-VL's states of the last layer, before its final norm.
 
-Positive and negative prompt of a picture begin alike (system turn, user, picture), so a picture goes through
-the vision tower once, and what its texts have in common at their start goes through the decoder once.
+Positive and negative prompt of a picture or several begin alike (system turn, user, pictures), so these go
+through the vision tower once, and what the texts have in common at their start goes through the decoder once.
 
 B prompts   L tokens kept of a prompt   D width
 Source: diffusers `pipeline_joyimage_edit.py`.
 """
 
 import logging
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ SYSTEM = (
 )
 USER = "<|im_start|>user\n"
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE_MARK = "<image>\n"  # how a prompt may name a picture
 
 
 class Prompt(NamedTuple):
@@ -58,7 +61,7 @@ class Prompt(NamedTuple):
 
 class PromptReader:
     """Reads chat texts. `dropped` tokens at their start, the system turn, are not part of what is kept;
-    texts without a picture are cut after `limit` more."""
+    texts without a picture are cut after `limit` more, if there is one."""
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class PromptReader:
         processor: Qwen3VLProcessor,
         device: torch.device,
         dropped: int,
-        limit: int,
+        limit: int | None,
     ):
         self.encoder = encoder
         self.tokenizer = tokenizer
@@ -76,10 +79,11 @@ class PromptReader:
         self.dropped = dropped
         self.limit = limit
 
-    def read(self, texts: list[str], pictures: list[Image] | None) -> list[Tensor]:
-        """(L, D) of each text; with pictures, one for each text, equal objects read once."""
+    def read(self, texts: list[str], pictures: Sequence[Sequence[Image]] | None) -> list[Tensor]:
+        """(L, D) of each text. pictures: for each text those that it names; texts about the same objects see
+        them once."""
         states: dict[int, Tensor] = {}
-        for rows in _rows_by_picture(pictures, len(texts)):
+        for rows in _rows_by_pictures(pictures, len(texts)):
             seen = None if pictures is None else self._see(pictures[rows[0]])
             ids = {row: tuple(self._token_ids(texts[row], seen)) for row in rows}
             distinct = list(dict.fromkeys(ids.values()))
@@ -97,9 +101,10 @@ class PromptReader:
         return Prompt(states[:, self.dropped :], inputs["attention_mask"][:, self.dropped :])
 
     def _read_together(self, distinct: list[Tokens], seen: ImageFeatures | None) -> list[Tensor]:
-        """States of different token sequences about one picture or none."""
+        """States of different token sequences about the same pictures or none."""
         shared = _common_prefix(distinct)
-        if shared < self.dropped:
+        ahead = distinct[0][:shared].count(self.encoder.config.image_token_id)
+        if shared < self.dropped or (seen is not None and ahead < len(seen.embeds)):
             wholes = [self._tensor([ids]) for ids in distinct]
             return [self.encoder.hidden_states(w, images=seen, keep_from=self.dropped)[0] for w in wholes]
         prefix = self.encoder.prefill(self._tensor([distinct[0][:shared]]), seen, keep_from=self.dropped)
@@ -118,15 +123,19 @@ class PromptReader:
         states = self.encoder.hidden_states(self._tensor(ids), self._tensor(mask), prefix=prefix)
         return [row[: len(tail)] for row, tail in zip(states, tails, strict=True)]
 
-    def _see(self, picture: Image) -> ImageFeatures:
-        inputs = self.processor.image_processor([picture])
+    def _see(self, pictures: Sequence[Image]) -> ImageFeatures:
+        inputs = self.processor.image_processor(pictures)
         pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
         return self.encoder.encode_images(pixels.to(self.device), grid.to(self.device))
 
     def _token_ids(self, text: str, seen: ImageFeatures | None) -> list[int]:
         if seen is not None:
-            return self.tokenizer.encode(text.replace("<|image_pad|>", "<|image_pad|>" * len(seen.embeds)))
+            merged = self.encoder.config.vision_config.spatial_merge_size**2
+            counts = iter((seen.grid_thw.prod(dim=1) // merged).tolist())
+            text = re.sub(re.escape("<|image_pad|>"), lambda pad: pad[0] * next(counts), text)
         ids = self.tokenizer.encode(text)
+        if seen is not None or self.limit is None:
+            return ids
         limit = self.limit + self.dropped
         if len(ids) > limit:
             lost = self.tokenizer.decode(ids[limit:])
@@ -137,10 +146,11 @@ class PromptReader:
         return torch.tensor(rows, device=self.device)
 
 
-def _rows_by_picture(pictures: list[Image] | None, count: int) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
+def _rows_by_pictures(pictures: Sequence[Sequence[Image]] | None, count: int) -> list[list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
     for row in range(count):
-        groups.setdefault(0 if pictures is None else id(pictures[row]), []).append(row)
+        seen = () if pictures is None else tuple(map(id, pictures[row]))
+        groups.setdefault(seen, []).append(row)
     return list(groups.values())
 
 

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
+from joyedit.media.images import to_pil_list
 from joyedit.noise import Generators
 from joyedit.pipelines.checks import Text, check_finite, check_side
-from joyedit.pipelines.joyimage_prompts import Prompt
+from joyedit.pipelines.joyimage_prompts import IMAGE_MARK, Prompt
+
+MOST_REFERENCES = 6  # of one sample of Edit-Plus
 
 
 class Request(NamedTuple):
@@ -69,14 +72,14 @@ def check_sides(height: Any, width: Any, multiple: int) -> None:
             check_side(name, side, multiple)
 
 
-def check_placeholders(texts: Sequence[Sequence[str]], pictures: Sequence[Image.Image] | None) -> None:
+def check_placeholders(texts: Sequence[Sequence[str]], pictures: Sequence[Any] | None) -> None:
     """Raises ValueError for a prompt that names a picture: it would take the place of the one it comes
     with."""
-    refused = ["<|image_pad|>"] + ["<image>\n"] * (pictures is not None)
+    refused = ["<|image_pad|>"] + [IMAGE_MARK] * (pictures is not None)
     for text in chain.from_iterable(texts):
         if found := [word for word in refused if word in text]:
             raise ValueError(
-                f"a prompt holds {found[0]!r}, which stands for a picture; give the picture as image="
+                f"a prompt holds {found[0]!r}, which stands for a picture; give that beside the prompt"
             )
 
 
@@ -88,6 +91,28 @@ def one_per_prompt(photos: list[Image.Image] | None, batch: int) -> list[Image.I
     if not photos or batch % len(photos):
         raise ValueError(f"{len(photos)} images for {batch} prompts: give one image, or one per prompt")
     return photos * (batch // len(photos))
+
+
+def references_of_each(images: Any, batch: int) -> list[list[Image.Image]] | None:
+    """The references of each of `batch` prompts: a flat list is that of all of them.
+
+    Raises ValueError or TypeError for other numbers than one list for all prompts or one for each, and 1 to
+    MOST_REFERENCES pictures in a list.
+    """
+    if images is None:
+        return None
+    nested = isinstance(images, (list, tuple)) and any(isinstance(one, (list, tuple)) for one in images)
+    samples = list(images) if nested else [images]
+    if len(samples) not in (1, batch):
+        raise ValueError(f"images holds references for {len(samples)} prompts, and there are {batch}")
+    opened: dict[int, list[Image.Image]] = {}
+    for number, sample in enumerate(samples):
+        name = f"images[{number}]" if nested else "images"
+        if id(sample) not in opened:
+            opened[id(sample)] = to_pil_list(sample, name, alpha=True)
+        if (count := len(opened[id(sample)])) > MOST_REFERENCES:
+            raise ValueError(f"{name} holds {count} references: 1 to {MOST_REFERENCES} are possible")
+    return [opened[id(sample)] for sample in samples] * (batch // len(samples))
 
 
 def each_once(

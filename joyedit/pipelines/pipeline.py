@@ -65,6 +65,7 @@ class Pipeline(PipelineSpellings):
     parts: ClassVar[Mapping[str, tuple[type, ...]]]  # part -> the classes it may have, the default first
     optional_parts: ClassVar[frozenset[str]] = frozenset()  # those that may be None
     relatives: ClassVar[frozenset[str]] = frozenset()  # other pipelines whose folders hold the same parts
+    saved_as: ClassVar[Mapping[str, str]] = {}  # class of a network -> its name in saved folders, if another
     auto_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}  # part -> what it gets where no dtype is asked for
     callback_tensors: ClassVar[frozenset[str]] = frozenset()  # what callbacks may ask for
     quirk_names: ClassVar[frozenset[str]] = frozenset()
@@ -263,7 +264,11 @@ class Pipeline(PipelineSpellings):
         for name, part in self.components.items():
             if isinstance(part, Network):
                 part.save_pretrained(
-                    folder / name, max_shard_size=max_shard_size, variant=variant, metadata=metadata
+                    folder / name,
+                    max_shard_size=max_shard_size,
+                    variant=variant,
+                    metadata=metadata,
+                    class_name=self.saved_as.get(type(part).__name__),
                 )
             elif part is not None:
                 part.save_pretrained(folder / name)
@@ -280,8 +285,9 @@ class Pipeline(PipelineSpellings):
     def listed_parts(self) -> dict[str, tuple[str | None, str | None]]:
         """Library and class of each part, as `model_index.json` lists them; None for what is no part."""
         return {
-            name: (None, None) if part is None else (part.library, type(part).__name__)
+            name: (None, None) if part is None else (part.library, self.saved_as.get(own, own))
             for name, part in self.components.items()
+            for own in (type(part).__name__,)
         }
 
     def settings_to_save(self) -> dict[str, Any]:
