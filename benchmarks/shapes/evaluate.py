@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.shapes import scenes
 from joyedit.loading.layouts import load, pipeline_name
+from joyedit.media import spatial
 from joyedit.media.images import to_latent_input, to_output
 from joyedit.pipelines.joyimage import JoyImageEditPipeline
 
@@ -129,11 +130,10 @@ def run(
     for start in range(0, len(edits), batch):
         part = edits[start : start + batch]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        pictures = [Image.fromarray(scenes.to_levels(scenes.draw(edit.source))) for edit in part]
-        prompts = [edit.instruction for edit in part]
+        pictures, prompts = zip(*map(asked, part), strict=True)
         out = pipe(
-            pictures,
-            prompts,
+            list(pictures),
+            list(prompts),
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=generators,
@@ -141,6 +141,18 @@ def run(
         ).images
         results += list(out)
     return results
+
+
+def asked(edit: scenes.Edit) -> tuple[Image.Image, str]:
+    """Picture and instruction as a user gives them: the red box of a move is drawn by `joyedit.spatial`."""
+    source = edit.source
+    picture = Image.fromarray(scenes.to_levels(scenes.draw(source._replace(box=None))))
+    if source.box is None:
+        return picture, edit.instruction
+    thing = next(before for before, after in edit.pairs if before != after and before is not None)
+    half = source.box.half + scenes.BOX_LINE / 2
+    box = ((source.box.x - half + 1) / 2, (source.box.y - half + 1) / 2, half, half)
+    return spatial.move(picture, f"the {thing.name}", box)
 
 
 @torch.no_grad()

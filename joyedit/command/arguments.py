@@ -13,6 +13,7 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
+from joyedit.command import film, spatial
 from joyedit.command.parsing import Parser, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
@@ -38,6 +39,9 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Any]) -> argparse.N
 
 def misuse(args: argparse.Namespace) -> str | None:
     """What is wrong with the options of `edit` and `generate` as they stand on the command line."""
+    if wrong := spatial.take_over(args):
+        return wrong
+    film.take_over(args)
     texts = {name for system in SYSTEMS for name in system.texts}
     told = any(getattr(args, name) is not None for name in texts) or args.prompt_file is not None
     if args.config_from is None and not told:

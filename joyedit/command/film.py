@@ -24,7 +24,17 @@ log = logging.getLogger("joyedit")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webp")
 FRAMES, REASONING_FRAMES = 5, 29  # the lengths of films that it was trained on
 FPS, MOST_FPS = 16, 1000
-PRESETS = {None: (50, 5.0), "distill": (8, 1.0)}  # steps and guidance that it takes by itself
+# Steps and guidance that it takes by itself, and those of its presets.
+PRESETS = {None: (50, 5.0), "distill": (8, 1.0), "upscale": (50, 5.0), "paintbrush": (8, 1.0)}
+WORDED = ("upscale",)  # those that say themselves what to do
+
+
+def take_over(args: argparse.Namespace) -> None:
+    """Put the words of a preset that says itself what to do in the place of the instruction."""
+    if args.preset in WORDED and args.prompt is None and args.prompt_file is None:
+        from joyedit.pipelines.chronoedit_presets import preset_called
+
+        args.prompt = preset_called(args.preset).prompt
 
 
 class Film:
@@ -85,7 +95,9 @@ class Film:
         add(
             "--preset",
             choices=tuple(filter(None, PRESETS)),
-            help="8 steps without guidance, with the adapter in lora/ of the checkpoint",
+            help="with its adapter, from lora/ of the checkpoint or a repository of its own: distill, 8 "
+            "steps without guidance; upscale, clearer and larger, without an instruction; paintbrush, what "
+            "is sketched in black becomes what the instruction names",
         )
 
     def is_meant(self, args: argparse.Namespace) -> bool:
@@ -129,9 +141,12 @@ class Film:
         import PIL.Image
 
         from joyedit.media.images import size_of_area
+        from joyedit.pipelines.chronoedit_presets import preset_called
 
         side = args.basesize or made_for.basesize
         area = {} if side is None else {"area": side**2}
+        if side is None and args.preset is not None and (own := preset_called(args.preset).area):
+            area = {"area": own}
         try:
             height, width = size_of_area(photo.height, photo.width, **area)
         except ValueError:  # too narrow for any size of that area

@@ -185,7 +185,8 @@ def describe(
     if licence == "not stated":
         licence = provenance.get("license", licence)
     used = {file for part in parts.values() for file in part.files}
-    presets = {preset: PRESETS[preset].lora for preset in PRESETS if PRESETS[preset].lora in listing}
+    files = {name: [adapter.file for adapter in preset.adapters] for name, preset in PRESETS.items()}
+    presets = {name: " and ".join(own) for name, own in files.items() if {*own} <= {*listing}}
     return Checkpoint(
         name,
         layout,

@@ -8,7 +8,8 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from joyedit.command.calls import EVERY_CALL, in_effect, said
+from joyedit.command import spatial
+from joyedit.command.calls import EVERY_CALL, in_effect, said, spelt
 from joyedit.command.photos import working_at
 
 if TYPE_CHECKING:
@@ -33,30 +34,40 @@ class Instruction:
     occasion: str = "otherwise"
     commands: Sequence[str] = ("edit", "generate")
     texts: Sequence[str] = ("prompt",)
-    options: Mapping[str, str] = {}
-    settings: Mapping[str, type | tuple[type, ...]] = {}
+    options: Mapping[str, str] = spatial.OPTIONS
+    settings: Mapping[str, type | tuple[type, ...]] = dict.fromkeys(spatial.OPTIONS, str)
     files: Sequence[str] = ()
     usage: str = "joyedit generate PROMPT"
     untold: str = UNTOLD
     foreign: str = "{option} is for JoyAI-Image-Edit"
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """It has those that all have."""
+        spatial.add_options(parser)
 
     def is_meant(self, args: argparse.Namespace) -> bool:
         return True
 
     def misuse(self, args: argparse.Namespace) -> str | None:
+        if args.command == "generate" and (options := spelt(args, spatial.OPTIONS)):
+            return f"{options[0]} is for a photograph: joyedit edit PHOTO"
         return None
 
     def contradiction(self, args: argparse.Namespace) -> str | None:
+        try:
+            spatial.instruction(args)
+        except ValueError as error:
+            return str(error)
         return None
 
     def replaced(self, args: argparse.Namespace, source: Mapping[str, Any]) -> Collection[str]:
-        return ()
+        return () if args.prompt is None else tuple(spatial.OPTIONS)  # it is another edit
 
     def prepare(self, photo: "Image", args: argparse.Namespace, made_for: "MadeFor") -> "Image":
-        return photo
+        if args.move is None:
+            return photo
+        from joyedit.media.spatial import move
+
+        return move(photo, args.move, spatial.box_of(args.box)).image
 
     def call(self, pipe: Any, photo: "Image | None", args: argparse.Namespace) -> dict[str, Any]:
         from joyedit.media.images import fit_cover
@@ -92,4 +103,5 @@ class Instruction:
         return in_effect(pipe.__call__, call, ("guidance_scale",))["guidance_scale"]
 
     def facts(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-        return in_effect(pipe.__call__, call, ("num_inference_steps", "guidance_scale"))
+        facts = in_effect(pipe.__call__, call, ("num_inference_steps", "guidance_scale"))
+        return {**facts, **{name: getattr(args, name) for name in self.settings}}

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from joyedit.checkpoints.plain_text import visible
+from joyedit.command import spatial
+from joyedit.command.film import WORDED
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.media.download import is_url
 
@@ -51,6 +53,7 @@ def take_in_words(args: argparse.Namespace, left: Sequence[str]) -> str | None:
     words = [*photos, *([args.prompt] if args.prompt is not None else []), *left]
     told = args.config_from is not None or args.prompt_file is not None
     told = told or args.source_prompt is not None or args.target_prompt is not None
+    told = told or any(getattr(args, name) is not None for name in spatial.TELLING) or args.preset in WORDED
     args.prompt = None
     if len(words) > 1 and not (told and is_photo(words[-1])):
         args.prompt = words.pop()

@@ -13,6 +13,7 @@ Files without a config beside them have the released one. Nothing of a repositor
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import logging
@@ -117,7 +118,8 @@ def load(
     offload: "none", "model" or "sequential".
     prediction_type, ema: of a single file of Stable Diffusion, which does not say it: "epsilon" or
         "v_prediction"; True takes the averaged UNet.
-    preset: "distill" for ChronoEdit in 8 steps, with the LoRA that is in lora/ of the folder or repository.
+    preset: of ChronoEdit: "distill" for 8 steps, "upscale", or "paintbrush" to make sketches real, with the
+        LoRAs that are in lora/ of the folder or repository, or in repositories of their own.
     new_parameters: patterns ("*.temperature") of names that your code adds to a network: where files lack
         them, they keep the value that `__init__` gives them.
     components: parts to use instead (`transformer=`, `vae=`, `scheduler=`, ...): an object, or the path or
@@ -141,7 +143,7 @@ def load(
     patterns = options.new_parameters
 
     found = find_checkpoint(name_or_path, pipeline, **source)
-    lora = None if preset is None else _preset_lora(found, preset)
+    loras = None if preset is None else _preset_loras(found, preset)
     if found.layout != "ldm" and (prediction_type is not None or ema):
         raise ValueError(
             f"prediction_type and ema are for single files of Stable Diffusion, not {found.origin.name}"
@@ -166,7 +168,7 @@ def load(
     if offload == "none":
         pipe.to(target)
     if preset is not None:
-        pipe.use_preset(preset, lora=lora)
+        pipe.use_preset(preset, lora=loras)
     if offload != "none":
         pipe.set_offload(offload, None if target.type == "cpu" else target)
     return pipe
@@ -265,18 +267,27 @@ def layout_of(name: str, listing: list[str]) -> str:
     )
 
 
-def _preset_lora(found: Checkpoint, preset: str) -> Path:
-    """The adapter of a preset, from beside the checkpoint's parts. Raises ValueError for an unknown preset,
-    FileNotFoundError where the checkpoint has no such file."""
+def _preset_loras(found: Checkpoint, preset: str) -> list[Path]:
+    """The adapters of a preset: from beside the checkpoint's parts or, of a published checkpoint, from their
+    own repositories. Raises ValueError for an unknown preset, FileNotFoundError where one is missing."""
     if not hasattr(found.pipeline, "use_preset"):
         raise ValueError(f"preset={preset!r}: a {found.class_name} has no presets")
-    name = preset_called(preset).lora
-    if found.layout != "diffusers" or name not in found.listing:
+    paths = []
+    for adapter in preset_called(preset).adapters:
+        if found.layout == "diffusers" and adapter.file in found.listing:
+            paths.append(found.origin.fetch([adapter.file]) / adapter.file)
+            continue
+        if adapter.repository is not None and not found.origin.is_local:
+            file = Path(adapter.file).name
+            own = dataclasses.replace(found.origin, name=adapter.repository, revision=None)
+            with contextlib.suppress(FileNotFoundError):
+                paths.append(own.fetch([file]) / file)
+                continue
         raise FileNotFoundError(
-            f"preset={preset!r}: {found.origin.name} has no {name}; load without a preset, then call "
+            f"preset={preset!r}: {found.origin.name} has no {adapter}; load without a preset, then call "
             f"pipe.use_preset({preset!r}, lora=...) with the file or Hub name of that adapter"
         )
-    return found.origin.fetch([name]) / name
+    return paths
 
 
 def _pipeline_class(origin: Origin, layout: str) -> str:

@@ -224,7 +224,7 @@ class ChronoEditPipeline(Pipeline):
             one frame, the edited picture, and no more work than that needs; latents come whole.
         attention_kwargs: {"scale": s} multiplies adapters that are not fused.
         max_sequence_length: tokens that a prompt is cut or padded to. The padding is attended to.
-        preset: a name of `PRESETS`: its shift, and its steps and guidance unless the call says them.
+        preset: a name of `PRESETS`: its shift, and its steps, guidance and words unless the call says them.
         num_inference_steps, guidance_scale, negative_prompt: a small checkpoint may have others to be left
             at, `made_for.call`.
         callback_on_step_end(pipe, step, timestep, tensors) may return replacements.
@@ -236,6 +236,8 @@ class ChronoEditPipeline(Pipeline):
         names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if negative_prompt_embeds is None:
             negative_prompt = self.unless_said(negative_prompt=negative_prompt)["negative_prompt"]
+        if (name := self.preset if preset is None else preset) is not None and prompt_embeds is None:
+            prompt = preset_called(name).worded(prompt)
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         text.check()
         check_embedded(text, image_embeds, self.transformer.config)
@@ -559,27 +561,36 @@ class ChronoEditPipeline(Pipeline):
         self._distilled.clear()
 
     def use_preset(self, name: str, lora: Any = None, reversible: bool = False) -> LoraReport | None:
-        """Set the pipeline up for a preset: `scheduler` gets its shift, and calls that do not say steps or
-        guidance get its own. lora: its adapter, as `load_lora_weights` takes it, which is
-        fused into the weights, and the active ones stay so; reversible keeps the originals, as `fuse_lora`
-        does.
+        """Set the pipeline up for a preset: `scheduler` gets its shift, and calls that do not say steps,
+        guidance or prompt get its own. lora: its adapter, as `load_lora_weights` takes it, or a list of them
+        in the order of the preset, which are fused into the weights, and the active ones stay so; reversible
+        keeps the originals, as `fuse_lora` does. Returns what became of the last one.
 
-        Raises ValueError for an unknown name, and what loading the adapter raises, with nothing changed.
+        Raises ValueError for an unknown name or another number of adapters, and what loading them raises,
+        with nothing changed.
         """
         chosen = preset_called(name)
+        sources = [] if lora is None else list(lora) if isinstance(lora, (list, tuple)) else [lora]
+        if sources and len(sources) != len(chosen.adapters):
+            wanted = " and ".join(map(str, chosen.adapters))
+            raise ValueError(f"preset={name!r} has {len(chosen.adapters)} adapters: lora=[...] with {wanted}")
         scheduler = with_shift(self.scheduler, chosen.flow_shift)
-        report = None
-        if lora is not None:
-            before = self.adapters.active_weights
-            report = self.load_lora_weights(lora, name)
-            try:
-                self.fuse_lora(adapter_names=[name], reversible=reversible)
-            except BaseException:
-                self.adapters.delete_adapters(name)
-                self._distilled.discard(name)
-                self.set_adapters(list(before), list(before.values()))
-                raise
-            self.set_adapters([*before, name], [*before.values(), 1.0])
+        report, added = None, []
+        before = self.adapters.active_weights
+        try:
+            for adapter, source in zip(chosen.adapters, sources, strict=False):
+                report = self.load_lora_weights(source, adapter.name)
+                added.append(adapter.name)
+            if added:
+                self.fuse_lora(adapter_names=added, reversible=reversible)
+        except BaseException:
+            if added:
+                self.adapters.delete_adapters(added)
+            self._distilled.difference_update(added)
+            self.set_adapters(list(before), list(before.values()))
+            raise
+        if added:
+            self.set_adapters([*before, *added], [*before.values(), *[1.0] * len(added)])
         self.scheduler, self.preset = scheduler, name
         return report
 

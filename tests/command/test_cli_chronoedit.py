@@ -382,6 +382,37 @@ def test_an_adapter_runs_with_its_scale(photo, run, checkpoint, scale):
     assert recorded("a.png").get("lora_scale") == scale and recorded("a.png")["lora"] == "mine.safetensors"
 
 
+def test_upscaling_needs_no_instruction_and_works_at_its_own_size(photo, run, checkpoint, monkeypatch):
+    upscale = chronoedit.PRESETS["upscale"]
+    status, out, err = run("edit", photo, "--preset", "upscale", "-m", checkpoint, *SIZE)
+    assert (status, out) == (1, "") and f"has no {upscale.adapters[0]}" in err
+    calls = []
+
+    def note(system, pipe, call, seeds, args):
+        calls.append((pipe.preset, call["prompt"], call["image"].size))
+        return [{"output": call["image"]} for _ in seeds]
+
+    monkeypatch.setattr(Film, "run", note)
+    monkeypatch.setattr(Film, "facts", lambda system, pipe, call, args: {"preset": args.preset})
+    lora = checkpoint / "lora"
+    for adapter in (*upscale.adapters, *chronoedit.PRESETS["paintbrush"].adapters[1:]):
+        shutil.copy(lora / "chronoedit_distill_lora.safetensors", checkpoint / adapter.file)
+    try:
+        words = ("-m", checkpoint, "-q", "--seed", 1)
+        assert run("edit", photo, "--preset", "upscale", *words, "-o", "a.png")[0] == 0
+        assert run("edit", photo, "--config-from", "a.png", "-o", "b.png", "-q")[0] == 0
+        assert calls == [("upscale", upscale.prompt, (1584, 1056))] * 2  # the photograph is 3 : 2
+        found = recorded("a.png")
+        assert (found["preset"], found["prompt"]) == ("upscale", upscale.prompt)
+        assert run("edit", photo, "a cat", "--preset", "paintbrush", *words, *SIZE, "-o", "c.png")[0] == 0
+        assert calls[2] == ("paintbrush", "a cat", (48, 32))
+        with pytest.raises(SystemExit):
+            run("edit", photo, "--preset", "paintbrush", *words, "-o", "d.png")
+    finally:
+        for adapter in ("upsample_lora_diffusers", "paintbrush_lora_diffusers"):
+            (lora / f"{adapter}.safetensors").unlink()
+
+
 def test_an_adapter_joins_the_one_of_a_preset(photo, run, checkpoint):
     shutil.copy(checkpoint / "lora" / "chronoedit_distill_lora.safetensors", "mine.safetensors")
     words = ("--preset", "distill", "--lora", "mine.safetensors", *SIZE, "--seed", 1, "-q", "-o", "a.png")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.random_checkpoint import write_random_chronoedit_checkpoint
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.command import info
 from joyedit.loading import layouts
+from joyedit.pipelines.chronoedit_presets import PRESETS
 
 PARTS = "image_encoder image_processor scheduler text_encoder tokenizer transformer vae".split()
 STEMS = {
@@ -460,6 +462,41 @@ def test_presets_that_there_are_not(tiny, folder, no_tensors):
         joyedit.load(folder, device="cpu", preset="distill")
     with pytest.raises(ValueError, match="preset='distill': a JoyImageEditPipeline has no presets"):
         joyedit.load("tiny-joyimage", device="cpu", preset="distill")
+
+
+def test_presets_of_other_adapters(tiny, folder):
+    """Each is a file of its own in lora/; paintbrush takes the distilled one too."""
+    brush, upscaler = PRESETS["paintbrush"].adapters[1], PRESETS["upscale"].adapters[0]
+    for name, adapter in (("paintbrush", brush), ("upscale", upscaler)):
+        message = f"has no {adapter.file}, published as {adapter.repository}; load without a preset"
+        with pytest.raises(FileNotFoundError, match=message):
+            joyedit.load(folder, device="cpu", preset=name)
+        shutil.copy(folder / LORA, folder / adapter.file)
+        pipe = joyedit.load(folder, device="cpu", preset=name)
+        assert pipe.adapters.fused_loras == {own.name for own in PRESETS[name].adapters}
+        assert (pipe.preset, pipe.scheduler.config.flow_shift) == (name, PRESETS[name].flow_shift)
+    assert set(info.describe(str(folder)).presets) == {"distill", "upscale", "paintbrush"}
+
+
+def test_an_adapter_may_have_a_repository_of_its_own(tiny, tmp_path, monkeypatch):
+    upscaler = PRESETS["upscale"].adapters[0]
+    (tmp_path / "own").mkdir()
+    shutil.copy(tiny / LORA, tmp_path / "own" / Path(upscaler.file).name)
+    asked = []
+
+    class Hub(layouts.Origin):
+        """Both repositories, by the folders that stand for them."""
+
+        @property
+        def _path(self):
+            asked.append(self.name)
+            return {"org/chrono": tiny, upscaler.repository: tmp_path / "own"}.get(self.name, Path("none"))
+
+        is_local = False
+
+    monkeypatch.setattr(layouts, "Origin", Hub)
+    pipe = joyedit.load("org/chrono", device="cpu", preset="upscale")
+    assert pipe.adapters.fused_loras == {"upscale"} and upscaler.repository in asked
 
 
 def test_a_presets_adapter_comes_with_the_same_revision(tiny, monkeypatch):

@@ -587,11 +587,71 @@ def test_another_adapter_is_no_reason_to_warn(pipe, checkpoint, caplog):
 
 def test_failing_presets_change_nothing(pipe, tmp_path):
     before = pipe.scheduler
-    with pytest.raises(ValueError, match="preset='fast': known are \\['distill'\\]"):
+    with pytest.raises(ValueError, match="preset='fast': known are \\['distill', 'paintbrush', 'upscale'\\]"):
         pipe.use_preset("fast")
     with pytest.raises(FileNotFoundError):
         pipe.use_preset("distill", lora=tmp_path / "nothing.safetensors")
     assert pipe.preset is None and pipe.scheduler is before and not pipe.get_active_adapters()
+
+
+SKETCH = "The user wants to change the sketch to a "
+
+
+def test_presets_have_words_of_their_own(pipe, monkeypatch):
+    read = []
+    embed = type(pipe)._embed
+    monkeypatch.setattr(
+        type(pipe), "_embed", lambda self, texts, length: read.extend(texts) or embed(self, texts, length)
+    )
+    plain = dict(height=HEIGHT, width=WIDTH, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    for preset, prompt, said in (
+        ("upscale", None, PRESETS["upscale"].prompt),
+        ("upscale", "Make the words readable.", "Make the words readable."),
+        ("paintbrush", "a cat", SKETCH + "cat"),
+        ("paintbrush", "crown", SKETCH + "crown"),
+        ("paintbrush", PRESETS["paintbrush"].prompt.format("hat"), SKETCH + "hat"),
+        ("paintbrush", ["an owl", "a"], SKETCH + "a"),
+        ("distill", PROMPT, PROMPT),
+    ):
+        read.clear()
+        pipe(picture(), prompt, preset=preset, generator=seeded(), **plain)
+        assert read[-1].endswith(said) and read[-1].startswith(
+            said[:4] if SKETCH not in said else "Turn the pencil"
+        )
+    assert PRESETS["upscale"].prompt.startswith("The user want to enhance image clarity")
+    with pytest.raises(ValueError, match="preset='paintbrush' needs a prompt"):
+        pipe(picture(), preset="paintbrush", **plain)
+    with pytest.raises(ValueError, match="exactly one of prompt"):
+        pipe(picture(), preset="distill", **plain)
+
+
+def test_a_preset_of_two_adapters(pipe, checkpoint):
+    path = checkpoint / "lora" / "chronoedit_distill_lora.safetensors"
+    with pytest.raises(
+        ValueError, match="preset='paintbrush' has 2 adapters: .*distill_lora.* and .*paintbrush_lora"
+    ):
+        pipe.use_preset("paintbrush", lora=path)
+    with pytest.raises(FileNotFoundError):
+        pipe.use_preset("paintbrush", lora=[path, checkpoint / "nothing.safetensors"])
+    assert pipe.preset is None and not pipe.get_active_adapters() and not pipe.get_list_adapters()
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    try:
+        pipe.use_preset("paintbrush", lora=[path, path], reversible=True)
+        assert pipe.adapters.fused_loras == {"distill", "paintbrush"} == {*pipe.get_active_adapters()}
+        twice = {n: t.clone() for n, t in pipe.transformer.state_dict().items()}
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        pipe.use_preset("distill", lora=path, reversible=True)
+        once = pipe.transformer.state_dict()
+        changed = [name for name in before if not torch.equal(before[name], once[name])]
+        assert changed
+        for name in changed:  # the same factors twice are twice the change
+            torch.testing.assert_close(
+                twice[name] - before[name], 2 * (once[name] - before[name]), rtol=1e-3, atol=1e-5
+            )
+    finally:
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
 
 
 def test_shifts_of_both_schedulers():
