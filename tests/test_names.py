@@ -19,7 +19,7 @@ NAMES = """
     __version__ load
     JoyImageEditPipeline JoyImageEditPipelineOutput ChronoEditPipeline ChronoEditPipelineOutput
     StableDiffusionDiffEditPipeline StableDiffusionPipelineOutput DiffEditInversionPipelineOutput
-    PipelineCallback MultiPipelineCallbacks
+    Qwen3VLPipeline PipelineCallback MultiPipelineCallbacks
     JoyImageEditTransformer3DModel ChronoEditTransformer3DModel AutoencoderKLWan AutoencoderKL
     UNet2DConditionModel Qwen3VLForConditionalGeneration CLIPTextModel CLIPVisionModel
     CLIPVisionModelWithProjection StableDiffusionSafetyChecker UMT5EncoderModel

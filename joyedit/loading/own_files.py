@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from joyedit.checkpoints.hub import WEIGHT_SUFFIXES
+from joyedit.checkpoints.hub import GENERATION_FILE, WEIGHT_SUFFIXES
 from joyedit.checkpoints.network import Network
 from joyedit.loading.layouts import COMFYUI_FOLDERS, ORIGINAL_TEXT_ENCODER, PIPELINES
 from joyedit.schedulers.scheduler import FILE as SCHEDULER_FILE
@@ -69,7 +69,7 @@ def _of_diffusers_parts() -> Iterator[str]:
 
 def _of_network(stem: str) -> list[str]:
     endings = [*WEIGHT_SUFFIXES, ".safetensors.index*.json", ".bin.index*.json"]
-    return ["config.json", *(f"{stem}{middle}{end}" for end in endings for middle in ("", ".*", "-*"))]
+    return ["config.json", GENERATION_FILE, *(f"{stem}{middle}{end}" for end in endings for middle in ("", ".*", "-*"))]
 
 
 def _entries(folder: Path) -> Iterator[str]:
