@@ -127,7 +127,7 @@ class Network(NetworkSpellings):
         write_json(folder / "config.json", self.config_to_save())
 
     def read_beside(self, folder: Path) -> None:
-        """Takes what the files beside config.json say; the networks that know such files do. Raises ValueError
+        """Takes what the files beside config.json say, where a network knows such files. Raises ValueError
         for what they cannot mean."""
 
     def config_to_save(self) -> dict[str, Any]:

@@ -69,7 +69,11 @@ def _of_diffusers_parts() -> Iterator[str]:
 
 def _of_network(stem: str) -> list[str]:
     endings = [*WEIGHT_SUFFIXES, ".safetensors.index*.json", ".bin.index*.json"]
-    return ["config.json", GENERATION_FILE, *(f"{stem}{middle}{end}" for end in endings for middle in ("", ".*", "-*"))]
+    return [
+        "config.json",
+        GENERATION_FILE,
+        *(f"{stem}{middle}{end}" for end in endings for middle in ("", ".*", "-*")),
+    ]
 
 
 def _entries(folder: Path) -> Iterator[str]:

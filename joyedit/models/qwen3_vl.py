@@ -6,8 +6,8 @@ rotary position of a token has three parts (time, row, column) whose frequencies
 
 The diffusion networks read the output of the last decoder layer *before* the final RMSNorm: `hidden_states`.
 Neither that norm nor `lm_head` takes part in it, so of a mapped file the 1.2 GB of `lm_head.weight` are never
-read. Prompts that begin alike, say a positive and a negative one about one picture, share a `prefill`. So does
-an answer with the question before it: each token reads on from all before (`next_logits`).
+read. Prompts that begin alike, say a positive and a negative one about one picture, share a `prefill`. An
+answer goes on from one token by token, with `next_logits`, which take both.
 
 B prompts   L tokens   P tokens of a cached prefix   D width   H heads (G for keys and values)   E head width
 N patches of all images, one image after another   M = N / 4 image tokens   gh, gw patches down and across
@@ -238,7 +238,7 @@ class Qwen3VLForConditionalGeneration(Network):
         keep_from: int = 0,
         prefix: Prefix | None = None,
     ) -> Prefix:
-        """Read the beginning that prompts share: input_ids (B, P), no padding, after `prefix` if there is one.
+        """Read the beginning that prompts share: input_ids (B, P), no padding, after what `prefix` has read.
         Continue with `hidden_states`; `cat((prefix.states, states), 1)` is what the whole prompts give."""
         cache: list[tuple[Tensor, Tensor]] = []
         states = self._decode(input_ids, None, images, prefix, keep_from, cache).to(self.dtype)

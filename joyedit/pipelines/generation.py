@@ -23,8 +23,8 @@ from joyedit.pipelines.checks import check_count, check_number
 class Sampling:
     """How many tokens are made at most, and how each is chosen. Raises ValueError for values out of range.
 
-    temperature: 0 takes the most likely token. Others draw: above 1 more evenly, below 1 less. A draw is among
-    the top_k most likely (0: all), and of these among the most likely that together have a share of top_p.
+    temperature: 0 takes the most likely token. Others draw: above 1 more evenly, below 1 less. A draw is
+    among the top_k most likely (0: all), and of these among the most likely that have a share of top_p.
     repetition_penalty: above 1, tokens that the prompt or the answer holds become less likely.
     """
 
@@ -106,7 +106,7 @@ def choose(logits: Tensor, tokens: list[int], sampling: Sampling, generator: tor
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """The logits (V,) of the fewest most likely tokens that together have a share of `top_p`; -inf for others.
+    """The logits (V,) of the fewest most likely tokens that together have a share of `top_p`, others -inf.
     Summed from the least likely on, as in the reference, of which ties and roundings are part."""
     ascending, order = logits.sort()
     out = ascending.softmax(0).cumsum(0) <= 1 - top_p

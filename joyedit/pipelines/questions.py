@@ -75,8 +75,8 @@ def ask(
 
     Ends at a token that the checkpoint's generation_config.json names as `eos_token_id` (otherwise <|im_end|>
     and <|endoftext|>), after `max_new_tokens`, or when `pipe.interrupt` is set. Raises ValueError or TypeError
-    before any work when an argument does not fit, ValueError for a small checkpoint whose text encoder
-    was not trained to answer, and for logits that are not finite.
+    before any work when an argument does not fit, ValueError for a small checkpoint whose text encoder was
+    not trained to answer, and for logits that are not finite.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty)
     return reply(pipe, SYSTEM, images, question, history, sampling, use_cache, generator, stream)
@@ -89,7 +89,7 @@ def reply(
     images: Any,
     question: str,
     history: Sequence[Any] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | None = None,
     use_cache: bool = True,
     generator: torch.Generator | None = None,
     stream: Callable[[str], Any] | None = None,
@@ -125,7 +125,9 @@ def reply(
         if pictures:
             pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
             seen = encoder.encode_images(pixels.to(pipe.device), grid.to(pipe.device))
-        for token in generate(encoder, ids, seen, sampling, stops, pipe.device, use_cache, generator):
+        for token in generate(
+            encoder, ids, seen, sampling or Sampling(), stops, pipe.device, use_cache, generator
+        ):
             tokens.append(token)
             words.add(token)
             if pipe.interrupt:
@@ -181,16 +183,16 @@ def known_stops(tokenizer: Qwen2Tokenizer) -> list[int]:
 
 
 def refuse_small(pipe: Any) -> None:
-    """Raises ValueError for a small checkpoint: its text encoder learned to read instructions, and no more."""
+    """Raises ValueError for a small checkpoint: its text encoder learned to read instructions."""
     if pipe.made_for.world is not None:
         raise ValueError(no_answers("this checkpoint", pipe.made_for.world.about))
 
 
 def no_answers(name: str, about: str) -> str:
     return (
-        f"{name} cannot answer: it knows only {about}, and its text encoder was trained to read instructions, "
-        "not to answer questions; that takes real weights, as of jdopensource/JoyAI-Image-Edit-Diffusers or "
-        "a Qwen3-VL folder"
+        f"{name} cannot answer: it knows only {about}, and its text encoder was trained to read "
+        "instructions, not to answer questions. Real weights are: jdopensource/JoyAI-Image-Edit-Diffusers, "
+        "or a folder of Qwen3-VL"
     )
 
 
@@ -201,8 +203,8 @@ def check_history(history: Any) -> Sequence[Any]:
 
 
 def check_turn(turn: Any) -> Turn:
-    """One turn of a history. Raises TypeError or ValueError for anything else than a question with its answer,
-    and perhaps pictures before them."""
+    """One turn of a history. Raises TypeError or ValueError for anything else than a question with its
+    answer, and perhaps pictures before them."""
     if not isinstance(turn, (list, tuple)) or len(turn) not in (2, 3):
         wanted = "(question, answer) or (images, question, answer)"
         raise TypeError(f"history holds {shown(turn, 80)}: each turn must be {wanted}")
@@ -229,4 +231,6 @@ def check_question(name: str, text: Any) -> None:
 
 def refuse_placeholders(name: str, text: str) -> None:
     if found := [word for word in PLACEHOLDERS if word in text]:
-        raise ValueError(f"{name} holds {found[0]!r}, which stands for a picture; give the picture as images=")
+        raise ValueError(
+            f"{name} holds {found[0]!r}, which stands for a picture; give the picture as images="
+        )
