@@ -2,9 +2,9 @@
 
 The paths of what was made, or the answer, are all that goes to standard output; log, progress and errors go
 to standard error. A run ends with 0, with 2 for arguments that are wrong in themselves, with 1 and one line
-for what else is known to go wrong (`-v` adds the traceback), and with 128 and the signal's number after Ctrl-C
-(130) and other signals that end a process, which leave no file behind. What cannot be printed is written all
-the same.
+for what else is known to go wrong (`-v` adds the traceback), and with 128 and the signal's number after
+Ctrl-C (130) and other signals that end a process, which leave no file behind. What cannot be printed is
+written all the same.
 
 Nothing heavy is imported before the arguments are read, so `--help`, `--version` and a misspelt option are
 quick. What the user did not say is what the checkpoint was made for (`pipelines/made_for.py`), if it says so;

@@ -74,9 +74,9 @@ def ask(
     stream: called with each new piece of text; all pieces together are the answer's text.
 
     Ends at a token that the checkpoint's generation_config.json names as `eos_token_id` (otherwise <|im_end|>
-    and <|endoftext|>), after `max_new_tokens`, or when `pipe.interrupt` is set. Raises ValueError or TypeError
-    before any work when an argument does not fit, ValueError for a small checkpoint whose text encoder was
-    not trained to answer, and for logits that are not finite.
+    and <|endoftext|>), after `max_new_tokens`, or when `pipe.interrupt` is set. Raises ValueError or
+    TypeError before any work when an argument does not fit, ValueError for a small checkpoint whose text
+    encoder was not trained to answer, and for logits that are not finite.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty)
     return reply(pipe, SYSTEM, images, question, history, sampling, use_cache, generator, stream)
@@ -225,7 +225,7 @@ def check_question(name: str, text: Any) -> None:
     if not isinstance(text, str):
         raise TypeError(f"{name} is a {type(text).__name__}: must be a string")
     if not any(letter.isprintable() and not letter.isspace() for letter in text):
-        raise ValueError(f"{name} is empty: say what to answer")
+        raise ValueError(f"{name} is empty: say what is to be answered")
     refuse_placeholders(name, text)
 
 
