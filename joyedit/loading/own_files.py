@@ -40,6 +40,8 @@ def patterns(layout: str) -> list[str]:
     if layout == "comfyui":
         own = ["config.json", "*_joyimage.safetensors", "*_joyimage-?????-of-?????.safetensors"]
         return [f"{folder}/{name}" for folder in COMFYUI_FOLDERS.values() for name in own]
+    if layout == "qwen3-vl":
+        return [*_of_network("model"), *SMALL_FILES]
     networks = [
         "transformer/config.json",
         "transformer/transformer.pth",

@@ -1,6 +1,7 @@
 """`joyedit ask`: the answer alone on standard output, and what is refused."""
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -32,6 +33,21 @@ def desk(tmp_path, monkeypatch):
 @pytest.fixture
 def no_load(monkeypatch):
     monkeypatch.setattr(layouts, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+
+
+def test_info_about_a_folder_of_qwen(checkpoint, tmp_path, capsys):
+    pipe = joyedit.load(checkpoint, device="cpu")
+    for part in (pipe.text_encoder, pipe.processor):
+        part.save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "pipeline: Qwen3VLPipeline" in out and "layout: qwen3-vl" in out
+    count = sum(parameter.numel() for parameter in pipe.text_encoder.parameters())
+    assert re.search(rf"text_encoder +Qwen3VLForConditionalGeneration +{count:,} +bfloat16", out)
+    assert main(["convert", str(tmp_path), str(tmp_path.parent / "written")]) == 0
+    again = joyedit.load(tmp_path.parent / "written", device="cpu")
+    assert again.ask([], "what?", max_new_tokens=3).tokens == pipe.ask([], "what?", max_new_tokens=3).tokens
+    assert main(["edit", "a.png", "make it red", "-m", str(tmp_path)]) == 1
 
 
 def asked(checkpoint, names, **options):

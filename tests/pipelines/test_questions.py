@@ -1,5 +1,5 @@
-"""What users of `ask` meet: streaming, history, interruption, stop tokens, one text encoder for both uses, and
-what is refused. That answers are right is in `tests/parity/test_questions.py`."""
+"""What users of `ask` meet: streaming, history, interruption, stop tokens, one text encoder for both uses,
+and what is refused. That answers are right is in `tests/parity/test_questions.py`."""
 
 import json
 import shutil
