@@ -6,10 +6,9 @@ well. On a terminal the words are shown as they come.
 
 import argparse
 import logging
-import sys
+from collections.abc import Callable
 from typing import Any
 
-from joyedit.checkpoints.plain_text import visible
 from joyedit.command.calls import origin_options, said, source_options
 from joyedit.command.photos import read_photo
 from joyedit.command.values import above_zero, finite, place, share, whole
@@ -65,8 +64,9 @@ def add_options(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> Non
     )
 
 
-def ask(args: argparse.Namespace) -> None:
-    """Print the answer. What can be refused is refused before the model is loaded."""
+def answer(args: argparse.Namespace, stream: Callable[[str], None] | None) -> str:
+    """The answer; each piece of it goes to `stream` as it comes. What can be refused is refused before the
+    model is loaded."""
     photos = [read_photo(source) for source in args.photos]
     pipe = open_reader(args)
     import torch
@@ -74,15 +74,11 @@ def ask(args: argparse.Namespace) -> None:
     sampling = said(args, SAMPLING)
     if args.seed is not None:
         sampling["generator"] = torch.Generator().manual_seed(args.seed)
-    live = sys.stdout.isatty()
-    images = [photo.image for photo in photos]
-    answer = pipe.ask(images, args.question, **sampling, stream=show if live else None)
-    print("" if live else answer.text, flush=True)
-    if not answer.finished:
-        log.warning(
-            "the answer is cut after %d tokens: --max-new-tokens says how many it may have",
-            len(answer.tokens),
-        )
+    found = pipe.ask([photo.image for photo in photos], args.question, **sampling, stream=stream)
+    if not found.finished:
+        made = len(found.tokens)
+        log.warning("the answer is cut after %d tokens: --max-new-tokens says how many it may have", made)
+    return found.text
 
 
 def open_reader(args: argparse.Namespace) -> Any:
@@ -99,12 +95,6 @@ def open_reader(args: argparse.Namespace) -> Any:
         raise ValueError(no_answers(model, world.about) + hint)
     options = said(args, ("device", "dtype", "offload"))
     return load(model, pipeline="Qwen3VLPipeline", **options, **source_options(args))
-
-
-def show(piece: str) -> None:
-    """A piece of the answer on the terminal, with escapes for what that would obey."""
-    lines = (visible(line, None) for line in piece.split("\n"))
-    print("\n".join(lines), end="", flush=True)
 
 
 def from_zero(text: str) -> float:

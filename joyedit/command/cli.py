@@ -29,7 +29,7 @@ from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
 from joyedit.command import convert as conversion
 from joyedit.command.arguments import DEMO_FOLDER, parse
-from joyedit.command.ask import ask
+from joyedit.command.ask import answer
 from joyedit.command.calls import source_options
 from joyedit.command.make import make
 from joyedit.command.parsing import one_line
@@ -143,6 +143,17 @@ def edit(args: argparse.Namespace) -> None:
             unprinted = unprinted or error
     if unprinted is not None:
         raise unprinted
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Print the answer to a question, on a terminal word by word."""
+
+    def show(piece: str) -> None:
+        print(plain(piece), end="", flush=True)
+
+    live = sys.stdout is not None and sys.stdout.isatty()
+    text = answer(args, show if live else None)
+    print("" if live else text, flush=True)
 
 
 def demo(args: argparse.Namespace) -> None:

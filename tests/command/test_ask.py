@@ -88,11 +88,11 @@ def test_words_come_one_by_one_on_a_terminal(desk, checkpoint, monkeypatch):
         def write(self, text):
             self.parts.append(text)
 
-    def write(*arguments, stream=None, **options):
+    def write(*_, stream, **options):
         for piece in ("red", " \x1b[2J", "\nblue"):
             if stream:
                 stream(piece)
-        return type("Answer", (), {"text": "red \x1b[2J\nblue", "finished": True})
+        return type("Answer", (), {"text": "red \x1b[2J\nblue", "finished": True, "tokens": []})
 
     monkeypatch.setattr(joyedit.Qwen3VLPipeline, "ask", write)
     terminal, file = Terminal(), io.StringIO()
