@@ -27,6 +27,7 @@ _MODULE_OF = {
     "StableDiffusionDiffEditPipeline": "joyedit.pipelines.diffedit",
     "StableDiffusionPipelineOutput": "joyedit.pipelines.diffedit",
     "DiffEditInversionPipelineOutput": "joyedit.pipelines.diffedit",
+    "Qwen3VLPipeline": "joyedit.pipelines.qwen3_vl",
     "PipelineCallback": "joyedit.pipelines.pipeline",
     "MultiPipelineCallbacks": "joyedit.pipelines.pipeline",
     "JoyImageEditTransformer3DModel": "joyedit.models.joyimage_mmdit",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     )
     from joyedit.pipelines.pipeline import MultiPipelineCallbacks as MultiPipelineCallbacks
     from joyedit.pipelines.pipeline import PipelineCallback as PipelineCallback
+    from joyedit.pipelines.qwen3_vl import Qwen3VLPipeline as Qwen3VLPipeline
     from joyedit.schedulers.ddim import DDIMInverseScheduler as DDIMInverseScheduler
     from joyedit.schedulers.ddim import DDIMScheduler as DDIMScheduler
     from joyedit.schedulers.flow_match import (

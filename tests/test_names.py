@@ -20,7 +20,7 @@ NAMES = """
     JoyImageEditPipeline JoyImageEditPipelineOutput JoyImageEditPlusPipeline JoyImageEditPlusPipelineOutput
     ChronoEditPipeline ChronoEditPipelineOutput
     StableDiffusionDiffEditPipeline StableDiffusionPipelineOutput DiffEditInversionPipelineOutput
-    PipelineCallback MultiPipelineCallbacks
+    Qwen3VLPipeline PipelineCallback MultiPipelineCallbacks
     JoyImageEditTransformer3DModel JoyImageEditPlusTransformer3DModel ChronoEditTransformer3DModel
     AutoencoderKLWan AutoencoderKL UNet2DConditionModel Qwen3VLForConditionalGeneration CLIPTextModel
     CLIPVisionModel CLIPVisionModelWithProjection StableDiffusionSafetyChecker UMT5EncoderModel

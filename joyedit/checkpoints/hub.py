@@ -29,6 +29,7 @@ log = logging.getLogger("joyedit")
 
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pth?|bin|json)$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+GENERATION_FILE = "generation_config.json"  # beside the config of a network that writes texts
 MOST_FILES = 100_000
 DEEPEST = 4  # levels of folders that are looked into; links may go round in circles
 
@@ -131,14 +132,15 @@ class Origin:
     def network_files(
         self, subfolder: str, stem: str, variant: str | None, use_safetensors: bool | None
     ) -> list[str]:
-        """A network's config.json and the weight files that will be read; of a sharded one the index is
-        fetched."""
+        """A network's config.json, what it says of generation, and the weight files that will be read; of a
+        sharded one the index is fetched."""
         where = f"{self.name}/{subfolder}".rstrip("/")
         try:
             chosen = choose_weight_files(self._inside(subfolder), stem, variant, use_safetensors, where)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}{self._broken_off}") from None
         names = ["config.json", *chosen]
+        names += [GENERATION_FILE] if GENERATION_FILE in self._inside(subfolder) else []
         if chosen[0].endswith(".json"):
             index = posixpath.join(subfolder, chosen[0])
             names += shards_of(self.fetch([posixpath.join(subfolder, "config.json"), index]) / index)

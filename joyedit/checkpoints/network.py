@@ -128,6 +128,10 @@ class Network(NetworkSpellings):
         named = {} if class_name is None else {"_class_name": class_name}
         write_json(folder / "config.json", {**self.config_to_save(), **named})
 
+    def read_beside(self, folder: Path) -> None:
+        """Takes what the files beside config.json say, where a network knows such files. Raises ValueError
+        for what they cannot mean."""
+
     def config_to_save(self) -> dict[str, Any]:
         return {"_class_name": type(self).__name__, **self.config.to_dict()}
 
@@ -243,7 +247,9 @@ def plan_folder(cls: type[Network], origin: Origin, subfolder: str, options: Loa
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path}: {error}") from None
     files = open_weights(folder, cls.weights_stem, options.variant, options.use_safetensors)
-    return plan_network(cls, config, files, options.dtype, options.new_parameters)
+    planned = plan_network(cls, config, files, options.dtype, options.new_parameters)
+    planned.network.read_beside(folder)
+    return planned
 
 
 def plan_network(

@@ -13,8 +13,8 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import film, spatial
-from joyedit.command.parsing import Parser, take_in_words
+from joyedit.command import ask, film, spatial
+from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
 from joyedit.command.values import LIMITS, MOST_PIXELS, beyond, finite, pixels, place, whole
@@ -30,7 +30,8 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Any]) -> argparse.N
     Raises SystemExit(2), with the reason on standard error, for wrong ones.
     """
     args, left = build_parser(commands).parse_known_args(argv)
-    if wrong := take_in_words(args, left):
+    take_in = take_in_question if args.command == "ask" else take_in_words
+    if wrong := take_in(args, left):
         args.parser.error(wrong)
     if args.command in MAKING and (wrong := misuse(args)):
         args.parser.error(wrong)
@@ -147,6 +148,9 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
         "prompt", metavar="PROMPT", nargs="?", help="what to show; - reads it from standard input"
     )
     made.set_defaults(photos=None)
+
+    made = command("ask", "answer a question about photographs, or about none", file_options())
+    ask.add_options(made, DTYPES)
 
     made = command("demo", "edit drawn scenes with the built-in models, and show it in one picture")
     made.add_argument(

@@ -1,9 +1,10 @@
-"""The command line: `joyedit edit`, `generate`, `demo`, `convert` and `info`.
+"""The command line: `joyedit edit`, `generate`, `ask`, `demo`, `convert` and `info`.
 
-The paths of what was made are all that goes to standard output; log, progress and errors go to standard
-error. A run ends with 0, with 2 for arguments that are wrong in themselves, with 1 and one line for what else
-is known to go wrong (`-v` adds the traceback), and with 128 and the signal's number after Ctrl-C (130) and
-other signals that end a process, which leave no file behind. What cannot be printed is written all the same.
+The paths of what was made, or the answer, are all that goes to standard output; log, progress and errors go
+to standard error. A run ends with 0, with 2 for arguments that are wrong in themselves, with 1 and one line
+for what else is known to go wrong (`-v` adds the traceback), and with 128 and the signal's number after
+Ctrl-C (130) and other signals that end a process, which leave no file behind. What cannot be printed is
+written all the same.
 
 Nothing heavy is imported before the arguments are read, so `--help`, `--version` and a misspelt option are
 quick. What the user did not say is what the checkpoint was made for (`pipelines/made_for.py`), if it says so;
@@ -28,6 +29,7 @@ from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
 from joyedit.command import convert as conversion
 from joyedit.command.arguments import DEMO_FOLDER, parse
+from joyedit.command.ask import answer
 from joyedit.command.calls import source_options
 from joyedit.command.make import make
 from joyedit.command.parsing import one_line
@@ -38,7 +40,7 @@ log = logging.getLogger("joyedit")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; wrong arguments raise SystemExit(2)."""
-    commands = {"edit": edit, "generate": edit, "demo": demo, "convert": convert, "info": info}
+    commands = {"edit": edit, "generate": edit, "ask": ask, "demo": demo, "convert": convert, "info": info}
     args = parse(argv, commands)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the console has no letters for
@@ -141,6 +143,17 @@ def edit(args: argparse.Namespace) -> None:
             unprinted = unprinted or error
     if unprinted is not None:
         raise unprinted
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Print the answer to a question, on a terminal word by word."""
+
+    def show(piece: str) -> None:
+        print(plain(piece), end="", flush=True)
+
+    live = sys.stdout is not None and sys.stdout.isatty()
+    text = answer(args, show if live else None)
+    print("" if live else text, flush=True)
 
 
 def demo(args: argparse.Namespace) -> None:

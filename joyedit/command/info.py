@@ -260,7 +260,9 @@ def places(layout: str, pipeline: str, index: Mapping[str, Any]) -> dict[str, tu
             if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
         }
     classes = {part: kinds[0].__name__ for part, kinds in pipeline_parts(pipeline).items()}
-    folders = COMFYUI_FOLDERS
+    folders: Mapping[str, str] = COMFYUI_FOLDERS
+    if layout == "qwen3-vl":
+        folders = dict.fromkeys(classes, "")
     if layout == "original":
         folders = dict.fromkeys(("text_encoder", "tokenizer", "processor"), ORIGINAL_TEXT_ENCODER)
         folders |= {"transformer": "transformer", "vae": "vae"}
@@ -300,8 +302,9 @@ def weight_files(
         except FileNotFoundError:
             continue
         if chosen[0].endswith(".json"):
-            chosen = shards_of(origin.fetch([f"{folder}/{chosen[0]}"]) / folder / chosen[0])
-        return [f"{folder}/{file}" for file in chosen]
+            index = posixpath.join(folder, chosen[0])
+            chosen = shards_of(origin.fetch([index]) / index)
+        return [posixpath.join(folder, file) for file in chosen]
     return []
 
 
@@ -317,11 +320,11 @@ def read_config(
             else {}
         )
     else:
-        names = [f"{folder}/{name}" for name in ("config.json", "scheduler_config.json")]
+        names = [posixpath.join(folder, name) for name in ("config.json", "scheduler_config.json")]
         file = next((name for name in names if name in listing), None)
         if file is None and not issubclass(kind, Network):
             return {}
-        if layout == "original" and not issubclass(kind, Network):
+        if layout in ("original", "qwen3-vl") and not issubclass(kind, Network):
             return {}  # the folder is shared, and its config.json is the text encoder's
         raw = read_json(origin.fetch([file]) / file) if file else {}
     if issubclass(kind, Network) and kind is not Network:

@@ -67,6 +67,24 @@ def take_in_words(args: argparse.Namespace, left: Sequence[str]) -> str | None:
     return None
 
 
+def take_in_question(args: argparse.Namespace, left: Sequence[str]) -> str | None:
+    """Of `joyedit ask`: all words are photographs but the last, which is the question. What is wrong with
+    them, if anything."""
+    unknown = [word for word in left if word.startswith("-") and word != "-"]
+    if unknown:
+        return f"unrecognized arguments: {' '.join(left)}{nearest_option(args.parser, unknown)}"
+    *args.photos, args.question = [*args.photos, args.question, *left]
+    if is_photo_name(args.question):
+        return f"a question is missing: {args.question} is a photograph"
+    if not any(letter.isprintable() and not letter.isspace() for letter in args.question):
+        return "the question is empty: say what to answer"
+    strange = next((word for word in args.photos if not is_photo(word)), None)
+    if strange is not None:
+        photograph = f"{visible(strange, 40)!r} is no photograph that is here"
+        return f"{photograph}: a question of several words goes in quotes, after the photographs"
+    return None
+
+
 def is_photo(word: str) -> bool:
     """Whether a word of the command line is meant as a photograph, a URL or a path, not as an instruction."""
     try:

@@ -23,6 +23,8 @@ LIMITS: dict[str, tuple[int, int]] = {
     "num_inference_steps": (1, MOST_STEPS),
     "num_temporal_reasoning_steps": (0, MOST_STEPS),
     "num_frames": (1, 1_001),
+    "max_new_tokens": (1, 262_144),
+    "top_k": (0, 10**9),
     "num_maps_per_mask": (1, MOST_OF["num_maps_per_mask"]),
     "basesize": (16, MOST_OF["basesize"]),
     "height": (8, 16_384),

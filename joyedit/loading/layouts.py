@@ -6,6 +6,7 @@ Layouts of whole checkpoints:
   comfyui     diffusion_models/, text_encoders/, vae/ and of ChronoEdit clip_vision/ with one file each, or a
               file of the first alone
   ldm         one file with all of Stable Diffusion, see `single_file.py`
+  qwen3-vl    config.json, the weights, tokenizer and processor of a Qwen3-VL in one folder
 
 A Diffusers folder goes by its subfolders: that of ChronoEdit was published under the names of WAN's classes.
 Edit and Edit-Plus have the same tensors: of ComfyUI's files one is Plus's that has `plus` in its name.
@@ -48,6 +49,7 @@ PIPELINES = {  # class -> module
     "JoyImageEditPlusPipeline": "joyedit.pipelines.joyimage_plus",
     "StableDiffusionDiffEditPipeline": "joyedit.pipelines.diffedit",
     "ChronoEditPipeline": "joyedit.pipelines.chronoedit",
+    "Qwen3VLPipeline": "joyedit.pipelines.qwen3_vl",
 }
 BUILT_IN = ("tiny-joyimage", "tiny-diffedit", "tiny-chronoedit")  # small ones, trained on drawn scenes
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -56,6 +58,7 @@ RELEASED = {
     "JoyImageEditPlusPipeline": "jdopensource/JoyAI-Image-Edit-Plus-Diffusers",
     "StableDiffusionDiffEditPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "ChronoEditPipeline": "nvidia/ChronoEdit-14B-Diffusers",
+    "Qwen3VLPipeline": "Qwen/Qwen3-VL-8B-Instruct",
 }
 
 # Why some folders hold none of them, by the beginning of their pipeline's name.
@@ -67,6 +70,7 @@ REFUSED = {
 
 ORIGINAL_TEXT_ENCODER = "JoyAI-Image-Und"
 ORIGINAL_SHIFT = 4.0  # of jd-opensource/JoyAI-Image where infer_config.py does not say
+PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json"}
 COMFYUI_FOLDERS = {  # part -> folder
     "transformer": "diffusion_models",
     "text_encoder": "text_encoders",
@@ -109,7 +113,8 @@ def load(
 ) -> Any:
     """Load a pipeline from a folder, a weight file, a Hub repository, or one of the built-in names.
 
-    pipeline: class name, where a checkpoint serves several, as ComfyUI's files of JoyAI's transformer do.
+    pipeline: class name, where a checkpoint serves several, as ComfyUI's files of JoyAI's transformer do;
+        "Qwen3VLPipeline" reads of JoyAI-Image what answers questions, and nothing else.
     device: "auto" takes the accelerator if there is one.
     dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16, and the VAE and
         vision tower of ChronoEdit, which become fp32. {"transformer": ..., "default": ...}: by part.
@@ -157,7 +162,7 @@ def load(
         if found.layout == "ldm":
             parts = open_single_file(Path(found.origin.name), options, passed, prediction_type, ema)
         else:
-            open_parts = _open_original if found.layout == "original" else _open_comfyui
+            open_parts = {"original": _open_original, "qwen3-vl": _open_qwen}.get(found.layout, _open_comfyui)
             parts = open_parts(found, options, passed)
         patterns.check()
         pipe = found.pipeline(**{**_read(parts), **passed}, reference_quirks=reference_quirks)
@@ -208,6 +213,8 @@ def find_checkpoint(name_or_path: str | Path, pipeline: str | None = None, **opt
     if pipeline is not None and layout == "diffusers":
         return Checkpoint(origin, listing, layout, pipeline)
     held = _pipeline_class(origin, layout)
+    if pipeline == "Qwen3VLPipeline" and held in ALIKE:
+        return Checkpoint(origin, listing, layout, pipeline)
     if pipeline is not None and layout == "comfyui" and ALIKE >= {pipeline, held}:
         return Checkpoint(origin, listing, layout, pipeline)
     if pipeline not in (None, held):
@@ -247,7 +254,7 @@ def place_of(name_or_path: str | Path) -> str:
 
 
 def layout_of(name: str, listing: list[str]) -> str:
-    """ "diffusers", "original", "comfyui" or "ldm". Raises ValueError saying what was found."""
+    """ "diffusers", "original", "comfyui", "ldm" or "qwen3-vl". Raises ValueError saying what was found."""
     if not listing and not Path(name).is_dir():
         if name.endswith(WEIGHT_SUFFIXES):
             return "ldm" if Path(name).is_file() and is_single_file(Path(name)) else "comfyui"
@@ -259,10 +266,13 @@ def layout_of(name: str, listing: list[str]) -> str:
         return "original"
     if COMFYUI_FOLDERS["transformer"] in folders:
         return "comfyui"
+    if "config.json" in listing and PROCESSOR_FILES & set(listing):  # what only models that see have
+        return "qwen3-vl"
     found = ", ".join(sorted(folders | {file for file in listing if "/" not in file})[:12])
     raise ValueError(
         f"{name} is no checkpoint that joyedit knows: no model_index.json (Diffusers), no transformer/ with "
-        f"{ORIGINAL_TEXT_ENCODER}/ (original JoyAI), no diffusion_models/ (ComfyUI). "
+        f"{ORIGINAL_TEXT_ENCODER}/ (original JoyAI), no diffusion_models/ (ComfyUI), no config.json with "
+        f"preprocessor_config.json (Qwen3-VL). "
         f"It holds: {found or 'nothing'}{broken_off(Path(name))}"
     )
 
@@ -295,6 +305,11 @@ def _pipeline_class(origin: Origin, layout: str) -> str:
         if _is_chronoedit(origin):
             return "ChronoEditPipeline"
         return "JoyImageEditPlusPipeline" if _is_plus(origin) else "JoyImageEditPipeline"
+    if layout == "qwen3-vl":
+        kind = read_json(origin.fetch(["config.json"]) / "config.json").get("model_type")
+        if kind != "qwen3_vl":
+            raise ValueError(f"{origin.name} holds a model of type {visible(kind)}: joyedit reads qwen3_vl")
+        return "Qwen3VLPipeline"
     if layout != "diffusers":
         return "StableDiffusionDiffEditPipeline" if layout == "ldm" else "JoyImageEditPipeline"
     name = read_json(origin.fetch(["model_index.json"]) / "model_index.json").get("_class_name")
@@ -480,6 +495,23 @@ def _open_original(found: Checkpoint, options: LoadOptions, passed: Mapping[str,
     return {name: openers[name](kind) for name, kind in kinds.items()}
 
 
+def _open_qwen(found: Checkpoint, options: LoadOptions, passed: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a Qwen3-VL folder, but for those that are passed; the network planned."""
+    kinds: dict[str, Any] = {n: kinds[0] for n, kinds in found.pipeline.parts.items() if n not in passed}
+    files = found.origin.small_files("")
+    part = options.of_part("text_encoder")
+    if "text_encoder" in kinds:
+        stem = kinds["text_encoder"].weights_stem
+        files += found.origin.network_files("", stem, part.variant, part.use_safetensors)
+    root = found.origin.fetch(sorted(set(files)))
+    return {
+        name: plan_folder(kind, Origin(str(root)), "", part)
+        if name == "text_encoder"
+        else kind.from_pretrained(root)
+        for name, kind in kinds.items()
+    }
+
+
 def read_infer_config(path: Path) -> dict[str, Any]:
     """The literal settings of an original `infer_config.py`, read as text and never run.
 
@@ -579,8 +611,9 @@ def save_checkpoint(
         raise ValueError(
             f"to={to!r}: JoyAI-Image-Edit-Plus has no such layout, only 'diffusers' and 'comfyui'"
         )
-    if "processor" not in pipe.components:
-        kind = "Stable Diffusion" if "unet" in pipe.components else "ChronoEdit"
+    if not {"processor", "transformer"} <= set(pipe.components):
+        known = {"unet": "Stable Diffusion", "transformer": "ChronoEdit"}
+        kind = next((known[part] for part in known if part in pipe.components), "Qwen3-VL")
         raise ValueError(f"to={to!r} is for JoyAI-Image: {kind} is written as 'diffusers' only")
     lost = list(pipe.settings_to_save()) + ["made_for"] * bool(pipe.made_for.to_dict())
     if lost:

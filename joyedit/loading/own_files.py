@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from joyedit.checkpoints.hub import WEIGHT_SUFFIXES
+from joyedit.checkpoints.hub import GENERATION_FILE, WEIGHT_SUFFIXES
 from joyedit.checkpoints.network import Network
 from joyedit.loading.layouts import COMFYUI_FOLDERS, ORIGINAL_TEXT_ENCODER, PIPELINES
 from joyedit.schedulers.scheduler import FILE as SCHEDULER_FILE
@@ -41,6 +41,8 @@ def patterns(layout: str) -> list[str]:
         ends = ("", "_plus", "-?????-of-?????", "_plus-?????-of-?????")
         own = ["config.json", *(f"*_joyimage{end}.safetensors" for end in ends)]
         return [f"{folder}/{name}" for folder in COMFYUI_FOLDERS.values() for name in own]
+    if layout == "qwen3-vl":
+        return [*_of_network("model"), *SMALL_FILES]
     networks = [
         "transformer/config.json",
         "transformer/transformer.pth",
@@ -70,7 +72,11 @@ def _of_diffusers_parts() -> Iterator[str]:
 
 def _of_network(stem: str) -> list[str]:
     endings = [*WEIGHT_SUFFIXES, ".safetensors.index*.json", ".bin.index*.json"]
-    return ["config.json", *(f"{stem}{middle}{end}" for end in endings for middle in ("", ".*", "-*"))]
+    return [
+        "config.json",
+        GENERATION_FILE,
+        *(f"{stem}{middle}{end}" for end in endings for middle in ("", ".*", "-*")),
+    ]
 
 
 def _entries(folder: Path) -> Iterator[str]:

@@ -6,7 +6,8 @@ rotary position of a token has three parts (time, row, column) whose frequencies
 
 The diffusion networks read the output of the last decoder layer *before* the final RMSNorm: `hidden_states`.
 Neither that norm nor `lm_head` takes part in it, so of a mapped file the 1.2 GB of `lm_head.weight` are never
-read. Prompts that begin alike, say a positive and a negative one about one picture, share a `prefill`.
+read. Prompts that begin alike, say a positive and a negative one about one picture, share a `prefill`. An
+answer goes on from one token by token, with `next_logits`, which take both.
 
 B prompts   L tokens   P tokens of a cached prefix   D width   H heads (G for keys and values)   E head width
 N patches of all images, one image after another   M = N / 4 image tokens   gh, gw patches down and across
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import isqrt
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -27,7 +29,10 @@ from torch import Tensor, nn
 from joyedit import ops
 from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.encoder_spellings import answer, check_unused
+from joyedit.checkpoints.hub import GENERATION_FILE
+from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.network import Network
+from joyedit.checkpoints.plain_text import shown
 from joyedit.models.layers import LayerNorm, Linear, RMSNorm
 from joyedit.models.rope import axis_angles
 
@@ -178,6 +183,7 @@ class Qwen3VLForConditionalGeneration(Network):
         super().__init__(config)
         self.model = Towers(config)
         self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.generation: Mapping[str, Any] = {}  # what generation_config.json says
 
     def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> ImageFeatures:
         """Run the vision tower.
@@ -225,13 +231,32 @@ class Qwen3VLForConditionalGeneration(Network):
         """
         return self._decode(input_ids, attention_mask, images, prefix, keep_from).to(self.dtype)
 
-    def prefill(self, input_ids: Tensor, images: ImageFeatures | None = None, keep_from: int = 0) -> Prefix:
-        """Read the beginning that prompts share: input_ids (B, P), no padding. Continue with `hidden_states`;
-        `cat((prefix.states, states), 1)` is what the whole prompts give."""
+    def prefill(
+        self,
+        input_ids: Tensor,
+        images: ImageFeatures | None = None,
+        keep_from: int = 0,
+        prefix: Prefix | None = None,
+    ) -> Prefix:
+        """Read the beginning that prompts share: input_ids (B, P), no padding, after what `prefix` has read.
+        Continue with `hidden_states`; `cat((prefix.states, states), 1)` is what the whole prompts give."""
         cache: list[tuple[Tensor, Tensor]] = []
-        states = self._decode(input_ids, None, images, None, keep_from, cache).to(self.dtype)
-        positions = self.position_ids(input_ids, images.grid_thw if images else None)
-        return Prefix(states, cache, positions.amax(dim=(0, 2)) + 1, images is not None)
+        states = self._decode(input_ids, None, images, prefix, keep_from, cache).to(self.dtype)
+        after = self.position_ids(input_ids, images.grid_thw if images else None).amax(dim=(0, 2)) + 1
+        if prefix is None:
+            return Prefix(states, cache, after, images is not None)
+        has_images = prefix.has_images or images is not None
+        return Prefix(states, cache, prefix.next_position + after, has_images)
+
+    def next_logits(self, states: Tensor, head: Tensor) -> Tensor:
+        """Logits (B, L, vocabulary) of the token after each that `prefill` or `hidden_states` gave the states
+        of, (B, L, D); not after an image token, where there are no more layers than DeepStack features.
+
+        head: `lm_head.weight`, on the device of the states. It is 1.2 GB that stay in main memory, so who
+        asks for many tokens brings it there once. The logits are in the dtype of the computation.
+        """
+        x = states.to(ops.compute_dtype(self.dtype, states.device))
+        return ops.linear(self.model.language_model.norm(x), head)
 
     def position_ids(
         self, input_ids: Tensor, grid_thw: Tensor | None = None, attention_mask: Tensor | None = None
@@ -301,6 +326,26 @@ class Qwen3VLForConditionalGeneration(Network):
         visible = None if mask is None else visibility(mask, past[0][0].shape[1] if past else 0)
         deepstack = images.deepstack if images else ()
         return text(x, rope, visible, places, deepstack, past, keep_from, cache, kept)
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end an answer, as far as the checkpoint says it."""
+        ends = self.generation.get("eos_token_id")
+        return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+
+    def read_beside(self, folder: Path) -> None:
+        """Takes generation_config.json. Raises ValueError where its eos_token_id is no token."""
+        path = folder / GENERATION_FILE
+        self.generation = read_json(path) if path.is_file() else {}
+        size = self.config.text_config.vocab_size
+        if any(type(token) is not int or not 0 <= token < size for token in self.stop_tokens):
+            ends = shown(self.generation["eos_token_id"], 80)
+            raise ValueError(f"{path}: eos_token_id={ends}: must be tokens from 0 to {size - 1}")
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
+        super().save_pretrained(save_directory, **options)
+        if self.generation:
+            write_json(Path(save_directory) / GENERATION_FILE, dict(self.generation))
 
     def config_to_save(self) -> dict[str, Any]:
         """As transformers writes it, with the dtype that the weights have now: transformers loads in it."""

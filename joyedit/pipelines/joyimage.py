@@ -32,6 +32,7 @@ from joyedit.models.joyimage_mmdit import Grids, JoyImageEditTransformer3DModel,
 from joyedit.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
 from joyedit.noise import Generators, draw_noise
+from joyedit.pipelines import questions
 from joyedit.pipelines.checks import (
     Text,
     as_list,
@@ -120,6 +121,7 @@ class JoyImageEditPipeline(Pipeline):
         "image": SYSTEM + USER + "{}<|im_end|>\n<|im_start|>assistant\n",
         "multiple_images": SYSTEM + "{}<|im_start|>assistant\n",
     }
+    ask = questions.ask
 
     def __init__(
         self,

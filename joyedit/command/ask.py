@@ -1,0 +1,109 @@
+"""`joyedit ask`: a question about photographs, answered on standard output.
+
+Of a JoyAI-Image checkpoint only the text encoder is read, which is a Qwen3-VL; a folder of Qwen3-VL does as
+well. On a terminal the words are shown as they come.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from joyedit.command.calls import origin_options, said, source_options
+from joyedit.command.photos import read_photo
+from joyedit.command.values import above_zero, finite, place, share, whole
+
+log = logging.getLogger("joyedit")
+
+MODEL = "tiny-joyimage"
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+
+
+def add_options(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
+    about = "paths or URLs of the photographs, which may be none"
+    parser.add_argument("photos", metavar="PHOTO", nargs="*", help=about)
+    parser.add_argument("question", metavar="QUESTION", help="what to answer")
+    add = parser.add_argument_group("the answer").add_argument
+    add(
+        "--max-new-tokens",
+        type=whole("max_new_tokens"),
+        metavar="N",
+        help="how long the answer may be, default 512; a word is about one and a half",
+    )
+    add(
+        "--temperature",
+        type=from_zero,
+        metavar="T",
+        help="0 (the default) takes the most likely word each time; others draw, 0.7 for example",
+    )
+    add("--top-p", type=some_share, metavar="P", help="draw among the most likely words of this share")
+    add("--top-k", type=whole("top_k"), metavar="K", help="draw among so many most likely words; 0: all")
+    add(
+        "--repetition-penalty",
+        type=above_zero,
+        metavar="R",
+        help="above 1: what was said already becomes less likely",
+    )
+    add("--seed", type=whole("seed"), help="seed of the draws; default: a random one")
+    add = parser.add_argument_group("the model").add_argument
+    add(
+        "-m",
+        "--model",
+        metavar="NAME",
+        type=place,
+        help="folder or Hub name, of JoyAI-Image or of Qwen3-VL; small models cannot answer",
+    )
+    add("--device", metavar="DEVICE", help="auto (an accelerator if there is one), cpu, cuda, cuda:1, mps")
+    add(
+        "--dtype", choices=dtypes, metavar="DTYPE", help=f"{', '.join(dtypes[:4])}; default: auto (as stored)"
+    )
+    add(
+        "--offload",
+        choices=("none", "model", "sequential"),
+        help="sequential keeps the weights in main memory and brings one block at a time to the accelerator",
+    )
+
+
+def answer(args: argparse.Namespace, stream: Callable[[str], None] | None) -> str:
+    """The answer; each piece of it goes to `stream` as it comes. What can be refused is refused before the
+    model is loaded."""
+    photos = [read_photo(source) for source in args.photos]
+    pipe = open_reader(args)
+    import torch
+
+    sampling = said(args, SAMPLING)
+    if args.seed is not None:
+        sampling["generator"] = torch.Generator().manual_seed(args.seed)
+    found = pipe.ask([photo.image for photo in photos], args.question, **sampling, stream=stream)
+    if not found.finished:
+        made = len(found.tokens)
+        log.warning("the answer is cut after %d tokens: --max-new-tokens says how many it may have", made)
+    return found.text
+
+
+def open_reader(args: argparse.Namespace) -> Any:
+    """The part of a checkpoint that answers. Raises ValueError for one that cannot."""
+    from joyedit.loading.layouts import load, pipeline_name, read_made_for
+    from joyedit.pipelines.questions import no_answers
+
+    model = args.model or MODEL
+    pipeline = pipeline_name(model, **origin_options(args))
+    if not pipeline.startswith(("JoyImage", "Qwen3VL")):
+        raise ValueError(f"{model} holds a {pipeline}, which has no words: ask JoyAI-Image or Qwen3-VL")
+    if (world := read_made_for(model, **origin_options(args)).world) is not None:
+        hint = "" if args.model else " (--model names them)"
+        raise ValueError(no_answers(model, world.about) + hint)
+    options = said(args, ("device", "dtype", "offload"))
+    return load(model, pipeline="Qwen3VLPipeline", **options, **source_options(args))
+
+
+def from_zero(text: str) -> float:
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def some_share(text: str) -> float:
+    """Above 0, and at most 1."""
+    return above_zero(text) and share(text)
