@@ -79,7 +79,7 @@ def desk(checkpoint, tmp_path, monkeypatch):
     photo = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
     photo.save("astronaut.jpg")
     photo.rotate(180).save("hat.jpg")
-    photo.convert("L").save("wings.png")
+    photo.convert("L").save("where.png")
     load_image = joyedit.load_image
     monkeypatch.setattr(joyedit, "load_image", lambda name: load_image(Path(str(name)).name))
     return tmp_path
@@ -151,9 +151,7 @@ def test_python_blocks(page, source, desk, published):
 def run_joyedit(words, published, capsys):
     """Runs a command of a page, small and in one step. Every path that it prints is there."""
     small = ["--steps", "1"] if words[0] in ("edit", "generate") else []
-    if "--size" in words and "nvidia/ChronoEdit-14B-Diffusers" in words:
-        small += ["--basesize", "256"]
-    elif "nvidia/ChronoEdit-14B-Diffusers" in words or "--height" in words:
+    if "nvidia/ChronoEdit-14B-Diffusers" in words or "--height" in words:
         small += ["--height", "32", "--width", "48"]
     if "--reasoning-steps" in words:
         words[words.index("--reasoning-steps") + 1] = "1"

@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks import drift
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDE, ZOOM = 112, 2.2  # pixels of a window, and of the photograph in each
+SIDE, ZOOM = 96, 2.5  # pixels of a window, and of the photograph in each
 
 
 @pytest.fixture(scope="module")
