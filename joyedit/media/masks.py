@@ -92,15 +92,23 @@ def to_pixel_masks(masks: Any, name: str = "mask") -> list[Tensor]:
 
 def soft_edge(mask: Tensor, width: int) -> Tensor:
     """How much of the edit every pixel of a mask (H, W) bool shows, in [0, 1]: 0 outside; inside it rises to
-    1 over `width` pixels, or over half of what is narrower than that. The picture's border is no edge."""
-    depth = left = mask[None].float()
+    1 over `width` pixels, or over half of what is narrower than that. The picture's border is no edge.
+    width: 1 to 255."""
+    depth = left = mask.to(torch.uint8)
     for _ in range(width - 1):
-        left = -F.max_pool2d(-left, 3, 1, 1)  # without its outermost pixels
+        left = 1 - _grown(1 - left)  # without its outermost pixels
         depth = depth + left  # pixels to the outside, 1 to `width`
     summit = depth
     for _ in range(width):
-        summit = F.max_pool2d(summit, 3, 1, 1)  # the largest depth nearby
-    return (depth / summit.clamp(min=1))[0]
+        summit = _grown(summit)  # the largest depth nearby
+    return depth / summit.clamp(min=1)
+
+
+def _grown(levels: Tensor) -> Tensor:
+    """The largest among every pixel and its eight neighbours; levels (H, W) from 0 on."""
+    around = F.pad(levels, (1, 1, 1, 1))
+    rows = torch.maximum(torch.maximum(around[:-2], around[1:-1]), around[2:])
+    return torch.maximum(torch.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
 
 
 def to_mask_images(mask: Tensor) -> list[Image]:

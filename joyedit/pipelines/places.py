@@ -213,7 +213,7 @@ class Places(NamedTuple):
             pixels = torch.stack(matched)
         if mask is None:
             return pixels
-        edge = max(1, round(EDGE * geometry.size[0] / geometry.inner[0]))
+        edge = min(max(round(EDGE * geometry.size[0] / geometry.inner[0]), 1), 255)
         return torch.where(mask, torch.lerp(photo, pixels, soft_edge(mask, edge)), photo)
 
 
