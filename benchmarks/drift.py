@@ -16,6 +16,8 @@ shifts are down and to the right, in pixels of the result; above 1 the result is
 A folder holds NAME.png with NAME-edit*.png and perhaps NAME-mask.png (white: the edit), or folders input/,
 output/ (NAME.png, NAME-*.png) and perhaps mask/.
 
+It needs scipy and scikit-image (`pip install -e .[test]`).
+
 H, W pixels of the result
 Source: Kuglin and Hines 1975; Reddy and Chatterji 1996; Guizar-Sicairos et al. 2008.
 """

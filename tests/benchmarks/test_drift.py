@@ -46,6 +46,12 @@ def test_shift_and_scale_are_those_of_the_window(window, known):
     )
 
 
+def test_large_pictures_are_looked_at_smaller_and_measured_in_their_pixels(window, monkeypatch):
+    monkeypatch.setattr(drift, "LONGEST", 64)
+    shift, scale, _ = drift.geometry(drift.grey(window()), drift.grey(window(3.2, -1.4, 1.02)))
+    assert shift == pytest.approx((3.2, -1.4), abs=0.06) and scale == pytest.approx(1.02, abs=2e-3)
+
+
 def test_an_edit_moves_nothing_and_colours_nothing(window):
     """Whether a mask says where it is or not; of a known place nothing is seen at all."""
     after = window(0.6, -0.2)

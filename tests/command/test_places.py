@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 import joyedit
 from joyedit.command import arguments, cli, places
+from joyedit.command.film import Film
 from joyedit.command.photos import read_photo
 from joyedit.command.recorded import fill_from_image
 from joyedit.media import images
@@ -173,6 +174,22 @@ def test_a_film_has_that_size(run, size):
     assert "photograph of 120 x 96" in err and f"result of {result.shape[1]} x {result.shape[0]}" in err
     if size == "input":
         assert (result[black()] == photo[black()]).all() and (result[~black()] != photo[~black()]).any()
+
+
+@pytest.mark.slow
+def test_a_film_of_another_size_is_worked_at_in_the_size_that_is_said(run, monkeypatch):
+    worked_at = []
+
+    def made(film, pipe, call, seeds, args):
+        worked_at.append(pipe.made_for.basesize)
+        return [{"output": call["image"]} for _ in seeds]
+
+    monkeypatch.setattr(Film, "run", made)
+    monkeypatch.setattr(Film, "facts", lambda *args: {})
+    words = ("-m", "tiny-chronoedit", "--size", "input", "--basesize", 256)
+    status, _, err = run("edit", "photo.png", "Make the red circle yellow.", *words)
+    assert (status, worked_at) == (0, [256])
+    assert "at scale 2.27 in 272 x 224, 6 rows of padding" in err  # 272 / 120; 224 - 96 * 272 / 120
 
 
 @pytest.mark.slow
