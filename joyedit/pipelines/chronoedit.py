@@ -33,6 +33,7 @@ from joyedit import ops
 from joyedit.lora import LoraReport
 from joyedit.media import images as im
 from joyedit.media.clip_images import CLIPImageProcessor
+from joyedit.media.geometry import Geometry, stretched
 from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel, Context
 from joyedit.models.clip import CLIPVisionModel, CLIPVisionModelWithProjection
 from joyedit.models.umt5 import UMT5EncoderModel
@@ -69,9 +70,11 @@ from joyedit.pipelines.chronoedit_request import (
     check_size,
     text_of_each,
     warn_if_stretched,
+    working_area,
 )
 from joyedit.pipelines.defaults import Unsaid, unsaid
 from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.places import Asked, Known, Places
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
 from joyedit.text.t5_tokenizer import T5TokenizerFast, clean_prompt
@@ -89,11 +92,20 @@ Picture = Image.Image | np.ndarray | Tensor
 Films = list[list[Image.Image]] | np.ndarray | Tensor
 
 
-class ChronoEditPipelineOutput(NamedTuple):
-    """Films: (B, F, H, W, 3) for "np", (B, F, 3, H, W) for "pt", a list of lists for "pil", latents
-    (B, C, T, h, w) for "latent". The edited picture is the last frame, `frames[0][-1]`."""
+class Results(NamedTuple):
+    """What a call returns as a tuple."""
 
     frames: Films
+
+
+class ChronoEditPipelineOutput(Results):
+    """Films: (B, F, H, W, 3) for "np", (B, F, 3, H, W) for "pt", a list of lists for "pil", latents
+    (B, C, T, h, w) for "latent". The edited picture is the last frame, `frames[0][-1]`.
+
+    `geometry`, which is no part of the tuple: how the first photograph was worked at, and the size of the
+    result; None where there was no photograph."""
+
+    geometry: Geometry | None = None
 
 
 class ChronoEditPipeline(Pipeline):
@@ -185,8 +197,8 @@ class ChronoEditPipeline(Pipeline):
         image: Picture | list[Picture] | None = None,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        height: int = 480,
-        width: int = 832,
+        height: int = unsaid(480),
+        width: int = unsaid(832),
         num_frames: int = DEFAULT_FRAMES,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float = DEFAULT_GUIDANCE,
@@ -206,6 +218,9 @@ class ChronoEditPipeline(Pipeline):
         num_temporal_reasoning_steps: int = 0,
         only_last_frame: bool = False,
         preset: str | None = None,
+        mask: Any = None,
+        size: str | tuple[int, int] | None = None,
+        match_colors: bool = False,
     ) -> ChronoEditPipelineOutput | tuple:
         """Edit `image` as `prompt` says.
 
@@ -228,6 +243,9 @@ class ChronoEditPipeline(Pipeline):
         num_inference_steps, guidance_scale, negative_prompt: a small checkpoint may have others to be left
             at, `made_for.call`.
         callback_on_step_end(pipe, step, timestep, tensors) may return replacements.
+        mask, match_colors: as in `JoyImageEditPipeline`, in every frame.
+        size: "input" or (height, width) of the films, as there. Then nothing is stretched: the photograph is
+            padded to a size of the preset's area, else of `made_for.basesize` squared, else of 1280 x 720.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
@@ -247,8 +265,12 @@ class ChronoEditPipeline(Pipeline):
         scale = self._scale(attention_kwargs)
         cut = check_cut(num_temporal_reasoning_steps, recipe.steps if enable_temporal_reasoning else None)
         frames = self._frames(num_frames, enable_temporal_reasoning, cut)
+        sides = [None if isinstance(side, Unsaid) else side for side in (height, width)]
+        asked = Asked.of(mask, size, match_colors, output_type, image, sides)
+        area = working_area(self.made_for, name)
         request = self._request(
-            image, image_embeds, text, num_videos_per_prompt, height, width, frames, generator, latents
+            *(image, image_embeds, text, num_videos_per_prompt, height, width, frames, generator, latents),
+            *(asked, area),
         )
 
         self._guidance_scale, self._attention_kwargs = recipe.guidance_scale, attention_kwargs
@@ -259,6 +281,7 @@ class ChronoEditPipeline(Pipeline):
         positive, negative = self._read(request, max_sequence_length)
         seen = self._see(request)
         latents, condition = self._start(request, latents)
+        known = request.places.known(self._still(request), latents)
         with self.adapters_scaled(scale):
             latents = self._denoise(
                 latents,
@@ -267,11 +290,16 @@ class ChronoEditPipeline(Pipeline):
                 negative,
                 seen,
                 cut=cut if enable_temporal_reasoning else None,
+                known=known,
                 callback=callback_on_step_end,
                 names=names,
             )
-        result = self._decode(latents, output_type, only_last_frame)
-        return ChronoEditPipelineOutput(result) if return_dict else (result,)
+        result = self._decode(latents, output_type, only_last_frame, request.places)
+        if not return_dict:
+            return (result,)
+        output = ChronoEditPipelineOutput(result)
+        output.geometry = request.places.geometry if request.photos else None
+        return output
 
     def _request(
         self,
@@ -284,23 +312,33 @@ class ChronoEditPipeline(Pipeline):
         frames: int,
         generator: Generators,
         latents: Tensor | None,
+        asked: Asked,
+        area: int,
     ) -> Request:
         """What a call is to make, and from what. Raises ValueError or TypeError for what does not fit."""
         if image is None and image_embeds is None:
             raise ValueError("image is needed: a photograph, or a list of them")
         copies = check_copies("num_videos_per_prompt", copies)
+        pictures = [] if image is None else im.to_pil_list(image, "image")
+        if asked.size is not None:
+            shape = asked.shape((pictures[0].height, pictures[0].width) if pictures else (1, 1))
+            height, width = im.size_of_area(*shape, area, self.size_multiple)
         check_size(height, width, self.size_multiple, self.transformer.config.rope_max_seq_len)
         height, width = int(height), int(width)
-        pictures = [] if image is None else im.to_pil_list(image, "image")
         batch = batch_of(text, pictures, image_embeds)
         text = text_of_each(text, batch)
         generator = check_generators(generator, batch * copies)
         if latents is not None:
             shape = self.latent_shape(batch * copies, height, width, frames)
             check_tensor("latents", latents, shape, "B, C, T, h, w")
+        bucket, raw = (height, width), image if self._is_raw(image) else None
+        originals = pictures * (batch // len(pictures)) if pictures else None
+        places = Places.of(asked, originals, batch, bucket, stretched, cell=self.vae_scale_factor_spatial)
+        if asked.size is not None:
+            pictures, raw = asked.padded(pictures, bucket, Image.Resampling.LANCZOS), None
         warn_if_stretched(pictures, height, width, self.size_multiple)
-        photos = Photographs.of(pictures, image if self._is_raw(image) else None) if pictures else None
-        return Request(text, photos, image_embeds, batch, copies, height, width, frames, generator)
+        photos = Photographs.of(pictures, raw) if pictures else None
+        return Request(text, photos, image_embeds, batch, copies, height, width, frames, generator, places)
 
     def _require_parts(self, request: Request) -> None:
         """Raises ValueError for an encoder that a call needs and the pipeline does not have."""
@@ -344,6 +382,15 @@ class ChronoEditPipeline(Pipeline):
             order,
         )
 
+    def _still(self, request: Request) -> Tensor | None:
+        """Latents (B, C, T, h, w) of films in which the photograph stays as it is; None without a mask."""
+        if request.places.cells is None or request.photos is None:
+            return None
+        pixels = self._pixels(request.photos.distinct, request.height, request.width)
+        with self.on_device(self.vae) as vae:
+            still = FrameCoder(vae).still(pixels, request.frames)
+        return for_all(still[request.photos.order], request.batch, request.copies)
+
     def _denoise(
         self,
         latents: Tensor,
@@ -353,13 +400,14 @@ class ChronoEditPipeline(Pipeline):
         seen: Tensor,
         *,
         cut: int | None,
+        known: Known | None = None,
         callback: Callable | None = None,
         names: Sequence[str] = (),
     ) -> Tensor:
         """Latents (B, C, T, h, w) from noise to film; guided when there is a negative prompt.
 
         condition (B, 4 + C, T, h, w); prompts (B, L, D); seen (B, M, D). Before step `cut`, all frames
-        but the first and the last are dropped.
+        but the first and the last are dropped. known: what is put back after every step.
         """
         steps = self.scheduler.timesteps
         self._num_timesteps = len(steps)
@@ -377,6 +425,7 @@ class ChronoEditPipeline(Pipeline):
                 if i == cut:
                     latents, condition = latents[:, :, ENDS], condition[:, :, ENDS]
                     self.scheduler.select_frames(ENDS)
+                    known = known and known.frames(ENDS)
                     rope = None
                 x = torch.cat((latents, condition), dim=1)
                 rope = rope or transformer.rope(transformer.token_grid(x), x.device)
@@ -386,6 +435,8 @@ class ChronoEditPipeline(Pipeline):
                 for velocity_uncond in others:
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                if known is not None:
+                    latents = known.put_back(latents, self.scheduler.sigmas[i + 1])
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive}
                 tensors["negative_prompt_embeds"] = negative
@@ -401,14 +452,14 @@ class ChronoEditPipeline(Pipeline):
         self._current_timestep = None
         return latents
 
-    def _decode(self, latents: Tensor, output_type: str, only_last: bool) -> Films:
+    def _decode(self, latents: Tensor, output_type: str, only_last: bool, places: Places) -> Films:
         """Latents (B, C, T, h, w) to the output type."""
         if output_type == "latent":
             return latents
         with self.on_device(self.vae) as vae:
             pixels = FrameCoder(vae).decode(latents, only_last)
         films, count = len(pixels), pixels.shape[2]
-        result = im.to_output(rearrange(pixels, "b c f h w -> (b f) c h w"), output_type)
+        result = places.output(rearrange(pixels, "b c f h w -> (b f) c h w"), output_type)
         if isinstance(result, list):
             return [result[i * count : (i + 1) * count] for i in range(films)]
         return result.reshape(films, count, *result.shape[1:])

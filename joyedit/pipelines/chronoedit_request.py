@@ -15,8 +15,13 @@ from joyedit.media import images as im
 from joyedit.models.chronoedit_dit import ChronoEditConfig
 from joyedit.noise import Generators
 from joyedit.pipelines.checks import Text, as_list, check_side, check_tensor
+from joyedit.pipelines.chronoedit_presets import preset_called
+from joyedit.pipelines.made_for import MadeFor
+from joyedit.pipelines.places import Places
 
 log = logging.getLogger("joyedit")
+
+EXAMPLES_AREA = 720 * 1280
 
 
 class Photographs(NamedTuple):
@@ -45,6 +50,7 @@ class Request(NamedTuple):
     width: int
     frames: int  # that are denoised
     generator: Generators
+    places: Places
 
 
 def check_embedded(text: Text, image_embeds: Tensor | None, config: ChronoEditConfig) -> None:
@@ -63,6 +69,13 @@ def check_size(height: Any, width: Any, multiple: int, most: int) -> None:
     for name, size in (("height", height), ("width", width)):
         if check_side(name, size, multiple) > most * multiple:
             raise ValueError(f"{name}={size}: must be at most {most * multiple}")
+
+
+def working_area(made_for: MadeFor, preset: str | None) -> int:
+    """How many pixels a run is worked at where no height and width say it: the checkpoint's, else the
+    preset's, else those of ChronoEdit's examples."""
+    own = None if preset is None else preset_called(preset).area
+    return made_for.basesize**2 if made_for.basesize else own or EXAMPLES_AREA
 
 
 def batch_of(text: Text, photos: Sequence[Image.Image], image_embeds: Tensor | None) -> int:
