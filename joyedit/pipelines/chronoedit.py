@@ -71,7 +71,7 @@ from joyedit.pipelines.chronoedit_request import (
     warn_if_stretched,
 )
 from joyedit.pipelines.defaults import Unsaid, unsaid
-from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.pipeline import DENOISED, Pipeline
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
 from joyedit.text.t5_tokenizer import T5TokenizerFast, clean_prompt
@@ -116,7 +116,7 @@ class ChronoEditPipeline(Pipeline):
     relatives = frozenset({"WanImageToVideoPipeline"})
     # As in the published recipe: both run once, and what they give is all that is seen of the photograph.
     auto_dtypes = {"vae": torch.float32, "image_encoder": torch.float32}
-    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds"})
+    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds", DENOISED})
     quirk_names = frozenset({TENSOR_IMAGES})
 
     def __init__(
@@ -227,7 +227,8 @@ class ChronoEditPipeline(Pipeline):
         preset: a name of `PRESETS`: its shift, and its steps, guidance and words unless the call says them.
         num_inference_steps, guidance_scale, negative_prompt: a small checkpoint may have others to be left
             at, `made_for.call`.
-        callback_on_step_end(pipe, step, timestep, tensors) may return replacements.
+        callback_on_step_end(pipe, step, timestep, tensors) may return replacements; `denoised`, if it asks
+            for that, is the x0 of the step, to look at.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
@@ -385,10 +386,12 @@ class ChronoEditPipeline(Pipeline):
                 velocity, *others = predict(x, modulation[i], texts, image, rope)
                 for velocity_uncond in others:
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
+                asked = DENOISED in names
+                denoised = self.scheduler.denoised(velocity, timestep, latents) if asked else None
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive}
-                tensors["negative_prompt_embeds"] = negative
+                tensors |= {"negative_prompt_embeds": negative, DENOISED: denoised}
                 returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
                 if returned["prompt_embeds"] is not positive:
