@@ -69,6 +69,7 @@ from joyedit.pipelines.chronoedit_request import (
     check_embedded,
     check_size,
     text_of_each,
+    warn_if_short,
     warn_if_stretched,
     working_area,
 )
@@ -153,6 +154,7 @@ class ChronoEditPipeline(Pipeline):
         self.vae_scale_factor_spatial = 8 if vae is None else vae.config.scale_factor_spatial
         self.vae_scale_factor_temporal = 4 if vae is None else vae.config.scale_factor_temporal
         self.preset: str | None = None
+        self._warned_of_short = False
         self._attention_kwargs: Mapping[str, Any] | None = None
         self._distilled: set[str] = set()  # adapters from files that are called so
         self._keeps_distilled = False  # whether such a one stayed in the weights when it was forgotten
@@ -273,6 +275,9 @@ class ChronoEditPipeline(Pipeline):
             *(asked, area),
         )
 
+        worded = name is not None and preset_called(name).prompt is not None
+        if text.prompt is not None and not (worded or self.made_for.to_dict() or self._warned_of_short):
+            self._warned_of_short = warn_if_short(text.prompt)
         self._guidance_scale, self._attention_kwargs = recipe.guidance_scale, attention_kwargs
         self._require_parts(request)
         self.scheduler = recipe.scheduler  # where callbacks look for it
