@@ -65,7 +65,7 @@ def test_what_a_server_is_asked(serve):
     exif = photo.getexif()
     exif[0x010E] = "where we live"
     file = io.BytesIO()
-    photo.save(file, "JPEG", exif=exif)
+    photo.save(file, "JPEG", exif=exif, comment=b"where we live")
     found = rewrite(" make it winter\n", Image.open(file), Server(server.base, "some-model"))
     assert found == ("Make it winter.", " make it winter\n", None)
     (asked,) = server.asked
@@ -85,6 +85,14 @@ def test_what_a_server_is_asked(serve):
     assert seen.size == (2160, 1080) and not seen.getexif() and b"where we live" not in sent
     wanted = photo.resize((2160, 1080), Image.Resampling.LANCZOS)
     assert np.abs(np.asarray(seen).astype(int) - np.asarray(wanted)).mean() < 1
+
+
+def test_the_environment_has_a_proxy(serve, monkeypatch):
+    proxy = serve(rewritten("Make it winter."))
+    monkeypatch.setenv("http_proxy", proxy.origin)
+    monkeypatch.setenv("no_proxy", "")
+    assert rewrite("winter", RED, Server("http://api.example/v1")).prompt == "Make it winter."
+    assert proxy.asked[0].path == "http://api.example/v1/chat/completions"
 
 
 def test_pictures_in_their_order_and_none(serve):
