@@ -7,7 +7,6 @@ and is never among the arguments.
 
 import argparse
 import copy
-import gc
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -137,9 +136,6 @@ def rewritten(
             one.prompt, one.original_prompt, one.rewritten_by = made.prompt, original, name
             of = f" for {photo.name}" if photo is not None and len(photos) > 1 else ""
             log.info("the prompt%s is now: %s", of, visible(made.prompt, None))
-    if pipe is None:
-        del by
-        free_memory()
     return found
 
 
@@ -153,12 +149,3 @@ def server_of(args: argparse.Namespace) -> Any:
 def elsewhere(args: argparse.Namespace) -> dict[str, Any]:
     """Where the files of the model that rewrites come from: --revision and --variant are the editor's."""
     return {"cache_dir": args.cache_dir, "local_files_only": args.offline}
-
-
-def free_memory() -> None:
-    """What the model that rewrote had, for the editor."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -275,8 +275,7 @@ class ChronoEditPipeline(Pipeline):
             *(asked, area),
         )
 
-        worded = name is not None and preset_called(name).prompt is not None
-        if text.prompt is not None and not (worded or self.made_for.to_dict() or self._warned_of_short):
+        if text.prompt is not None and not (self.made_for.to_dict() or self._warned_of_short):
             self._warned_of_short = warn_if_short(text.prompt)
         self._guidance_scale, self._attention_kwargs = recipe.guidance_scale, attention_kwargs
         self._require_parts(request)

@@ -1,7 +1,6 @@
 """`joyedit edit --rewrite`: who is asked and with what, what the result records and what repeats it, and that
 neither a failure nor a key goes any further."""
 
-import gc
 import weakref
 from pathlib import Path
 
@@ -162,6 +161,7 @@ def test_every_photograph_has_a_prompt_of_its_own(run, serve, calls):
     assert recorded("a-edit-1.png")[:2] == (RED, "red")
     assert recorded("b-edit-1.png")[:2] == ("Make the circle blue.", "red")
     assert len(server.asked) == 2
+    assert [call["prompt"] for call in calls] == [RED, "Make the circle blue."]
 
 
 def test_edit_plus_shows_all_pictures_and_generate_none(run, serve, calls, tmp_path):
@@ -191,7 +191,6 @@ def test_another_model_has_gone_when_the_editor_is_loaded(run, calls, saying, jo
     loads, load = [], layouts.load
 
     def watched(name, **options):
-        gc.collect()
         alive = [encoder() for _, encoder in loads if encoder() is not None]
         pipe = load(name, **options)
         loads.append((type(pipe).__name__, weakref.ref(pipe.text_encoder)))

@@ -236,9 +236,9 @@ def test_a_server_that_hangs(serve, kept, kind):
 
 
 def test_a_pause_that_the_deadline_does_not_allow_is_not_begun(serve, kept, monkeypatch):
-    monkeypatch.setattr(rewriting_server, "PAUSE", 300.0)
+    monkeypatch.setattr(rewriting_server, "PAUSE", 1.0)
     server = serve((500, b"", {}))
-    assert kept(Server(server.base, timeout=60)).endswith("answered 500 Internal Server Error: nothing")
+    assert kept(Server(server.base, timeout=0.9)).endswith("answered 500 Internal Server Error: nothing")
     assert len(server.asked) == 1
 
 
