@@ -37,6 +37,8 @@ class Instruction:
     options: Mapping[str, str] = spatial.OPTIONS
     settings: Mapping[str, type | tuple[type, ...]] = dict.fromkeys(spatial.OPTIONS, str)
     files: Sequence[str] = ()
+    form: str = "joyimage"
+    answers: bool = True
     usage: str = "joyedit generate PROMPT"
     untold: str = UNTOLD
     foreign: str = "{option} is for JoyAI-Image-Edit"
