@@ -39,6 +39,8 @@ class Captions:
     settings: Mapping[str, type | tuple[type, ...]] = {name: CALL[name] for name in SETTINGS}
     files: Sequence[str] = FILES
     places: Sequence[str] = ("mask",)
+    form: str = ""
+    answers: bool = False
     usage: str = "joyedit edit PHOTO --source TEXT --target TEXT"
     untold: str = (
         "{model} takes no instruction: say what the photograph shows and what it shall show, as in "
@@ -102,6 +104,8 @@ class Captions:
             return "give an instruction or --source and --target, not both: a model takes one of them"
         if len(captions) == 1 and args.config_from is None:
             return "give both --source and --target, or neither"
+        if captions and args.rewrite is not None:
+            return "--rewrite is for an instruction, not for --source and --target"
         if args.prompt is not None and (options := spelt(args, self.options)):
             return self.foreign.format(option=options[0])
         return None

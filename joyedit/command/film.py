@@ -30,6 +30,7 @@ FPS, MOST_FPS = 16, 1000
 # Steps and guidance that it takes by itself, and those of its presets.
 PRESETS = {None: (50, 5.0), "distill": (8, 1.0), "upscale": (50, 5.0), "paintbrush": (8, 1.0)}
 WORDED = ("upscale",)  # those that say themselves what to do
+PHRASED = ("upscale", "paintbrush")  # those with words that their adapters were trained with
 
 
 def take_over(args: argparse.Namespace) -> None:
@@ -63,6 +64,8 @@ class Film:
     }
     files: Sequence[str] = ("video",)
     places: Sequence[str] = tuple(places.OPTIONS)
+    form: str = "chronoedit"
+    answers: bool = False
     usage: str = "joyedit edit PHOTO INSTRUCTION"
     untold: str = UNTOLD
     foreign: str = (

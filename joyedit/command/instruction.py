@@ -38,6 +38,8 @@ class Instruction:
     settings: Mapping[str, type | tuple[type, ...]] = dict.fromkeys(spatial.OPTIONS, str)
     files: Sequence[str] = ()
     places: Sequence[str] = tuple(places.OPTIONS)
+    form: str = "joyimage"
+    answers: bool = True
     usage: str = "joyedit generate PROMPT"
     untold: str = UNTOLD
     foreign: str = "{option} is for JoyAI-Image-Edit"

@@ -16,6 +16,7 @@ from joyedit.checkpoints.plain_text import shown, visible
 from joyedit.command import places
 from joyedit.command.calls import origin_options, said
 from joyedit.command.photos import Photo
+from joyedit.command.rewrite import RECORDED
 from joyedit.command.systems import SYSTEMS, System, system_of
 from joyedit.pipelines.made_for import CALL
 
@@ -23,6 +24,7 @@ log = logging.getLogger("joyedit")
 
 # What is taken over, whatever the system: arguments, and their types in JSON.
 REPEATED: dict[str, type | tuple[type, ...]] = {
+    **RECORDED,
     "negative_prompt": CALL["negative_prompt"],
     "seed": int,
     "num_inference_steps": CALL["num_inference_steps"],
@@ -62,7 +64,7 @@ def facts_of_run(
     if args.model not in BUILT_IN and not Path(args.model).exists():
         revision = Origin(args.model, args.revision, cache_dir=args.cache_dir, local_files_only=True).commit
     repeated = {
-        **{name: getattr(args, name) for name in system.texts},
+        **{name: getattr(args, name) for name in (*system.texts, *RECORDED)},
         "negative_prompt": args.negative_prompt,
         **system.facts(pipe, call, args),
         "basesize": args.basesize,
@@ -85,6 +87,7 @@ def facts_of_run(
         "weights_dtype": str(pipe.dtype).removeprefix("torch."),
         "offload": args.offload,
         "graphs": args.graphs,
+        "preview": None if args.preview is None else Path(args.preview).name,
         "version": __version__,
         "torch": torch.__version__,
     }
@@ -137,6 +140,8 @@ def kinds_taken_over(
     """The arguments that the record may fill, and their types: not what no longer fits what is said."""
     kinds = dict(REPEATED)
     told = [system for system in SYSTEMS if said(args, system.texts)]
+    if told:
+        kinds = without(kinds, RECORDED)  # they are about another prompt
     for system in told or SYSTEMS:
         if args.command in system.commands:
             kinds |= {**dict.fromkeys(system.texts, str), **system.settings}

@@ -19,7 +19,6 @@ Source: diffusers `pipeline_chronoedit.py`; nv-tlabs/ChronoEdit; arXiv 2510.0429
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -30,7 +29,6 @@ from PIL import Image
 from torch import Tensor
 
 from joyedit import ops
-from joyedit.lora import LoraReport
 from joyedit.media import images as im
 from joyedit.media.clip_images import CLIPImageProcessor
 from joyedit.media.geometry import Geometry, stretched
@@ -47,21 +45,14 @@ from joyedit.pipelines.checks import (
     check_copies,
     check_count,
     check_generators,
-    check_number,
     check_output_type,
     check_prompts,
     check_tensor,
     is_integer,
 )
+from joyedit.pipelines.chronoedit_adapters import PipelineWithPresets
 from joyedit.pipelines.chronoedit_frames import ENDS, FrameCoder, for_all
-from joyedit.pipelines.chronoedit_presets import (
-    PRESETS,
-    Recipe,
-    Solver,
-    preset_called,
-    shift_of,
-    with_shift,
-)
+from joyedit.pipelines.chronoedit_presets import Solver, preset_called
 from joyedit.pipelines.chronoedit_request import (
     Photographs,
     Request,
@@ -69,11 +60,12 @@ from joyedit.pipelines.chronoedit_request import (
     check_embedded,
     check_size,
     text_of_each,
+    warn_if_short,
     warn_if_stretched,
     working_area,
 )
 from joyedit.pipelines.defaults import Unsaid, unsaid
-from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.pipeline import DENOISED
 from joyedit.pipelines.places import Asked, Known, Places
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
@@ -108,7 +100,7 @@ class ChronoEditPipelineOutput(Results):
     geometry: Geometry | None = None
 
 
-class ChronoEditPipeline(Pipeline):
+class ChronoEditPipeline(PipelineWithPresets):
     """Edit photographs by instruction.
 
     Parts: `tokenizer`, `text_encoder`, `image_encoder`, `image_processor`, `transformer`, `vae`, `scheduler`.
@@ -128,7 +120,7 @@ class ChronoEditPipeline(Pipeline):
     relatives = frozenset({"WanImageToVideoPipeline"})
     # As in the published recipe: both run once, and what they give is all that is seen of the photograph.
     auto_dtypes = {"vae": torch.float32, "image_encoder": torch.float32}
-    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds"})
+    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds", DENOISED})
     quirk_names = frozenset({TENSOR_IMAGES})
 
     def __init__(
@@ -152,10 +144,8 @@ class ChronoEditPipeline(Pipeline):
         self.scheduler = scheduler
         self.vae_scale_factor_spatial = 8 if vae is None else vae.config.scale_factor_spatial
         self.vae_scale_factor_temporal = 4 if vae is None else vae.config.scale_factor_temporal
-        self.preset: str | None = None
+        self._warned_of_short = False
         self._attention_kwargs: Mapping[str, Any] | None = None
-        self._distilled: set[str] = set()  # adapters from files that are called so
-        self._keeps_distilled = False  # whether such a one stayed in the weights when it was forgotten
         self.check_configs({name: network.config for name, network in self.networks.items()})
 
     @classmethod
@@ -242,7 +232,8 @@ class ChronoEditPipeline(Pipeline):
         preset: a name of `PRESETS`: its shift, and its steps, guidance and words unless the call says them.
         num_inference_steps, guidance_scale, negative_prompt: a small checkpoint may have others to be left
             at, `made_for.call`.
-        callback_on_step_end(pipe, step, timestep, tensors) may return replacements.
+        callback_on_step_end(pipe, step, timestep, tensors) may return replacements; `denoised`, if it asks
+            for that, is the x0 of the step, to look at.
         mask, match_colors: as in `JoyImageEditPipeline`, in every frame.
         size: "input" or (height, width) of the films, as there. Then nothing is stretched: the photograph is
             padded to a size of the preset's area, else of `made_for.basesize` squared, else of 1280 x 720.
@@ -273,6 +264,8 @@ class ChronoEditPipeline(Pipeline):
             *(asked, area),
         )
 
+        if text.prompt is not None and not (self.made_for.to_dict() or self._warned_of_short):
+            self._warned_of_short = warn_if_short(text.prompt)
         self._guidance_scale, self._attention_kwargs = recipe.guidance_scale, attention_kwargs
         self._require_parts(request)
         self.scheduler = recipe.scheduler  # where callbacks look for it
@@ -434,12 +427,15 @@ class ChronoEditPipeline(Pipeline):
                 velocity, *others = predict(x, modulation[i], texts, image, rope)
                 for velocity_uncond in others:
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
+                asked = DENOISED in names
+                denoised = self.scheduler.denoised(velocity, timestep, latents) if asked else None
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if known is not None:
                     latents = known.put_back(latents, self.scheduler.sigmas[i + 1])
+                    denoised = None if denoised is None else known.put_back(denoised, 0.0)
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive}
-                tensors["negative_prompt_embeds"] = negative
+                tensors |= {"negative_prompt_embeds": negative, DENOISED: denoised}
                 returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
                 if returned["prompt_embeds"] is not positive:
@@ -595,83 +591,12 @@ class ChronoEditPipeline(Pipeline):
             raise ValueError(f"num_frames={rounded}: too many")
         return rounded
 
-    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> LoraReport:
-        """Load an adapter; see `joyedit.lora.Adapters`."""
-        report = super().load_lora_weights(source, adapter_name, **options)
-        files = () if isinstance(source, Mapping) else (Path(source).name, options.get("weight_name") or "")
-        if any("distill" in name.lower() for name in (report.name, *files)):
-            self._distilled.add(report.name)
-        else:
-            self._distilled.discard(report.name)
-        return report
-
-    def unload_lora_weights(self) -> None:
-        """Forget all adapters; see `joyedit.lora.Adapters`."""
-        self._keeps_distilled |= bool(self.adapters.fused_loras & self._distilled)
-        super().unload_lora_weights()
-        self._distilled.clear()
-
-    def use_preset(self, name: str, lora: Any = None, reversible: bool = False) -> LoraReport | None:
-        """Set the pipeline up for a preset: `scheduler` gets its shift, and calls that do not say steps,
-        guidance or prompt get its own. lora: its adapter, as `load_lora_weights` takes it, or a list of them
-        in the order of the preset, which are fused into the weights, and the active ones stay so; reversible
-        keeps the originals, as `fuse_lora` does. Returns what became of the last one.
-
-        Raises ValueError for an unknown name or another number of adapters, and what loading them raises,
-        with nothing changed.
-        """
-        chosen = preset_called(name)
-        sources = [] if lora is None else list(lora) if isinstance(lora, (list, tuple)) else [lora]
-        if sources and len(sources) != len(chosen.adapters):
-            wanted = " and ".join(map(str, chosen.adapters))
-            raise ValueError(f"preset={name!r} has {len(chosen.adapters)} adapters: lora=[...] with {wanted}")
-        scheduler = with_shift(self.scheduler, chosen.flow_shift)
-        report, added = None, []
-        before = self.adapters.active_weights
-        try:
-            for adapter, source in zip(chosen.adapters, sources, strict=False):
-                report = self.load_lora_weights(source, adapter.name)
-                added.append(adapter.name)
-            if added:
-                self.fuse_lora(adapter_names=added, reversible=reversible)
-        except BaseException:
-            if added:
-                self.adapters.delete_adapters(added)
-            self._distilled.difference_update(added)
-            self.set_adapters(list(before), list(before.values()))
-            raise
-        if added:
-            self.set_adapters([*before, *added], [*before.values(), *[1.0] * len(added)])
-        self.scheduler, self.preset = scheduler, name
-        return report
-
     def _scale(self, attention_kwargs: Mapping[str, Any] | None) -> float | None:
         """See `adapter_scale`. Says so when there is nothing to multiply."""
         scale = adapter_scale("attention_kwargs", attention_kwargs)
         if scale is not None and not set(self.get_active_adapters()) - self.adapters.fused_loras:
             log.warning("attention_kwargs: scale=%g has no effect, no adapter is loaded and not fused", scale)
         return scale
-
-    def _recipe(self, preset: str | None, steps: int, guidance: float) -> Recipe:
-        """What a run denoises with: what the call says, else the preset, else what the checkpoint was made
-        for, else the default."""
-        name = self.preset if preset is None else preset
-        scheduler, chosen = self.scheduler, None
-        if name is not None:
-            chosen = preset_called(name)
-            scheduler = with_shift(scheduler, chosen.flow_shift)
-            steps = chosen.num_inference_steps if isinstance(steps, Unsaid) else steps
-            guidance = chosen.guidance_scale if isinstance(guidance, Unsaid) else guidance
-        said = self.unless_said(num_inference_steps=steps, guidance_scale=guidance)
-        steps = check_count("num_inference_steps", said["num_inference_steps"])
-        guidance = check_number("guidance_scale", said["guidance_scale"])
-        adapters = {*self.get_active_adapters(), *self.adapters.fused_loras}
-        if self._keeps_distilled or adapters & self._distilled:
-            chosen = chosen or PRESETS["distill"]
-        if chosen is not None:
-            adapted = self._keeps_distilled or bool(adapters)
-            chosen.warn_of_parts(steps, guidance, shift_of(scheduler), adapted)
-        return Recipe(scheduler, steps, guidance)
 
 
 def check_cut(cut: Any, steps: int | None) -> int:
