@@ -81,6 +81,7 @@ def desk(checkpoint, tmp_path, monkeypatch):
     photo = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
     photo.save("astronaut.jpg")
     photo.rotate(180).save("hat.jpg")
+    photo.convert("L").save("where.png")
     load_image = joyedit.load_image
     monkeypatch.setattr(joyedit, "load_image", lambda name: load_image(Path(str(name)).name))
     monkeypatch.setitem(rewrite.__kwdefaults__, "max_new_tokens", 8)  # random weights come to no end

@@ -13,7 +13,7 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import ask, film, preview, rewrite, spatial
+from joyedit.command import ask, film, places, preview, rewrite, spatial
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
@@ -55,6 +55,8 @@ def misuse(args: argparse.Namespace) -> str | None:
     for system in SYSTEMS:
         if wrong := system.misuse(args):
             return wrong
+    if wrong := places.misuse(args):
+        return wrong
     if args.config_from is None and (wrong := contradiction(args)):
         return wrong
     if wrong := rewrite.misuse(args):
@@ -94,7 +96,7 @@ def contradiction(args: argparse.Namespace) -> str | None:
     for system in SYSTEMS:
         if wrong := system.contradiction(args):
             return wrong
-    if wrong := rewrite.contradiction(args):
+    if wrong := rewrite.contradiction(args) or places.contradiction(args):
         return wrong
     if args.graphs and args.device not in (None, "auto") and not args.device.startswith("cuda"):
         return f"--graphs needs a CUDA or ROCm device, and --device is {shown(args.device, 40)}"
@@ -265,6 +267,7 @@ def image_options() -> Parser:
         "--no-metadata", action="store_false", dest="metadata", help="do not record the parameters in the PNG"
     )
     add("--force", action="store_true", help="replace files that are there already")
+    places.add_options(parser)
     preview.add_option(parser)
     rewrite.add_options(parser)
     *others, usual = SYSTEMS

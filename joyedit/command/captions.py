@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from joyedit.command.calls import EVERY_CALL, in_effect, said, spelt
 from joyedit.command.photos import resized
+from joyedit.command.places import mask_at
 from joyedit.command.values import above_zero, finite, place, share, whole
 from joyedit.pipelines.made_for import CALL
 
@@ -37,6 +38,7 @@ class Captions:
     options: Mapping[str, str] = {name: f"--{name.replace('_', '-')}" for name in (*SETTINGS, *FILES)}
     settings: Mapping[str, type | tuple[type, ...]] = {name: CALL[name] for name in SETTINGS}
     files: Sequence[str] = FILES
+    places: Sequence[str] = ("mask",)
     form: str = ""
     answers: bool = False
     usage: str = "joyedit edit PHOTO --source TEXT --target TEXT"
@@ -121,7 +123,11 @@ class Captions:
     def call(self, pipe: Any, photo: "Image | None", args: argparse.Namespace) -> dict[str, Any]:
         assert photo is not None
         call = said(args, (*self.texts, *EVERY_CALL, *self.settings))
-        return {**call, "image": working_copy(photo, args, trained_side(pipe))}
+        image = working_copy(photo, args, trained_side(pipe))
+        if args.mask:
+            latents = (image.width // pipe.vae_scale_factor, image.height // pipe.vae_scale_factor)
+            call["mask_image"] = mask_at(args.mask.image, latents)
+        return {**call, "image": image}
 
     def seen(self, pipe: Any, call: Mapping[str, Any]) -> "Image":
         return call["image"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import preview
+from joyedit.command import places, preview
 from joyedit.command.arguments import blank, contradiction
 from joyedit.command.calls import origin_options, said, source_options, spelt
 from joyedit.command.photos import Photo, read_photo
@@ -44,7 +44,7 @@ def make(args: argparse.Namespace) -> Iterator[list[Path]]:
     if args.config_from is not None:
         fill_from_image(args, photos)
         refuse_contradictions(args)
-    args.references = open_references(args)
+    args.references, args.mask = open_references(args), places.open_mask(args, photos)
     seeds = seeds_of(args)
     paths = paths_of(args, photos, seeds)
 
@@ -154,6 +154,7 @@ def system_for(args: argparse.Namespace) -> System:
     for system in SYSTEMS:
         if system is not chosen and (options := spelt(args, system.options)):
             raise ValueError(system.foreign.format(model=args.model, option=options[0]))
+    places.refuse(args, chosen.places, pipeline)
     return chosen
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from joyedit import __version__
 from joyedit.checkpoints.plain_text import shown, visible
+from joyedit.command import places
 from joyedit.command.calls import origin_options, said
 from joyedit.command.photos import Photo
 from joyedit.command.rewrite import RECORDED
@@ -33,6 +34,9 @@ REPEATED: dict[str, type | tuple[type, ...]] = {
     "height": int,
     "width": int,
     "basesize": int,
+    "mask": dict,
+    "size": str,
+    "match_colors": bool,
     "model": str,
     "revision": str,
     "variant": str,
@@ -64,6 +68,7 @@ def facts_of_run(
         "negative_prompt": args.negative_prompt,
         **system.facts(pipe, call, args),
         "basesize": args.basesize,
+        **places.facts(args),
         "model": args.model,
         "revision": revision,
         "variant": args.variant,
@@ -110,7 +115,8 @@ def fill_from_image(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
     if any(before.get("sha256") != digest for digest in [one.facts["sha256"] for one in photos] or [None]):
         name = visible(str(before.get("name", "none")), 80)
         log.warning("%s was made from another photograph (%s): expect another result", args.config_from, name)
-        kinds = without(kinds, ("height", "width"))  # the shape of the photograph at hand decides
+        # The shape of the photograph at hand decides, and its mask is another.
+        kinds = without(kinds, ("height", "width", "mask"))
     for name, kind in kinds.items():
         value = recorded.get(name)
         if value is None or getattr(args, name) is not None:
@@ -141,6 +147,7 @@ def kinds_taken_over(
             kinds |= {**dict.fromkeys(system.texts, str), **system.settings}
     for system in SYSTEMS:
         kinds = without(kinds, system.replaced(args, recorded))
+    kinds = without(kinds, places.left_out(args, recorded))
     if args.lora is not None and args.lora != recorded.get("lora") and [recorded.get("lora")] != args.lora:
         kinds = without(kinds, ("lora_scale",))  # it is that of another adapter
     if args.model is None:
@@ -153,6 +160,8 @@ def belonging_to_the_recorded_model(args: argparse.Namespace, recorded: dict[str
     from joyedit.loading.layouts import pipeline_name
 
     names = ["revision", "variant", "parts", "prediction_type"]
+    chosen = system_of(pipeline_name(args.model, **origin_options(args)))
+    names += [] if chosen is None else [name for name in places.OPTIONS if name not in chosen.places]
     maker, lora = recorded.get("pipeline"), recorded.get("lora")
     system = system_of(maker)
     own = [] if system is None else [*system.settings]

@@ -33,6 +33,7 @@ class System(Protocol):
     options: the arguments that it alone knows, and how they are spelt on the command line.
     settings: those of its options that a result records and `--config-from` takes over, and their JSON types.
     files: those of its options that name what it writes beside the result.
+    places: those of `places.OPTIONS` that it takes.
     form: in which of `rewriting.FORMS` it reads an instruction, or "" where it takes none; answers: whether
     its own text encoder can rewrite one.
 
@@ -49,6 +50,7 @@ class System(Protocol):
     options: Mapping[str, str]
     settings: Mapping[str, type | tuple[type, ...]]
     files: Sequence[str]
+    places: Sequence[str]
     form: str
     answers: bool
     usage: str
