@@ -64,6 +64,7 @@ from joyedit.pipelines.chronoedit_request import (
     working_area,
 )
 from joyedit.pipelines.defaults import Unsaid, unsaid
+from joyedit.pipelines.pipeline import DENOISED
 from joyedit.pipelines.places import Asked, Known, Places
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
@@ -118,7 +119,7 @@ class ChronoEditPipeline(PipelineWithPresets):
     relatives = frozenset({"WanImageToVideoPipeline"})
     # As in the published recipe: both run once, and what they give is all that is seen of the photograph.
     auto_dtypes = {"vae": torch.float32, "image_encoder": torch.float32}
-    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds"})
+    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds", DENOISED})
     quirk_names = frozenset({TENSOR_IMAGES})
 
     def __init__(
@@ -229,7 +230,8 @@ class ChronoEditPipeline(PipelineWithPresets):
         preset: a name of `PRESETS`: its shift, and its steps, guidance and words unless the call says them.
         num_inference_steps, guidance_scale, negative_prompt: a small checkpoint may have others to be left
             at, `made_for.call`.
-        callback_on_step_end(pipe, step, timestep, tensors) may return replacements.
+        callback_on_step_end(pipe, step, timestep, tensors) may return replacements; `denoised`, if it asks
+            for that, is the x0 of the step, to look at.
         mask, match_colors: as in `JoyImageEditPipeline`, in every frame.
         size: "input" or (height, width) of the films, as there. Then nothing is stretched: the photograph is
             padded to a size of the preset's area, else of `made_for.basesize` squared, else of 1280 x 720.
@@ -421,12 +423,15 @@ class ChronoEditPipeline(PipelineWithPresets):
                 velocity, *others = predict(x, modulation[i], texts, image, rope)
                 for velocity_uncond in others:
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
+                asked = DENOISED in names
+                denoised = self.scheduler.denoised(velocity, timestep, latents) if asked else None
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if known is not None:
                     latents = known.put_back(latents, self.scheduler.sigmas[i + 1])
+                    denoised = None if denoised is None else known.put_back(denoised, 0.0)
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive}
-                tensors["negative_prompt_embeds"] = negative
+                tensors |= {"negative_prompt_embeds": negative, DENOISED: denoised}
                 returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
                 if returned["prompt_embeds"] is not positive:

@@ -55,7 +55,7 @@ from joyedit.pipelines.joyimage_request import (
     each_once,
     one_per_prompt,
 )
-from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.pipeline import DENOISED, Pipeline
 from joyedit.pipelines.pipeline_spellings import ImageProcessor
 from joyedit.pipelines.places import Asked, Known, Places
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
@@ -126,7 +126,7 @@ class JoyImageEditPipeline(Pipeline):
         "transformer": (JoyImageEditTransformer3DModel,),
         "processor": (Qwen3VLProcessor,),
     }
-    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds"})
+    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds", DENOISED})
     quirk_names = frozenset({GLOBAL_POSTERIOR, PADDED_PROMPTS, MISPAIRED_REFERENCES})
     prompt_template_encode = {
         "image": SYSTEM + USER + "{}<|im_end|>\n<|im_start|>assistant\n",
@@ -229,7 +229,7 @@ class JoyImageEditPipeline(Pipeline):
             (B, C, h, w), normalised.
         max_sequence_length: prompt tokens kept, the last ones with an image, the first without.
         callback_on_step_end(pipe, step, timestep, tensors) may return replacements; its `latents` are the
-            target's.
+            target's, and `denoised`, if it asks for that, is the x0 of the step, to look at.
         mask: white where the edit may change the photograph, of its size: one for all or one for each (PIL,
             or (H, W) arrays and tensors); what is less than half white keeps the photograph's pixels.
         size: "input", the photograph's own, or (height, width), which its centre is cut to the shape of; at
@@ -389,12 +389,15 @@ class JoyImageEditPipeline(Pipeline):
                 guided = uncond is not None and self.guidance_scale > 1  # a callback may have turned it off
                 branches = [cond, uncond] if guided else [cond]
                 velocities = self._velocities(target, branches, modulation[i], rope, grid)
+                denoised = self._denoised(timestep, latents, *velocities) if DENOISED in names else None
                 latents = self._step(timestep, latents, *velocities)
                 if known is not None:
                     latents = known.put_back(latents, self.scheduler.sigmas[i + 1])
+                    denoised = None if denoised is None else known.put_back(denoised, 0.0)
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive.embeds}
                 tensors["negative_prompt_embeds"] = None if negative is None else negative.embeds
+                tensors[DENOISED] = denoised
                 returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
                 if returned["prompt_embeds"] is not positive.embeds:
@@ -419,6 +422,14 @@ class JoyImageEditPipeline(Pipeline):
             velocity = ops.guide(velocity, uncond, self.guidance_scale, True)
         velocity = velocity[:, None].to(latents.dtype)
         return self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+    def _denoised(
+        self, timestep: Tensor, latents: Tensor, velocity: Tensor, uncond: Tensor | None = None
+    ) -> Tensor:
+        """x0 (B, 1, C, 1, h, w) that `_step`, which comes next, heads for; arguments as there."""
+        if uncond is not None:
+            velocity = ops.guide(velocity, uncond, self.guidance_scale, True)
+        return self.scheduler.denoised(velocity[:, None], timestep, latents)
 
     def _velocities(
         self, target: Tensor, branches: list[Branch], vec: Tensor, rope: Rope, grid: Grids
