@@ -13,7 +13,7 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import ask, film, spatial
+from joyedit.command import ask, film, preview, spatial
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
@@ -62,7 +62,7 @@ def misuse(args: argparse.Namespace) -> str | None:
     if args.graphs and not has_graphs():
         return "--graphs needs a CUDA or ROCm device, and PyTorch finds none here"
     files = [name for system in SYSTEMS for name in system.files]
-    for name in ("output", *files):
+    for name in ("output", "preview", *files):
         if name == "video":  # no picture: its system knows what it may be
             continue
         path = getattr(args, name)
@@ -261,6 +261,7 @@ def image_options() -> Parser:
         "--no-metadata", action="store_false", dest="metadata", help="do not record the parameters in the PNG"
     )
     add("--force", action="store_true", help="replace files that are there already")
+    preview.add_option(parser)
     *others, usual = SYSTEMS
     special = (f"{system.occasion} {system.model}" for system in others if system.model)
     models = ", ".join([usual.model, *special])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
+from joyedit.command import preview
 from joyedit.command.arguments import blank, contradiction
 from joyedit.command.calls import origin_options, said, source_options, spelt
 from joyedit.command.photos import Photo, read_photo
@@ -57,7 +58,8 @@ def make(args: argparse.Namespace) -> Iterator[list[Path]]:
     warn_of_no_effect(args, system, pipe, calls[0])
     warn_of_the_unknown(args, system, pipe, photos, calls, made_for)
 
-    for photo, call, files_of_seeds in zip(photos or [None], calls, paths, strict=True):
+    watched = preview.watched(calls, args)
+    for photo, call, files_of_seeds in zip(photos or [None], watched, paths, strict=True):
         made = system.run(pipe, call, seeds, args)
         for seed, files, results in zip(seeds, files_of_seeds, made, strict=True):
             metadata = None
@@ -120,7 +122,7 @@ def paths_of(
             files[name] = numbered(Path(getattr(args, name)), seeds, photo if several else None)
         found.append(files)
     together = {name: [path for files in found for path in files[name]] for name in ("output", *extra)}
-    refuse_files(together, args.force)
+    refuse_files({**together, "preview": preview.path_of(args)}, args.force)
     return [
         [dict(zip(files, each, strict=True)) for each in zip(*files.values(), strict=True)] for files in found
     ]

@@ -80,6 +80,7 @@ def facts_of_run(
         "weights_dtype": str(pipe.dtype).removeprefix("torch."),
         "offload": args.offload,
         "graphs": args.graphs,
+        "preview": None if args.preview is None else Path(args.preview).name,
         "version": __version__,
         "torch": torch.__version__,
     }
