@@ -255,6 +255,7 @@ def test_stored_maps_are_those_of_the_small_models(name, pipes):
     assert psnr(shown, truth) > nothing + 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_stored_map_is_found_in_every_dtype(name):
     folder = layouts.ASSETS / name
@@ -307,7 +308,7 @@ class Watch(previews.Preview):
         return tensors
 
 
-@pytest.mark.parametrize("suffix", ("png", "jpg", "webp"))
+@pytest.mark.parametrize("suffix", ["png", pytest.param("webp", marks=pytest.mark.slow)])
 def test_the_file_is_written_anew_at_every_step(suffix, pipes, tmp_path):
     watch = Watch(tmp_path / f"now.{suffix}")
     edit(pipes["diffedit"], watch)
