@@ -96,9 +96,7 @@ def contradiction(args: argparse.Namespace) -> str | None:
     for system in SYSTEMS:
         if wrong := system.contradiction(args):
             return wrong
-    if wrong := places.contradiction(args):
-        return wrong
-    if wrong := rewrite.contradiction(args):
+    if wrong := rewrite.contradiction(args) or places.contradiction(args):
         return wrong
     if args.graphs and args.device not in (None, "auto") and not args.device.startswith("cuda"):
         return f"--graphs needs a CUDA or ROCm device, and --device is {shown(args.device, 40)}"

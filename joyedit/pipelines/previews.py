@@ -179,7 +179,7 @@ class Preview(PipelineCallback):
         preview = joyedit.previews.Preview("preview.png")
         pipe(photo, "make it red", callback_on_step_end=preview)
 
-    It is as large as the result, has the detail of latents, and is in `image` and, if there is one, in
+    It has the size that the run works at and the detail of latents. It is in `image` and, if there is one, in
     `file`, which is written anew each time, whole, in the format of its suffix, and stays after the run.
     Of a batch the first four are side by side. Nothing of the run changes. A file that cannot be written
     ends no run: a warning says it, and `image` goes on. Give one object to one call at a time.

@@ -54,7 +54,8 @@ def pixels(name):
 
 
 @pytest.mark.parametrize(
-    "system", ["joyimage", "diffedit", pytest.param("chronoedit", marks=pytest.mark.slow)]
+    "system",
+    ["joyimage", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diffedit", "chronoedit"))],
 )
 def test_the_result_is_the_same_and_the_preview_stays(system, run, steps):
     photo = "b.png" if system == "diffedit" else "a.png"

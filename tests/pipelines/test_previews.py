@@ -184,6 +184,17 @@ def test_the_last_preview_is_the_result_at_the_detail_of_latents(system, watched
         assert psnr(blurred(one, cells), blurred(image, cells)) > PSNR
 
 
+def test_the_plus_pipeline_shows_its_target(pipes):
+    plus = joyedit.JoyImageEditPlusPipeline.from_pipe(pipes["joyimage"])
+    preview, tape = previews.Preview(), Tape("latents", "denoised")
+    call = {"callback_on_step_end": joyedit.MultiPipelineCallbacks([preview, tape]), "num_inference_steps": 2}
+    (image,) = plus([photo()], "Make it red.", 48, 96, guidance_scale=2.0, **call).images
+    assert preview.image.size == image.size == (96, 48)
+    torch.testing.assert_close(tape.seen[-1]["denoised"], tape.seen[-1]["latents"], atol=1e-5, rtol=0)
+    assert (tape.seen[0]["denoised"] - tape.seen[0]["latents"]).abs().max() > 0.01
+    plus(None, "Make it red.", 48, 96, num_inference_steps=1, output_type="latent")  # nobody asks
+
+
 def test_films_show_their_last_frame():
     film = torch.arange(24.0).reshape(1, 2, 3, 2, 2)
     assert previews.edited_latents(film).equal(film[:, :, 2])
@@ -244,6 +255,7 @@ def test_stored_maps_are_those_of_the_small_models(name, pipes):
     assert psnr(shown, truth) > nothing + 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_stored_map_is_found_in_every_dtype(name):
     folder = layouts.ASSETS / name
@@ -296,7 +308,7 @@ class Watch(previews.Preview):
         return tensors
 
 
-@pytest.mark.parametrize("suffix", ("png", "jpg", "webp"))
+@pytest.mark.parametrize("suffix", ["png", pytest.param("webp", marks=pytest.mark.slow)])
 def test_the_file_is_written_anew_at_every_step(suffix, pipes, tmp_path):
     watch = Watch(tmp_path / f"now.{suffix}")
     edit(pipes["diffedit"], watch)
