@@ -63,6 +63,7 @@ _ROOM_OF = {
     "joyedit.images": "joyedit.media.images",
     "joyedit.masks": "joyedit.media.masks",
     "joyedit.previews": "joyedit.pipelines.previews",
+    "joyedit.rewriting": "joyedit.pipelines.rewriting",
     "joyedit.spatial": "joyedit.media.spatial",
     "joyedit.video": "joyedit.media.video",
 }

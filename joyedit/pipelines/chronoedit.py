@@ -60,6 +60,7 @@ from joyedit.pipelines.chronoedit_request import (
     check_embedded,
     check_size,
     text_of_each,
+    warn_if_short,
     warn_if_stretched,
     working_area,
 )
@@ -143,6 +144,7 @@ class ChronoEditPipeline(PipelineWithPresets):
         self.scheduler = scheduler
         self.vae_scale_factor_spatial = 8 if vae is None else vae.config.scale_factor_spatial
         self.vae_scale_factor_temporal = 4 if vae is None else vae.config.scale_factor_temporal
+        self._warned_of_short = False
         self._attention_kwargs: Mapping[str, Any] | None = None
         self.check_configs({name: network.config for name, network in self.networks.items()})
 
@@ -262,6 +264,8 @@ class ChronoEditPipeline(PipelineWithPresets):
             *(asked, area),
         )
 
+        if text.prompt is not None and not (self.made_for.to_dict() or self._warned_of_short):
+            self._warned_of_short = warn_if_short(text.prompt)
         self._guidance_scale, self._attention_kwargs = recipe.guidance_scale, attention_kwargs
         self._require_parts(request)
         self.scheduler = recipe.scheduler  # where callbacks look for it

@@ -5,6 +5,7 @@ B prompts, or photographs if there are more of them   L prompt tokens   M tokens
 
 import contextlib
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ from joyedit.pipelines.places import Places
 log = logging.getLogger("joyedit")
 
 EXAMPLES_AREA = 720 * 1280
+SHORT = 15  # words of a prompt; it was trained on 80 to 100
+# Where no spaces stand between words (Japanese, Chinese), each letter counts as one.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
 class Photographs(NamedTuple):
@@ -120,3 +124,14 @@ def warn_if_stretched(photos: Sequence[Image.Image], height: int, width: int, mu
                 change = f"{photo.width} x {photo.height} pixels is stretched to {width} x {height}"
                 log.warning("a photograph of %s; width=%d, height=%d would fit it", change, size[1], size[0])
                 return
+
+
+def warn_if_short(prompt: str | Sequence[str]) -> bool:
+    """Log a warning for a prompt, or the shortest of several, that says much less than those of the training;
+    whether there is one."""
+    count = min(len(WORD.findall(text)) for text in ([prompt] if isinstance(prompt, str) else prompt))
+    if count < SHORT:
+        trained = "prompts of 80 to 100 words that begin 'The user wants to'"
+        makes = "--rewrite, in Python joyedit.rewriting.rewrite, makes such a one of it"
+        log.warning("ChronoEdit was trained on %s, and this one has %d: %s", trained, count, makes)
+    return count < SHORT

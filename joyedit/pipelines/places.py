@@ -114,7 +114,7 @@ class Known(NamedTuple):
     editable: Tensor  # bool, of a shape that broadcasts
 
     def put_back(self, latents: Tensor, sigma: Tensor | float) -> Tensor:
-        """Latents of noise level `sigma` (clean ones: 0) with the photograph's outside the mask."""
+        """Latents of noise level `sigma` with the photograph's outside the mask."""
         known = (1 - sigma) * self.clean + sigma * self.noise
         return torch.where(self.editable, latents, known.to(latents))
 

@@ -106,10 +106,11 @@ def cells(mask):
 
 
 def watched(seen):
-    """A callback that keeps the latents after every step and the noise level that they have."""
+    """A callback that keeps, after every step, the latents with the noise level that they have, and x0."""
 
     def watch(pipe, step, timestep, tensors):
-        seen.append((tensors["latents"].clone(), float(pipe.scheduler.sigmas[step + 1])))
+        level = float(pipe.scheduler.sigmas[step + 1])
+        seen.append((tensors["latents"].clone(), tensors["denoised"], level))
         return {}
 
     return watch
@@ -133,6 +134,7 @@ def test_the_known_latents_of_joyimage_are_the_noised_photograph(pipes, edit, sc
         num_inference_steps=3,
         output_type="latent",
         callback_on_step_end=watched(seen),
+        callback_on_step_end_tensor_inputs=["latents", "denoised"],
     )
     generator = seeded()
     noise, draw = (torch.randn(2, 16, 1, 12, 12, generator=generator) for _ in range(2))
@@ -142,9 +144,10 @@ def test_the_known_latents_of_joyimage_are_the_noised_photograph(pipes, edit, sc
         for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
     )
     clean = (posterior.mean + posterior.std * draw - mean) / std
-    assert len(seen) == 3 and seen[-1][1] == 0 and cells(mask).any() and not cells(mask).all()
-    for latents, sigma in seen:
+    assert len(seen) == 3 and seen[-1][2] == 0 and cells(mask).any() and not cells(mask).all()
+    for latents, denoised, sigma in seen:
         check_known(latents[:, 0], clean, noise, sigma, cells(mask))
+        check_known(denoised[:, 0], clean, noise, 0, cells(mask))
 
 
 @pytest.mark.parametrize("reasoning", [False, True])
@@ -160,6 +163,7 @@ def test_the_known_latents_of_chronoedit_are_the_noised_still_film(pipes, edit, 
         num_inference_steps=3,
         output_type="latent",
         callback_on_step_end=watched(seen),
+        callback_on_step_end_tensor_inputs=["latents", "denoised"],
         **(way if reasoning else {}),
     )
     config = pipe.vae.config
@@ -173,11 +177,12 @@ def test_the_known_latents_of_chronoedit_are_the_noised_still_film(pipes, edit, 
 
     clean = torch.cat((still(9), still(5)[:, :, 1:]), 2) if reasoning else still(5)
     noise = torch.randn(2, config.z_dim, clean.shape[2], 12, 12, generator=seeded())
-    for step, (latents, sigma) in enumerate(seen):
+    for step, (latents, denoised, sigma) in enumerate(seen):
         if reasoning and step == 1:
             clean, noise = clean[:, :, [0, 3]], noise[:, :, [0, 3]]
         assert latents.shape == noise.shape
         check_known(latents, clean, noise, sigma, cells(mask))
+        check_known(denoised, clean, noise, 0, cells(mask))
 
 
 def test_the_edit_of_a_still_film_follows_the_photograph_at_any_length(pipes):
