@@ -31,12 +31,30 @@ def pytest_ignore_collect(collection_path, config):
     machine with a GPU seldom has the references. In every other run an absent package is an error."""
     if not (collection_path.match("test_*.py") and only_gpu(config.option.markexpr)):
         return None
-    imported = re.findall(r"^(?:import|from) (\w+)", collection_path.read_text(encoding="utf-8"), re.M)
-    absent = sorted({name for name in imported if name in FOR_TESTS and not is_installed(name)})
+    imported = packages_of(collection_path, config.rootpath)
+    absent = sorted(name for name in imported.intersection(FOR_TESTS) if not is_installed(name))
     if not absent:
         return None
     config.stash[LEFT_OUT][", ".join(absent)].append(collection_path.relative_to(config.rootpath).as_posix())
     return True
+
+
+def packages_of(path: Path, root: Path) -> set[str]:
+    """What a file imports at its top, and what the modules of benchmarks/ import that it imports there."""
+    packages, waiting, read = set(), [path], set()
+    while waiting:
+        read.add(file := waiting.pop())
+        lines = re.findall(
+            r"^(?:import|from) ([\w.]+)(?: import ([\w, ]+))?", file.read_text(encoding="utf-8"), re.M
+        )
+        for module, names in lines:
+            packages.add(module.partition(".")[0])
+            places = [module, *(f"{module}.{name.strip()}" for name in names.split(","))]
+            files = [
+                root / f"{place.replace('.', '/')}.py" for place in places if place.startswith("benchmarks")
+            ]
+            waiting += [one for one in files if one.is_file() and one not in read]
+    return packages
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -208,7 +208,8 @@ def nearest_bucket(height: int, width: int, table: Sequence[tuple[int, int]]) ->
     """The bucket (height, width) whose height / width is nearest; of several equally near the first."""
     if height < 1 or width < 1:
         raise ValueError(f"height={height}, width={width}: both must be positive")
-    return min(table, key=lambda bucket: abs(bucket[0] / bucket[1] - height / width))
+    nearest = min(table, key=lambda bucket: abs(bucket[0] / bucket[1] - height / width))
+    return nearest[0], nearest[1]  # a table may hold lists, as JSON has them
 
 
 def size_of_area(height: int, width: int, area: int = 720 * 1280, multiple: int = 16) -> tuple[int, int]:

@@ -413,6 +413,14 @@ def test_one_pipeline_serves_several_sizes_and_unicode(pipe, photo):
     np.testing.assert_array_equal(run(pipe, photo, prompt="你好 🐱"), first)
 
 
+def test_buckets_may_be_lists(pipe, photo):
+    """As JSON has them."""
+    expected = run(pipe, photo)
+    pipe.buckets = [list(size) for size in BUCKETS]
+    np.testing.assert_array_equal(run(pipe, photo), expected)
+    assert run(pipe, None).shape[1:3] == (64, 64)
+
+
 def test_a_copied_pipeline_is_its_own(pipe, photo):
     copied = copy.deepcopy(pipe)
     expected = run(pipe, photo)
