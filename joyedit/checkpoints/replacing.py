@@ -10,6 +10,7 @@ Without `force` nothing that exists is replaced, not even what appeared while th
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
@@ -28,6 +29,7 @@ except ImportError:  # Windows: there, nothing of another process is cleared awa
 
 PREFIX = ".joyedit-"
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+HERE, EXCHANGE = -100, 2  # of renameat2: AT_FDCWD, RENAME_EXCHANGE
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What torch and safetensors say of a full disk, in errors that are no OSError.
 DISK_FULL_WORDS = (
@@ -93,7 +95,9 @@ def replacing_folder(folder: Path, may_replace: Callable[[Path], None] | None = 
             raise
         refuse_filled(folder, may_replace)
         if os.path.lexists(folder):
-            os.rename(folder, replaced)
+            if swap(made, folder):  # the old one is cleared away with the place
+                return
+            os.rename(folder, replaced)  # who is killed now leaves it there; the next one puts it back
         try:
             made.rename(folder)
         except OSError as error:
@@ -102,6 +106,16 @@ def replacing_folder(folder: Path, may_replace: Callable[[Path], None] | None = 
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise FileExistsError(f"{folder} has come to exist meanwhile: nothing is replaced") from None
             raise
+
+
+def swap(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, so that there is none between; whether the system can: Linux, on most
+    file systems."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, TypeError, AttributeError):  # Windows, macOS, old C libraries
+        return False
+    return rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
 
 
 def refuse_existing(path: Path) -> None:

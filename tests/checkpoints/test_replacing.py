@@ -105,12 +105,33 @@ def fill(folder, text):
     (folder / "weights").write_text(text)
 
 
-def test_a_folder_takes_the_place_of_one_that_may_be_replaced(tmp_path):
+@pytest.mark.parametrize("at_once", [True, False], ids=["swapped", "moved away and in"])
+def test_a_folder_takes_the_place_of_one_that_may_be_replaced(tmp_path, monkeypatch, at_once):
     target = tmp_path / "checkpoint"
+    if not at_once:
+        monkeypatch.setattr("joyedit.checkpoints.replacing.swap", lambda one, other: False)
     for text in ("first", "second"):
         with replacing_folder(target, may_replace=lambda folder: None) as temporary:
             fill(temporary, text)
         assert (target / "weights").read_text() == text and names(tmp_path) == ["checkpoint"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot exchange folders")
+def test_there_is_a_folder_at_every_moment(tmp_path):
+    """What SIGKILL would leave at any call that the system is asked for."""
+    target, missing = tmp_path / "checkpoint", []
+    fill(target, "old")
+    watching = True
+
+    def watch(event, args):
+        if watching and event.startswith(("os.", "open", "shutil.", "ctypes.")):
+            missing.extend([event] * (not (target / "weights").exists()))
+
+    with replacing_folder(target, may_replace=lambda folder: None) as temporary:
+        fill(temporary, "new")
+        sys.addaudithook(watch)
+    watching = False
+    assert (target / "weights").read_text() == "new" and not missing
 
 
 def test_an_empty_folder_is_filled(tmp_path):
