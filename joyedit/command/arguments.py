@@ -13,14 +13,13 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import ask, film, places, preview, rewrite, spatial
+from joyedit.command import ask, devices, film, places, preview, rewrite, spatial
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
 from joyedit.command.values import LIMITS, MOST_PIXELS, beyond, finite, pixels, place, whole
 
 DEMO_FOLDER = "joyedit-demo"
-DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 MAKING = ("edit", "generate")  # the commands that make pictures
 
 
@@ -156,7 +155,7 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
     made.set_defaults(photos=None)
 
     made = command("ask", "answer a question about photographs, or about none", file_options())
-    ask.add_options(made, DTYPES)
+    ask.add_options(made)
 
     made = command("demo", "edit drawn scenes with the built-in models, and show it in one picture")
     made.add_argument(
@@ -175,7 +174,12 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
     made.add_argument(
         "--to", choices=("diffusers", "original", "comfyui"), default="diffusers", help="default: diffusers"
     )
-    made.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES[:4])} (as stored)")
+    made.add_argument(
+        "--dtype",
+        choices=devices.DTYPES,
+        metavar="DTYPE",
+        help=f"{', '.join(devices.DTYPES[:4])} (as stored)",
+    )
     made.add_argument("--force", action="store_true", help="replace a checkpoint that is there already")
 
     made = command(
@@ -295,15 +299,7 @@ def image_options() -> Parser:
         type=finite,
         help="strength of the adapter, default 1; of several one for all, or one for each in their order",
     )
-    add("--device", metavar="DEVICE", help="auto (an accelerator if there is one), cpu, cuda, cuda:1, mps")
-    add(
-        "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES[:4])}; default: auto (as stored)"
-    )
-    add(
-        "--offload",
-        choices=("none", "model", "sequential"),
-        help="keep the networks in main memory and bring one, or one block, at a time to the accelerator",
-    )
+    devices.add_options(add)
     add(
         "--graphs",
         action="store_true",

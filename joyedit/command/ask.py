@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from joyedit.command import devices
 from joyedit.command.calls import origin_options, said, source_options
 from joyedit.command.photos import read_photo
 from joyedit.command.values import above_zero, finite, place, share, whole
@@ -19,7 +20,7 @@ MODEL = "tiny-joyimage"
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 
 
-def add_options(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     about = "paths or URLs of the photographs, which may be none"
     parser.add_argument("photos", metavar="PHOTO", nargs="*", help=about)
     parser.add_argument("question", metavar="QUESTION", help="what to answer")
@@ -53,15 +54,7 @@ def add_options(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> Non
         type=place,
         help="folder or Hub name, of JoyAI-Image or of Qwen3-VL; small models cannot answer",
     )
-    add("--device", metavar="DEVICE", help="auto (an accelerator if there is one), cpu, cuda, cuda:1, mps")
-    add(
-        "--dtype", choices=dtypes, metavar="DTYPE", help=f"{', '.join(dtypes[:4])}; default: auto (as stored)"
-    )
-    add(
-        "--offload",
-        choices=("none", "model", "sequential"),
-        help="sequential keeps the weights in main memory and brings one block at a time to the accelerator",
-    )
+    devices.add_options(add)
 
 
 def answer(args: argparse.Namespace, stream: Callable[[str], None] | None) -> str:
