@@ -7,7 +7,6 @@ of the file, so that no shape in it is larger than what is there.
 Source: huggingface/safetensors, the format in its README.md.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from joyedit.checkpoints.json_files import parse_json
 from joyedit.checkpoints.plain_text import shown, visible
+from joyedit.checkpoints.stored_tensors import StoredTensor, row_major
 
 LARGEST_HEADER = 2**24  # bytes; published networks have 300 thousand, adapters up to 5 million
 MOST_TENSORS = 50_000
@@ -139,21 +139,34 @@ def _check_entry(path: Path, name: str, entry: Any) -> int:
     return offsets[1]
 
 
+def stored_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Where each tensor is in the file, in the order of the header. Raises ValueError as above."""
+    header = safetensors_header(path)
+    with path.open("rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
+    stored = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, shape = data + entry["data_offsets"][0], tuple(entry["shape"])
+            stored[name] = StoredTensor(path, start, DTYPES[entry["dtype"]], shape, row_major(shape))
+    return stored
+
+
 def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Any]]:
     """(name, shape, dtype, function that reads it) of each tensor. Raises ValueError as above."""
-    header = safetensors_header(path)
+    stored = stored_safetensors(path)
     try:
         opened = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a valid safetensors file: {visible(error)}") from None
 
-    def read(key: str, once: bool = False) -> Tensor:
-        # Pages of a mapping count as memory in use for as long as it lives: a copied tensor gets its own.
-        return (safe_open(path, framework="pt") if once else opened).get_tensor(key)
+    for name, place in stored.items():
 
-    for key, entry in header.items():
-        if key != "__metadata__":
-            yield key, tuple(entry["shape"]), DTYPES[entry["dtype"]], functools.partial(read, key)
+        def read(once: bool = False, place: StoredTensor = place, name: str = name) -> Tensor:
+            # Pages of a mapping count as memory in use for as long as it lives.
+            return place.read() if once else opened.get_tensor(name)
+
+        yield name, place.shape, place.dtype, read
 
 
 def metadata_json(path: Path, key: str) -> dict[str, Any]:

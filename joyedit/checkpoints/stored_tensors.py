@@ -1,0 +1,65 @@
+"""Where a tensor lies in a file, and reading it from there into memory of its own.
+
+A mapped tensor is quicker where it stays as it is. What is only passed through would leave its pages in
+memory, and whoever touches a mapped page that the file has lost meanwhile is killed by the system. What is
+read here leaves memory with the tensor, and a file that has become shorter is named.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's form, and the position of its first element in the file, in bytes."""
+
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """From the first element to the last, gaps between them included."""
+        if 0 in self.shape:
+            return 0
+        last = sum((axis - 1) * step for axis, step in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """Raises ValueError naming the file when it ends before the tensor does, OSError when it cannot be
+        read."""
+        content = torch.empty(self.nbytes, dtype=torch.uint8)
+        read_into(self.path, self.start, content.numpy().data)
+        return content.view(self.dtype).as_strided(self.shape, self.strides)
+
+
+def read_into(path: Path, start: int, place: memoryview) -> None:
+    """Fill `place` with what the file holds from the byte `start` on. Errors as of `StoredTensor.read`."""
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while done < len(place):
+                count = file.readinto(place[done:])
+                if not count:
+                    raise ValueError(
+                        f"{path} has become shorter while it was read: it ends at {start + done} bytes, and "
+                        f"the bytes up to {start + len(place)} are needed"
+                    )
+                done += count
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be read: {error.strerror}") from error
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps."""
+    strides, step = [], 1
+    for axis in reversed(shape):
+        strides.append(step)
+        step *= max(axis, 1)
+    return tuple(reversed(strides))
