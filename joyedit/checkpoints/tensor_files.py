@@ -90,8 +90,8 @@ class TensorFiles(Mapping[str, Tensor]):
         return both
 
     def spelled(self, layout: Layout) -> "TensorFiles":
-        """These tensors, which are a network's, as a layout has them. Raises ValueError for one that it has no
-        name for."""
+        """These tensors, which are a network's, as a layout has them. Raises ValueError for one for which it
+        has no name."""
         return TensorFiles.made(layout.inverse(list(self)), self)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -27,17 +27,21 @@ import torch
 
 from joyedit.checkpoints.config import nearest
 from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
-from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
 from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
-from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.small_files import read_beginning, read_text
-from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
-from joyedit.checkpoints.writing import write_pickle
+from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.loading.foreign_layouts import (
+    COMFYUI_FOLDERS,
+    ORIGINAL_TEXT_ENCODER,
+    write_comfyui,
+    write_original,
+)
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
 from joyedit.pipelines.chronoedit_presets import preset_called
 from joyedit.pipelines.made_for import MadeFor
@@ -69,15 +73,8 @@ REFUSED = {
     "Wan": "of WAN's models only image-to-video of release 2.1 has the form of ChronoEdit",
 }
 
-ORIGINAL_TEXT_ENCODER = "JoyAI-Image-Und"
 ORIGINAL_SHIFT = 4.0  # of jd-opensource/JoyAI-Image where infer_config.py does not say
 PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json"}
-COMFYUI_FOLDERS = {  # part -> folder
-    "transformer": "diffusion_models",
-    "text_encoder": "text_encoders",
-    "vae": "vae",
-    "image_encoder": "clip_vision",
-}
 COMFYUI_SCHEDULERS = {  # JoyAI: as the published ComfyUI nodes use it; ChronoEdit: as its Diffusers folder
     **dict.fromkeys(("JoyImageEditPipeline", "JoyImageEditPlusPipeline"), {"shift": 1.5}),
     "ChronoEditPipeline": {
@@ -654,47 +651,6 @@ def save_checkpoint(
     if lost:
         log.warning("the %s layout has no place for %s: the released ones will be used", to, ", ".join(lost))
     if to == "comfyui":
-        for part, network in pipe.networks.items():
-            place = COMFYUI_FOLDERS[part]
-            _save_unreleased_config(network, folder / place)
-            tensors = network.tensors().spelled(_layout(network, "comfyui"))
-            stem = f"{part}_joyimage{'_plus' * plus}"
-            save_tensors(folder / place, stem, tensors, 10**15, metadata=metadata)
+        write_comfyui(pipe, folder, f"joyimage{'_plus' * plus}", metadata)
     else:
-        _save_original(pipe, folder, metadata)
-
-
-def _save_unreleased_config(network: Network, folder: Path) -> None:
-    if network.config != type(network).Config():
-        write_json(folder / "config.json", network.config_to_save())
-
-
-def _save_original(pipe: Any, folder: Path, metadata: Mapping[str, str] | None) -> None:
-    config = pipe.transformer.config
-    names = {
-        "num_attention_heads": "heads_num",
-        "num_layers": "mm_double_blocks_depth",
-        "text_dim": "text_states_dim",
-    }
-    params = {names.get(key, key): value for key, value in config.to_dict().items()}
-    with replacing(folder / "infer_config.py") as temporary:
-        temporary.write_text(
-            "class JoyAIImageInferConfig:\n"
-            f"    dit_arch_config = {{'params': {params!r}}}\n"
-            f"    scheduler_arch_config = {{'params': {{'num_train_timesteps': "
-            f"{pipe.scheduler.config.num_train_timesteps}, 'shift': {pipe.scheduler.config.shift}}}}}\n",
-            encoding="utf-8",
-        )
-    _save_unreleased_config(pipe.vae, folder / "vae")
-    for part, name in (("transformer", "transformer.pth"), ("vae", "Wan2.1_VAE.pth")):
-        network = pipe.components[part]
-        with replacing(folder / part / name) as temporary:
-            write_pickle(temporary, network.tensors().spelled(_layout(network, "original")))
-    pipe.processor.save_pretrained(folder / ORIGINAL_TEXT_ENCODER)
-    pipe.text_encoder.save_pretrained(folder / ORIGINAL_TEXT_ENCODER, metadata=metadata)
-
-
-def _layout(network: Network, name: str) -> Any:
-    """The network's layout of that name; networks that have none keep their own names there."""
-    layouts = network.layouts()
-    return next((layout for layout in layouts if layout.name == name), layouts[0])
+        write_original(pipe, folder, metadata)
