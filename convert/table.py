@@ -65,6 +65,11 @@ class Step:
     transform: Transform
     index: int
 
+    @property
+    def is_renaming(self) -> bool:
+        """Whether the tensor is its one source, under another name at most."""
+        return self.transform is list
+
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.transform([tensors[name] for name in self.sources])[self.index]
 

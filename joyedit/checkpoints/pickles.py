@@ -16,7 +16,7 @@ import io
 import math
 import pickletools
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +26,7 @@ from torch import nn
 
 from joyedit.checkpoints.plain_text import shown, visible
 from joyedit.checkpoints.safetensors_files import check_name, check_shape
-from joyedit.checkpoints.stored_tensors import StoredTensor
+from joyedit.checkpoints.stored_tensors import FromFile, StoredTensor
 
 LONGEST_READ = 2**24  # bytes of a pickle, of a list of records; of SD 1.5 they are 260 thousand
 MOST_INSTRUCTIONS = 2_000_000  # of SD 1.5: 46 thousand
@@ -427,17 +427,14 @@ def stored_pickle(path: Path) -> dict[str, StoredTensor]:
 
 def open_pickle(
     path: Path, numbers: dict[str, float]
-) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Callable[..., torch.Tensor]]]:
+) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, FromFile]]:
     """(name, shape, dtype, function that reads it) of each tensor; the numbers that a training program notes
     beside them go into `numbers`. Raises ValueError as `load_pickle`."""
     contents = _follow(path, ())
     stored = _stored(path, contents, numbers)
     mapped = _inner(_load(path, True, [CALLBACK]), {}) if contents.can_be_mapped else {}
     for name, place in stored.items():
-
-        def read(once: bool = False, place: StoredTensor = place, name: str = name) -> torch.Tensor:
-            return mapped[name].detach() if name in mapped and not once else place.read()
-
+        read = FromFile(place, mapped[name].detach if name in mapped else None)
         yield name, place.shape, place.dtype, read
 
 

@@ -7,6 +7,7 @@ of the file, so that no shape in it is larger than what is there.
 Source: huggingface/safetensors, the format in its README.md.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from joyedit.checkpoints.json_files import parse_json
 from joyedit.checkpoints.plain_text import shown, visible
-from joyedit.checkpoints.stored_tensors import StoredTensor, row_major
+from joyedit.checkpoints.stored_tensors import FromFile, StoredTensor, row_major
 
 LARGEST_HEADER = 2**24  # bytes; published networks have 300 thousand, adapters up to 5 million
 MOST_TENSORS = 50_000
@@ -152,7 +152,7 @@ def stored_safetensors(path: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Any]]:
+def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, FromFile]]:
     """(name, shape, dtype, function that reads it) of each tensor. Raises ValueError as above."""
     stored = stored_safetensors(path)
     try:
@@ -161,11 +161,7 @@ def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.d
         raise ValueError(f"{path} is not a valid safetensors file: {visible(error)}") from None
 
     for name, place in stored.items():
-
-        def read(once: bool = False, place: StoredTensor = place, name: str = name) -> Tensor:
-            # Pages of a mapping count as memory in use for as long as it lives.
-            return place.read() if once else opened.get_tensor(name)
-
+        read = FromFile(place, functools.partial(opened.get_tensor, name))
         yield name, place.shape, place.dtype, read
 
 

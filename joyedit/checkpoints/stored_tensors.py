@@ -6,10 +6,13 @@ read here leaves memory with the tensor, and a file that has become shorter is n
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+PIECE = 2**24  # bytes that are read at once of what need not be whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,28 @@ class StoredTensor:
         content = torch.empty(self.nbytes, dtype=torch.uint8)
         read_into(self.path, self.start, content.numpy().data)
         return content.view(self.dtype).as_strided(self.shape, self.strides)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The numbers one after the other, in flat pieces. Errors as of `read`."""
+        if self.strides != row_major(self.shape):
+            yield self.read().flatten()
+            return
+        for done in range(0, self.nbytes, PIECE):
+            content = torch.empty(min(PIECE, self.nbytes - done), dtype=torch.uint8)
+            read_into(self.path, self.start + done, content.numpy().data)
+            yield content.view(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromFile:
+    """How a tensor of a file is read: mapped, where that is possible, or into memory of its own."""
+
+    stored: StoredTensor
+    mapped: Callable[[], Tensor] | None
+
+    def __call__(self, once: bool = False) -> Tensor:
+        # Pages of a mapping count as memory in use for as long as it lives.
+        return self.stored.read() if once or self.mapped is None else self.mapped()
 
 
 def read_into(path: Path, start: int, place: memoryview) -> None:

@@ -5,7 +5,7 @@ Opening reads headers alone; a tensor is read when it is asked for.
 Source: safetensors; the Diffusers and transformers folder formats (shards and index).
 """
 
-import functools
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ from joyedit.checkpoints.replacing import replacing_all
 from joyedit.checkpoints.safetensors_files import open_safetensors
 from joyedit.checkpoints.safetensors_files import safetensors_header as safetensors_header
 from joyedit.checkpoints.stored_dtypes import widened
+from joyedit.checkpoints.stored_tensors import FromFile
 from joyedit.checkpoints.writing import write_safetensors
 from joyedit.convert.table import Layout, Step
 
@@ -77,7 +78,7 @@ class TensorFiles(Mapping[str, Tensor]):
             }
             result = step.read({source: widened(tensor) for source, tensor in on_meta.items()})
             dtype = result.dtype if dtypes is None else dtypes[name]
-            held._where[name] = functools.partial(_make, step, sources, dtype)
+            held._where[name] = _Made(step, sources, dtype)
             held._shapes[name], held._dtypes[name] = tuple(result.shape), dtype
         return held
 
@@ -100,6 +101,18 @@ class TensorFiles(Mapping[str, Tensor]):
     def read_once(self, name: str) -> Tensor:
         """A tensor that is about to be copied or written: what was read of a file leaves memory with it."""
         return self._where[name](once=True)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The numbers of a tensor one after the other, in flat pieces: small ones, where it lies in a file and
+        at most its dtype changes, else it is one piece."""
+        read = self._where[name]
+        if isinstance(read, FromFile):
+            yield from read.stored.pieces()
+        elif isinstance(read, _Made) and read.step.is_renaming:
+            for piece in read.sources.pieces(read.step.sources[0]):
+                yield widened(piece).to(read.dtype)
+        else:
+            yield self.read_once(name).detach().flatten()
 
     def __contains__(self, name: object) -> bool:  # Mapping would read the tensor
         return name in self._where
@@ -137,8 +150,17 @@ class TensorFiles(Mapping[str, Tensor]):
         return sum(map(self.nbytes_of, self))
 
 
-def _make(step: Step, sources: TensorFiles, dtype: torch.dtype, once: bool = True) -> Tensor:
-    return step.read({name: widened(sources.read_once(name)) for name in step.sources}).to(dtype)
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """How a tensor is made of others."""
+
+    step: Step
+    sources: TensorFiles
+    dtype: torch.dtype
+
+    def __call__(self, once: bool = False) -> Tensor:
+        read = {name: widened(self.sources.read_once(name)) for name in self.step.sources}
+        return self.step.read(read).to(self.dtype)
 
 
 def parse_size(size: int | str) -> int:

@@ -14,7 +14,7 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +39,7 @@ class Tensors(Protocol):
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]: ...
     def nbytes_of(self, name: str) -> int: ...
-    def read_once(self, name: str) -> Tensor: ...
+    def pieces(self, name: str) -> Iterator[Tensor]: ...
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
@@ -57,7 +57,8 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str])
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
-            file.write(_content(tensors, name))
+            for content in _contents(tensors, name):
+                file.write(content)
 
 
 def write_pickle(path: Path, tensors: Tensors) -> None:
@@ -68,32 +69,35 @@ def write_pickle(path: Path, tensors: Tensors) -> None:
     _Pickler(program).dump(OrderedDict((name, _Stored(key, tensors, name)) for key, name in enumerate(names)))
     with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
 
-        def record(name: str, content: Any) -> None:
+        def record(name: str, contents: Iterable[Any]) -> None:
             entry = zipfile.ZipInfo(f"{top}/{name}")
             # The content begins behind 30 bytes, the name, 20 of long lengths, 4 of the padding and itself.
             begin = file.tell() + 30 + len(entry.filename.encode()) + 20 + 4
             padding = -begin % ALIGNMENT
             entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-            entry.file_size = len(content)
             with archive.open(entry, "w", force_zip64=True) as opened:
-                opened.write(content)
+                for content in contents:
+                    opened.write(content)
 
-        record("data.pkl", program.getvalue())
-        record("byteorder", sys.byteorder.encode())
+        record("data.pkl", [program.getvalue()])
+        record("byteorder", [sys.byteorder.encode()])
         for key, name in enumerate(names):
-            record(f"data/{key}", _content(tensors, name))
-        record("version", b"3\n")
+            record(f"data/{key}", _contents(tensors, name))
+        record("version", [b"3\n"])
 
 
-def _content(tensors: Tensors, name: str) -> memoryview:
+def _contents(tensors: Tensors, name: str) -> Iterator[memoryview]:
     """The bytes of a tensor."""
-    tensor = tensors.read_once(name).detach().cpu().contiguous()
-    if tuple(tensor.shape) != tensors.shapes[name] or tensor.dtype != tensors.dtypes[name]:
-        raise ValueError(
-            f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, and not as was planned "
-            f"{tensors.shapes[name]} of {tensors.dtypes[name]}"
-        )
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    dtype, count = tensors.dtypes[name], 0
+    for piece in tensors.pieces(name):
+        count += piece.nbytes
+        if piece.dtype != dtype or count > tensors.nbytes_of(name):
+            break
+        yield piece.cpu().contiguous().view(torch.uint8).numpy().data
+    else:
+        if count == tensors.nbytes_of(name):
+            return
+    raise ValueError(f"{name} is not of the size and dtype that were planned for it")
 
 
 class _Stored:

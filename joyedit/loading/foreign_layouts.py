@@ -1,6 +1,6 @@
 """Writing JoyAI-Image in the layouts of others: JD's own release, and ComfyUI's folders.
 
-What says how the weights are to be read is written before them, so that a folder that breaks off lacks weights
+What says how the weights are to be read is written before them: a folder that breaks off lacks weights
 and does not open.
 """
 
