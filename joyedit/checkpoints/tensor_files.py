@@ -103,8 +103,8 @@ class TensorFiles(Mapping[str, Tensor]):
         return self._where[name](once=True)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """The numbers of a tensor one after the other, in flat pieces: small ones, where it lies in a file and
-        at most its dtype changes, else it is one piece."""
+        """The numbers of a tensor one after the other, in flat pieces: small ones, where it lies in a file
+        and at most its dtype changes, else it is one piece."""
         read = self._where[name]
         if isinstance(read, FromFile):
             yield from read.stored.pieces()
