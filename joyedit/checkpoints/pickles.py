@@ -420,11 +420,6 @@ class _Machine:
         return _Tensor(name, storage.key, dtype, offset, shape, strides)
 
 
-def stored_pickle(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a state dict is in the file. Raises ValueError as `load_pickle`."""
-    return _stored(path, _follow(path, ()), {})
-
-
 def open_pickle(
     path: Path, numbers: dict[str, float]
 ) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, FromFile]]:

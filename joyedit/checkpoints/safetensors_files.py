@@ -139,30 +139,21 @@ def _check_entry(path: Path, name: str, entry: Any) -> int:
     return offsets[1]
 
 
-def stored_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor is in the file, in the order of the header. Raises ValueError as above."""
+def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, FromFile]]:
+    """(name, shape, dtype, function that reads it) of each tensor. Raises ValueError as above."""
     header = safetensors_header(path)
     with path.open("rb") as file:
         data = 8 + int.from_bytes(file.read(8), "little")
-    stored = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, shape = data + entry["data_offsets"][0], tuple(entry["shape"])
-            stored[name] = StoredTensor(path, start, DTYPES[entry["dtype"]], shape, row_major(shape))
-    return stored
-
-
-def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, FromFile]]:
-    """(name, shape, dtype, function that reads it) of each tensor. Raises ValueError as above."""
-    stored = stored_safetensors(path)
     try:
         opened = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a valid safetensors file: {visible(error)}") from None
 
-    for name, place in stored.items():
-        read = FromFile(place, functools.partial(opened.get_tensor, name))
-        yield name, place.shape, place.dtype, read
+    for name, entry in header.items():
+        if name != "__metadata__":
+            shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+            stored = StoredTensor(path, data + entry["data_offsets"][0], dtype, shape, row_major(shape))
+            yield name, shape, dtype, FromFile(stored, functools.partial(opened.get_tensor, name))
 
 
 def metadata_json(path: Path, key: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from joyedit.checkpoints.replacing import replacing_all
 from joyedit.checkpoints.safetensors_files import open_safetensors
 from joyedit.checkpoints.safetensors_files import safetensors_header as safetensors_header
 from joyedit.checkpoints.stored_dtypes import widened
-from joyedit.checkpoints.stored_tensors import FromFile
+from joyedit.checkpoints.stored_tensors import FromFile, StoredTensor
 from joyedit.checkpoints.writing import write_safetensors
 from joyedit.convert.table import Layout, Step
 
@@ -133,6 +133,11 @@ class TensorFiles(Mapping[str, Tensor]):
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]:
         return self._dtypes
+
+    @property
+    def stored(self) -> dict[str, StoredTensor]:
+        """Where the tensors are that lie in a file as they are."""
+        return {name: read.stored for name, read in self._where.items() if isinstance(read, FromFile)}
 
     def renamed(self, names: Mapping[str, str]) -> "TensorFiles":
         """Some of these tensors under other names (new name -> name here). Nothing is read."""
