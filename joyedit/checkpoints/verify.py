@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin, walk
+from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.checkpoints.json_files import parse_json, read_json
 from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.shard_index import shards_of
-from joyedit.checkpoints.small_files import read_text
+from joyedit.checkpoints.small_files import read_beginning, read_text
 from joyedit.checkpoints.stored_dtypes import widened
 from joyedit.checkpoints.stored_tensors import PIECE, StoredTensor, row_major
 from joyedit.checkpoints.tensor_files import TensorFiles
@@ -111,19 +111,20 @@ def verify(
         places, root = {path.name: path}, path.parent
     else:
         origin = Origin(str(name_or_path), revision, cache_dir=cache_dir, local_files_only=True)
-        places, root = _places(origin), origin.fetch([])
-    weights = {name for name in places if name.endswith(WEIGHT_SUFFIXES)}
+        names = origin.listing()  # of no checkpoint, this says what was looked for
+        root = origin.fetch([])
+        places = {name: root / name for name in sorted({*names, *_lost(root)})}
     reports: dict[str, FileReport] = {}
     stored: dict[str, dict[str, StoredTensor]] = {}
     for name, place in places.items():
-        if name in weights or name.endswith(".json"):
+        if name.endswith((*WEIGHT_SUFFIXES, ".json")):
             reports[name], stored[name] = _header(name, place)
-    if not weights and not any(name.endswith(INDEX) for name in places):
+    if not any(map(_is_weights, places)):
         raise FileNotFoundError(f"{name_or_path} holds no weights ({', '.join(WEIGHT_SUFFIXES)})")
     downloads = root.parents[1] if root.parent.name == "snapshots" else root
     for name in [name for name in reports if name.endswith(INDEX) and not reports[name].problems]:
         _check_index(name, places[name], reports, stored, broken_off(downloads))
-    if "model_index.json" in reports and not reports["model_index.json"].problems:
+    if "model_index.json" in reports:
         _check_parts(places, reports)
     if full:
         hashes = {name: found for name, place in places.items() if (found := known_hash(root, name, place))}
@@ -133,13 +134,10 @@ def verify(
     return Verification(str(name_or_path), full, dict(sorted(reports.items())))
 
 
-def _places(origin: Origin) -> dict[str, Path]:
-    """The files, and links to what is not there."""
-    root = origin.fetch([])
-    dangling = [path for path in root.rglob("*") if path.is_symlink() and not path.exists()]
-    lost = [path.relative_to(root) for path in dangling]
-    names = [*walk(root), *(one.as_posix() for one in lost if not any(p.startswith(".") for p in one.parts))]
-    return {name: root / name for name in sorted(names)}
+def _lost(root: Path) -> list[str]:
+    """Links to what is not there."""
+    dangling = [path.relative_to(root) for path in root.rglob("*") if path.is_symlink() and not path.exists()]
+    return [one.as_posix() for one in dangling if not any(part.startswith(".") for part in one.parts)]
 
 
 def _header(name: str, path: Path) -> tuple[FileReport, dict[str, StoredTensor]]:
@@ -194,18 +192,28 @@ def _check_index(
 
 def _check_parts(places: Mapping[str, Path], reports: dict[str, FileReport]) -> None:
     """Each part that model_index.json lists has a folder, and a network weights in it."""
-    for part, entry in read_json(places["model_index.json"]).items():
+
+    def read(name: str) -> Mapping[str, Any]:
+        if not reports[name].problems:
+            try:
+                return read_json(places[name])
+            except ValueError as error:
+                reports[name].problems.append(_said(error, places[name]))
+        return {}
+
+    for part, entry in read("model_index.json").items():
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(one, str) for one in entry):
             continue
         inside = [name for name in reports if name.startswith(f"{part}/")]
-        config = f"{part}/config.json"
         if not any(name.startswith(f"{part}/") for name in places):
             reports["model_index.json"].problems.append(f"it lists {part}, and there is no such folder")
-        elif config in places and not any(name.endswith((*WEIGHT_SUFFIXES, INDEX)) for name in inside):
-            if not reports[config].problems and {"_class_name", "architectures"} & {
-                *read_json(places[config])
-            }:
-                reports[config].problems.append("there are no weights beside it")
+        elif f"{part}/config.json" in places and not any(map(_is_weights, inside)):
+            if {"_class_name", "architectures"} & {*read(f"{part}/config.json")}:
+                reports[f"{part}/config.json"].problems.append("there are no weights beside it")
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((*WEIGHT_SUFFIXES, INDEX))
 
 
 def known_hash(root: Path, name: str, path: Path) -> str | None:
@@ -214,7 +222,7 @@ def known_hash(root: Path, name: str, path: Path) -> str | None:
     found = real.name if real.parent.name == "blobs" and real.is_file() else ""
     noted = root / ".cache" / "huggingface" / "download" / f"{name}.metadata"
     if noted.is_file():  # three lines: the commit, the hash, the time
-        found = noted.read_text(encoding="utf-8", errors="replace").splitlines()[1:2][0].strip('"')
+        found = "".join(read_beginning(noted).splitlines()[1:2])
     return found if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", found) else None
 
 
@@ -319,8 +327,8 @@ def _fill(file: Any, piece: Tensor, path: Path) -> None:
 def _runs(
     stored: Mapping[str, StoredTensor],
 ) -> tuple[list[tuple[int, int, torch.dtype, list[str]]], list[str]]:
-    """Where numbers of floating point stand in the file, in order and without overlaps: first byte, end, dtype,
-    names of the tensors. And the names of those that lie otherwise."""
+    """Where numbers of floating point stand in the file, in order and without overlaps: first byte, end,
+    dtype, names of the tensors. And the names of those that lie otherwise."""
     runs: list[tuple[int, int, torch.dtype, list[str]]] = []
     others = []
     floats = [name for name, one in stored.items() if one.dtype.is_floating_point and one.nbytes]
