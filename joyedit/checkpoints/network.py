@@ -378,8 +378,12 @@ def read_planned(
     plan: Plan, files: TensorFiles, dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) one by one. A tensor that needs no change stays a view of the mapped file; of a
-    safetensors file nothing else stays in memory."""
+    file nothing else stays in memory."""
     for name, step in plan.steps.items():
-        as_stored = all(files.dtypes[source] == dtypes[name] for source in step.sources)
-        read = files.__getitem__ if as_stored else files.read_once
-        yield name, step.read({source: widened(read(source)) for source in step.sources}).to(dtypes[name])
+        if all(files.dtypes[source] == dtypes[name] for source in step.sources):
+            yield name, step.read({source: widened(files[source]) for source in step.sources})
+        elif step.is_renaming:
+            yield name, files.cast(step.sources[0], dtypes[name])
+        else:
+            read = {source: widened(files.read_once(source)) for source in step.sources}
+            yield name, step.read(read).to(dtypes[name])

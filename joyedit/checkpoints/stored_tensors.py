@@ -5,14 +5,16 @@ memory, and whoever touches a mapped page that the file has lost meanwhile is ki
 read here leaves memory with the tensor, and a file that has become shorter is named.
 """
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-PIECE = 2**24  # bytes that are read at once of what need not be whole
+PIECE = 2**20  # bytes that are read at once of what need not be whole: the cache of a core holds them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +39,22 @@ class StoredTensor:
         """Raises ValueError naming the file when it ends before the tensor does, OSError when it cannot be
         read."""
         content = torch.empty(self.nbytes, dtype=torch.uint8)
-        read_into(self.path, self.start, content.numpy().data)
+        with opened(self.path, self.start) as file:
+            fill(file, content)
         return content.view(self.dtype).as_strided(self.shape, self.strides)
 
     def pieces(self) -> Iterator[Tensor]:
-        """The numbers one after the other, in flat pieces. Errors as of `read`."""
+        """The numbers one after the other, in flat pieces, each of which is valid until the next one is asked
+        for. Errors as of `read`."""
         if self.strides != row_major(self.shape):
             yield self.read().flatten()
             return
-        for done in range(0, self.nbytes, PIECE):
-            content = torch.empty(min(PIECE, self.nbytes - done), dtype=torch.uint8)
-            read_into(self.path, self.start + done, content.numpy().data)
-            yield content.view(self.dtype)
+        content = torch.empty(min(PIECE, self.nbytes), dtype=torch.uint8)
+        with opened(self.path, self.start) as file:
+            for done in range(0, self.nbytes, PIECE):
+                piece = content[: self.nbytes - done]
+                fill(file, piece)
+                yield piece.view(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +69,27 @@ class FromFile:
         return self.stored.read() if once or self.mapped is None else self.mapped()
 
 
-def read_into(path: Path, start: int, place: memoryview) -> None:
-    """Fill `place` with what the file holds from the byte `start` on. Errors as of `StoredTensor.read`."""
-    done = 0
+@contextlib.contextmanager
+def opened(path: Path, start: int = 0) -> Iterator[io.FileIO]:
+    """A file at one of its bytes. Raises OSError naming it for whatever goes wrong with it meanwhile."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with io.FileIO(path) as file:
             file.seek(start)
-            while done < len(place):
-                count = file.readinto(place[done:])
-                if not count:
-                    raise ValueError(
-                        f"{path} has become shorter while it was read: it ends at {start + done} bytes, and "
-                        f"the bytes up to {start + len(place)} are needed"
-                    )
-                done += count
+            yield file
     except OSError as error:
         raise OSError(error.errno, f"{path} cannot be read: {error.strerror}") from error
+
+
+def fill(file: io.FileIO, content: Tensor) -> None:
+    """Read the next bytes of a file into a tensor of bytes. Raises ValueError, naming it, when it ends."""
+    place, done = content.numpy().data, 0
+    while done < len(place):
+        count = file.readinto(place[done:])
+        if not count:
+            raise ValueError(
+                f"{file.name} has become shorter while it was read: it ends at byte {file.tell()}"
+            )
+        done += count
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

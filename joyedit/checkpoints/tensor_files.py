@@ -102,9 +102,17 @@ class TensorFiles(Mapping[str, Tensor]):
         """A tensor that is about to be copied or written: what was read of a file leaves memory with it."""
         return self._where[name](once=True)
 
+    def cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor of a file in another dtype: beside the result, one piece at a time is in memory."""
+        result, done = torch.empty(self._shapes[name], dtype=dtype), 0
+        for piece in self.pieces(name):
+            result.view(-1)[done : done + len(piece)] = widened(piece)
+            done += len(piece)
+        return result
+
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """The numbers of a tensor one after the other, in flat pieces: small ones, where it lies in a file
-        and at most its dtype changes, else it is one piece."""
+        """The numbers of a tensor one after the other, in flat pieces, each of which is valid until the next
+        one is asked for: small ones, where it lies in a file and at most its dtype changes, else one."""
         read = self._where[name]
         if isinstance(read, FromFile):
             yield from read.stored.pieces()

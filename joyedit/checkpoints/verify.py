@@ -31,7 +31,7 @@ from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.shard_index import shards_of
 from joyedit.checkpoints.small_files import read_beginning, read_text
 from joyedit.checkpoints.stored_dtypes import widened
-from joyedit.checkpoints.stored_tensors import PIECE, StoredTensor, row_major
+from joyedit.checkpoints.stored_tensors import PIECE, StoredTensor, fill, opened, row_major
 from joyedit.checkpoints.tensor_files import TensorFiles
 
 SIDE_BY_SIDE = 4  # files that are read at a time, each in pieces
@@ -226,6 +226,10 @@ def known_hash(root: Path, name: str, path: Path) -> str | None:
     return found if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", found) else None
 
 
+class _Stopped(Exception):
+    """Another file's reading ended with an error, or with Ctrl-C."""
+
+
 def _read_all(
     places: Mapping[str, Path],
     reports: Mapping[str, FileReport],
@@ -242,7 +246,7 @@ def _read_all(
 
     def tick(count: int) -> None:
         if stop.is_set():
-            raise InterruptedError
+            raise _Stopped
         with lock:
             bar.update(count)
 
@@ -252,7 +256,7 @@ def _read_all(
             report.hash, equal, counts = read_through(
                 places[name], stored.get(name, {}), hashes.get(name), tick
             )
-        except InterruptedError:
+        except _Stopped:
             return
         except (OSError, ValueError) as error:
             report.problems.append(_said(error, places[name]))
@@ -290,12 +294,12 @@ def read_through(
     counts = dict.fromkeys(stored, 0)
     buffer = torch.empty(PIECE, dtype=torch.uint8)
     runs, others = _runs(stored)
-    with path.open("rb", buffering=0) as file:
+    with opened(path) as file:
 
         def pieces(end: int) -> Iterable[Tensor]:
             while (position := file.tell()) < end:
                 piece = buffer[: min(PIECE, end - position)]
-                _fill(file, piece, path)
+                fill(file, piece)
                 if wanted is not None:
                     digest.update(piece.numpy().data)
                 tick(len(piece))
@@ -313,15 +317,6 @@ def read_through(
         counts[name] = count_not_finite(stored[name].read())
     counts = {name: count for name, count in counts.items() if count and not name.endswith(MASK)}
     return kind, wanted is None or digest.hexdigest() == wanted, counts
-
-
-def _fill(file: Any, piece: Tensor, path: Path) -> None:
-    place, done = piece.numpy().data, 0
-    while done < len(place):
-        count = file.readinto(place[done:])
-        if not count:
-            raise ValueError(f"{path} has become shorter while it was read")
-        done += count
 
 
 def _runs(

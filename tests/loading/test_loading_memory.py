@@ -190,6 +190,7 @@ def no_tensors(monkeypatch):
 
     monkeypatch.setattr(TensorFiles, "__getitem__", read)
     monkeypatch.setattr(TensorFiles, "read_once", read)
+    monkeypatch.setattr(TensorFiles, "pieces", read)
 
 
 def test_damage_to_the_released_size_is_seen_before_memory_is_taken(published, no_tensors):
