@@ -47,6 +47,9 @@ class Network(NetworkSpellings):
     fp32_modules: ClassVar[frozenset[str]] = frozenset()
     mapped_modules: ClassVar[frozenset[str]] = frozenset()
 
+    # The weights of a network that was opened unread, to be written elsewhere: it computes nothing.
+    unread: TensorFiles | None = None
+
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
@@ -123,10 +126,14 @@ class Network(NetworkSpellings):
         check_saving(options, ("max_shard_size", "variant", "metadata", "class_name"))
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        inverse = self.layouts()[0].invert(self.state_dict())
-        save_tensors(folder, self.weights_stem, inverse, max_shard_size, variant, metadata)
+        tensors = self.tensors().spelled(self.layouts()[0])
+        save_tensors(folder, self.weights_stem, tensors, max_shard_size, variant, metadata)
         named = {} if class_name is None else {"_class_name": class_name}
         write_json(folder / "config.json", {**self.config_to_save(), **named})
+
+    def tensors(self) -> TensorFiles:
+        """The weights by name, from memory or, of a network that was opened unread, each from its file."""
+        return self.unread or TensorFiles.of(self.state_dict())
 
     def read_beside(self, folder: Path) -> None:
         """Takes what the files beside config.json say, where a network knows such files. Raises ValueError
@@ -211,13 +218,25 @@ class PlannedNetwork:
     dtypes: Mapping[str, torch.dtype]
     new: Sequence[str] = ()
 
+    def opened(self, unread: bool) -> Any:
+        """The network, filled or `unread`. This or `read` is to be called once."""
+        if not unread:
+            return self.read()
+        held = TensorFiles.made(self.plan.steps, self.files, self.dtypes)
+        self.network.unread = held.with_others(self._initial())
+        return self.network.requires_grad_(False).eval()
+
+    def _initial(self) -> dict[str, Tensor]:
+        """What the files lack and need not hold."""
+        if not self.new:
+            return {}
+        cls, config = type(self.network), self.network.config
+        values = initial_values(lambda: cls(config), self.new)
+        return {name: value.to(self.dtypes[name]) for name, value in values.items()}
+
     def read(self) -> Any:
         """The network, filled. To be called once."""
-        state = dict(read_planned(self.plan, self.files, self.dtypes))
-        if self.new:
-            cls, config = type(self.network), self.network.config
-            values = initial_values(lambda: cls(config), self.new)
-            state |= {name: value.to(self.dtypes[name]) for name, value in values.items()}
+        state = dict(read_planned(self.plan, self.files, self.dtypes)) | self._initial()
         self.network.load_state_dict(state, strict=True, assign=True)
         left = [name for name, tensor in self.network.state_dict().items() if tensor.is_meta]
         if left:
@@ -359,8 +378,12 @@ def read_planned(
     plan: Plan, files: TensorFiles, dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) one by one. A tensor that needs no change stays a view of the mapped file; of a
-    safetensors file nothing else stays in memory."""
+    file nothing else stays in memory."""
     for name, step in plan.steps.items():
-        as_stored = all(files.dtypes[source] == dtypes[name] for source in step.sources)
-        read = files.__getitem__ if as_stored else files.read_once
-        yield name, step.read({source: widened(read(source)) for source in step.sources}).to(dtypes[name])
+        if all(files.dtypes[source] == dtypes[name] for source in step.sources):
+            yield name, step.read({source: widened(files[source]) for source in step.sources})
+        elif step.is_renaming:
+            yield name, files.cast(step.sources[0], dtypes[name])
+        else:
+            read = {source: widened(files.read_once(source)) for source in step.sources}
+            yield name, step.read(read).to(dtypes[name])

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from joyedit.checkpoints.json_files import parse_json
 from joyedit.checkpoints.plain_text import shown, visible
+from joyedit.checkpoints.stored_tensors import FromFile, StoredTensor, row_major
 
 LARGEST_HEADER = 2**24  # bytes; published networks have 300 thousand, adapters up to 5 million
 MOST_TENSORS = 50_000
@@ -139,21 +139,21 @@ def _check_entry(path: Path, name: str, entry: Any) -> int:
     return offsets[1]
 
 
-def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Any]]:
+def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, FromFile]]:
     """(name, shape, dtype, function that reads it) of each tensor. Raises ValueError as above."""
     header = safetensors_header(path)
+    with path.open("rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
     try:
         opened = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a valid safetensors file: {visible(error)}") from None
 
-    def read(key: str, once: bool = False) -> Tensor:
-        # Pages of a mapping count as memory in use for as long as it lives: a copied tensor gets its own.
-        return (safe_open(path, framework="pt") if once else opened).get_tensor(key)
-
-    for key, entry in header.items():
-        if key != "__metadata__":
-            yield key, tuple(entry["shape"]), DTYPES[entry["dtype"]], functools.partial(read, key)
+    for name, entry in header.items():
+        if name != "__metadata__":
+            shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+            stored = StoredTensor(path, data + entry["data_offsets"][0], dtype, shape, row_major(shape))
+            yield name, shape, dtype, FromFile(stored, functools.partial(opened.get_tensor, name))
 
 
 def metadata_json(path: Path, key: str) -> dict[str, Any]:

@@ -178,6 +178,17 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
     made.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES[:4])} (as stored)")
     made.add_argument("--force", action="store_true", help="replace a checkpoint that is there already")
 
+    made = command("verify", "whether the files of a checkpoint are whole: nothing cut off, nothing missing")
+    made.add_argument(
+        "target", metavar="PATH", type=place, help="folder, weight file, or Hub name of what is in the cache"
+    )
+    made.add_argument(
+        "--full", action="store_true", help="read it all: hold it against the Hub's hashes, count NaN"
+    )
+    made.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    made.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
+    made.add_argument("--json", action="store_true", help="print JSON")
+
     made = command(
         "info",
         "what a checkpoint holds, how an image was made, or (without TARGET) what this installation is",

@@ -4,15 +4,11 @@ import argparse
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.command.calls import said, source_options
 from joyedit.command.results import existing_parent
-
-if TYPE_CHECKING:
-    from joyedit.command.info import Checkpoint
 
 
 def convert(args: argparse.Namespace) -> Path:
@@ -23,7 +19,7 @@ def convert(args: argparse.Namespace) -> Path:
     """
     from joyedit.checkpoints.replacing import replacing_folder
     from joyedit.command.info import describe
-    from joyedit.loading.layouts import load, save_checkpoint
+    from joyedit.loading.layouts import open_unread, save_checkpoint
 
     target = expanded(args.target)
     if target.is_dir():
@@ -31,9 +27,10 @@ def convert(args: argparse.Namespace) -> Path:
     refuse_target(target, expanded(args.source), args.force)
     options = source_options(args)
     checkpoint = describe(args.source, **options)
-    refuse_full_disk(target, checkpoint, args.dtype)
+    refuse_full_disk(target, checkpoint.bytes_as(args.dtype))
     options |= said(args, ("dtype", "prediction_type"))
-    pipe = load(args.source, device="cpu", **options, **(args.parts or {}))
+    pipe = open_unread(args.source, components=args.parts, **options)
+    refuse_full_disk(target, sum(network.tensors().nbytes() for network in pipe.networks.values()))
     local = expanded(args.source).exists()
     provenance = {
         "joyedit.version": __version__,
@@ -77,9 +74,9 @@ def refuse_other_than_checkpoint(folder: Path) -> None:
     refuse_strangers(folder, layout)
 
 
-def refuse_full_disk(target: Path, checkpoint: "Checkpoint", dtype: str | None) -> None:
+def refuse_full_disk(target: Path, needed: int) -> None:
     from joyedit.command.info import size
 
-    needed, free = checkpoint.bytes_as(dtype), shutil.disk_usage(existing_parent(target)).free
+    free = shutil.disk_usage(existing_parent(target)).free
     if needed > free:
         raise OSError(f"{target} needs {size(needed)}, and the disk has {size(free)} free")

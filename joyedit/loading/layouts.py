@@ -27,16 +27,21 @@ import torch
 
 from joyedit.checkpoints.config import nearest
 from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
-from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
 from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
-from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.small_files import read_beginning, read_text
-from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
+from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.loading.foreign_layouts import (
+    COMFYUI_FOLDERS,
+    ORIGINAL_TEXT_ENCODER,
+    write_comfyui,
+    write_original,
+)
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
 from joyedit.pipelines.chronoedit_presets import preset_called
 from joyedit.pipelines.made_for import MadeFor
@@ -68,15 +73,8 @@ REFUSED = {
     "Wan": "of WAN's models only image-to-video of release 2.1 has the form of ChronoEdit",
 }
 
-ORIGINAL_TEXT_ENCODER = "JoyAI-Image-Und"
 ORIGINAL_SHIFT = 4.0  # of jd-opensource/JoyAI-Image where infer_config.py does not say
 PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json"}
-COMFYUI_FOLDERS = {  # part -> folder
-    "transformer": "diffusion_models",
-    "text_encoder": "text_encoders",
-    "vae": "vae",
-    "image_encoder": "clip_vision",
-}
 COMFYUI_SCHEDULERS = {  # JoyAI: as the published ComfyUI nodes use it; ChronoEdit: as its Diffusers folder
     **dict.fromkeys(("JoyImageEditPipeline", "JoyImageEditPlusPipeline"), {"shift": 1.5}),
     "ChronoEditPipeline": {
@@ -145,30 +143,11 @@ def load(
     dtypes = {} if dtype == "auto" and torch_dtype is not None else {"dtype": dtype}
     dtypes |= {} if torch_dtype is None else {"torch_dtype": torch_dtype}
     options = LoadOptions.parse({**dtypes, **source, "variant": variant, "new_parameters": new_parameters})
-    patterns = options.new_parameters
 
     found = find_checkpoint(name_or_path, pipeline, **source)
     loras = None if preset is None else _preset_loras(found, preset)
-    if found.layout != "ldm" and (prediction_type is not None or ema):
-        raise ValueError(
-            f"prediction_type and ema are for single files of Stable Diffusion, not {found.origin.name}"
-        )
-    options.check_parts(found.pipeline.parts)
-    passed = _open_passed(found.pipeline, components, options)
-
-    if found.layout == "diffusers":
-        pipe: Any = found.pipeline.from_origin(found.origin, options, passed, reference_quirks)
-    else:
-        if found.layout == "ldm":
-            parts = open_single_file(Path(found.origin.name), options, passed, prediction_type, ema)
-        else:
-            open_parts = {"original": _open_original, "qwen3-vl": _open_qwen}.get(found.layout, _open_comfyui)
-            parts = open_parts(found, options, passed)
-        patterns.check()
-        pipe = found.pipeline(**{**_read(parts), **passed}, reference_quirks=reference_quirks)
-    licence = licence_of(found.origin, found.listing)
-    what = "%s from %s (%s layout); licence of the weights: %s"
-    log.info(what, found.class_name, name_or_path, found.layout, licence)
+    pipe = _assembled(found, components, options, reference_quirks, prediction_type, ema)
+    _say(found, name_or_path)
 
     if offload == "none":
         pipe.to(target)
@@ -177,6 +156,59 @@ def load(
     if offload != "none":
         pipe.set_offload(offload, None if target.type == "cpu" else target)
     return pipe
+
+
+def open_unread(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype | Mapping[str, Any] = "auto",
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    components: Mapping[str, Any] | None = None,
+    **source: Any,
+) -> Any:
+    """The pipeline that `load` returns, to be written elsewhere: its weights stay in their files, each tensor
+    until it is asked for. Arguments and errors as there."""
+    options = LoadOptions.parse({"dtype": dtype, "variant": variant, **source})
+    options = dataclasses.replace(options, unread=True)
+    found = find_checkpoint(name_or_path, **source)
+    pipe = _assembled(found, components or {}, options, False, prediction_type, False)
+    _say(found, name_or_path)
+    return pipe
+
+
+def _assembled(
+    found: "Checkpoint",
+    components: Mapping[str, Any],
+    options: LoadOptions,
+    quirks: bool,
+    prediction_type: str | None,
+    ema: bool,
+) -> Any:
+    """The pipeline of a checkpoint that was found, with its networks where they were read."""
+    if found.layout != "ldm" and (prediction_type is not None or ema):
+        raise ValueError(
+            f"prediction_type and ema are for single files of Stable Diffusion, not {found.origin.name}"
+        )
+    options.check_parts(found.pipeline.parts)
+    passed = _open_passed(found.pipeline, components, options)
+    if found.layout == "diffusers":
+        pipe: Any = found.pipeline.from_origin(found.origin, options, passed, quirks)
+    else:
+        if found.layout == "ldm":
+            parts = open_single_file(Path(found.origin.name), options, passed, prediction_type, ema)
+        else:
+            open_parts = {"original": _open_original, "qwen3-vl": _open_qwen}.get(found.layout, _open_comfyui)
+            parts = open_parts(found, options, passed)
+        options.new_parameters.check()
+        pipe = found.pipeline(**{**_read(parts, options.unread), **passed}, reference_quirks=quirks)
+    return pipe
+
+
+def _say(found: "Checkpoint", name: str | Path) -> None:
+    licence = licence_of(found.origin, found.listing)
+    what = "%s from %s (%s layout); licence of the weights: %s"
+    log.info(what, found.class_name, name, found.layout, licence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,12 +446,12 @@ def _open_part(cls: type[Pipeline], part: str, value: Any, options: LoadOptions)
         return kind.from_pretrained(str(value), subfolder=inside, **options.origin)  # type: ignore[attr-defined]
     options = _with_dtype(cls, part, options)
     if not path.is_file():
-        return plan_folder(kind, Origin(str(value), **options.origin), inside, options).read()
+        return plan_folder(kind, Origin(str(value), **options.origin), inside, options).opened(options.unread)
     if is_single_file(path):
         whole = read_single_file(path)
         if part in whole.networks and whole.networks[part][0] is kind:
-            return whole.plan(part, options).read()
-    return plan_file(kind, path, options).read()
+            return whole.plan(part, options).opened(options.unread)
+    return plan_file(kind, path, options).opened(options.unread)
 
 
 def _with_dtype(cls: type[Pipeline], part: str, options: LoadOptions) -> LoadOptions:
@@ -437,9 +469,9 @@ def plan_file(kind: type[Network], path: Path, options: LoadOptions) -> PlannedN
     return plan_network(kind, config, TensorFiles([path]), options.dtype, options.new_parameters)
 
 
-def _read(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts, with the networks among them read."""
-    return {name: part.read() if isinstance(part, PlannedNetwork) else part for name, part in parts.items()}
+def _read(parts: Mapping[str, Any], unread: bool) -> dict[str, Any]:
+    """The parts, with the networks among them read, or left `unread`."""
+    return {n: part.opened(unread) if isinstance(part, PlannedNetwork) else part for n, part in parts.items()}
 
 
 def _only_file(found: Checkpoint, folder: str) -> str:
@@ -619,48 +651,6 @@ def save_checkpoint(
     if lost:
         log.warning("the %s layout has no place for %s: the released ones will be used", to, ", ".join(lost))
     if to == "comfyui":
-        for part, network in pipe.networks.items():
-            place = COMFYUI_FOLDERS[part]
-            layout = _layout(network, "comfyui")
-            state = layout.invert(network.state_dict())
-            stem = f"{part}_joyimage{'_plus' * plus}"
-            save_tensors(folder / place, stem, state, 10**15, metadata=metadata)
-            _save_unreleased_config(network, folder / place)
+        write_comfyui(pipe, folder, f"joyimage{'_plus' * plus}", metadata)
     else:
-        _save_original(pipe, folder, metadata)
-
-
-def _save_unreleased_config(network: Network, folder: Path) -> None:
-    if network.config != type(network).Config():
-        write_json(folder / "config.json", network.config_to_save())
-
-
-def _save_original(pipe: Any, folder: Path, metadata: Mapping[str, str] | None) -> None:
-    for part, name in (("transformer", "transformer.pth"), ("vae", "Wan2.1_VAE.pth")):
-        network = pipe.components[part]
-        with replacing(folder / part / name) as temporary:
-            torch.save(_layout(network, "original").invert(network.state_dict()), temporary)
-    _save_unreleased_config(pipe.vae, folder / "vae")
-    pipe.text_encoder.save_pretrained(folder / ORIGINAL_TEXT_ENCODER, metadata=metadata)
-    pipe.processor.save_pretrained(folder / ORIGINAL_TEXT_ENCODER)
-    config = pipe.transformer.config
-    names = {
-        "num_attention_heads": "heads_num",
-        "num_layers": "mm_double_blocks_depth",
-        "text_dim": "text_states_dim",
-    }
-    params = {names.get(key, key): value for key, value in config.to_dict().items()}
-    with replacing(folder / "infer_config.py") as temporary:
-        temporary.write_text(
-            "class JoyAIImageInferConfig:\n"
-            f"    dit_arch_config = {{'params': {params!r}}}\n"
-            f"    scheduler_arch_config = {{'params': {{'num_train_timesteps': "
-            f"{pipe.scheduler.config.num_train_timesteps}, 'shift': {pipe.scheduler.config.shift}}}}}\n",
-            encoding="utf-8",
-        )
-
-
-def _layout(network: Network, name: str) -> Any:
-    """The network's layout of that name; networks that have none keep their own names there."""
-    layouts = network.layouts()
-    return next((layout for layout in layouts if layout.name == name), layouts[0])
+        write_original(pipe, folder, metadata)

@@ -214,7 +214,7 @@ class Pipeline(PipelineSpellings):
         configs = {name: part.config for name, part in replacements.items() if isinstance(part, Network)}
         cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
         options.new_parameters.check()
-        loaded |= {name: one.read() for name, one in planned.items()}
+        loaded |= {name: one.opened(options.unread) for name, one in planned.items()}
         for denoiser in (loaded[name] for name in DENOISERS if name in planned):
             denoiser.came_with = {**settings, "made_for": made_for}
         pipe = cls(**loaded, **replacements, **settings, reference_quirks=quirks)
