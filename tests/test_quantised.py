@@ -139,11 +139,17 @@ def test_a_gradient_goes_through_to_the_input():
     torch.testing.assert_close(x.grad, meant(stored, scale, 16).sum(0).float().expand(3, -1))
 
 
-def test_a_layer_can_be_copied_pickled_and_compiled():
+def test_a_layer_can_be_copied_and_pickled():
     stored, scale = quantise(weight_of(8, 32), 16)
     layer, x = layer_of(stored, scale, 16), torch.randn(3, 32)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.slow
+def test_a_layer_can_be_compiled():
+    stored, scale = quantise(weight_of(8, 32), 16)
+    layer, x = layer_of(stored, scale, 16), torch.randn(3, 32)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
 

@@ -87,7 +87,7 @@ def assert_means(network, meant):
 
 
 @pytest.mark.parametrize("params", [False, True])
-@pytest.mark.parametrize("group", [4, 16, 64])
+@pytest.mark.parametrize("group", [4, *(pytest.param(g, marks=pytest.mark.slow) for g in (16, 64))])
 @pytest.mark.parametrize("layout", ["diffusers", "original", "comfyui", "comfyui-original"])
 def test_int8_convrot_of_the_transformer_in_every_layout(joy, tmp_path, layout, group, params):
     modules, fields = joy_modules(joy), {"convrot": True, "convrot_groupsize": group}

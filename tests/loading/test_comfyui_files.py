@@ -139,6 +139,7 @@ def test_what_was_written_opens(quantised, diffusers, states):
     assert all(torch.equal(again[n].stored, w.stored) for n, w in quantised_weights(pipe.transformer).items())
 
 
+@pytest.mark.slow
 def test_quantised_again_and_back(quantised, diffusers, states, tmp_path):
     """Numbers that are quantised anew are the same; in other layouts they are written as what they mean."""
     pipe = joyedit.load(quantised, device="cpu", processor=diffusers)

@@ -49,7 +49,7 @@ def test_rows_are_rotated_and_rounded_to_nearest(device, randn, dtype, rows, gro
 
 @HALF
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("one_scale", [True, False])
+@pytest.mark.parametrize("one_scale", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize(
     ("shape", "outputs", "group"),
     [((2, 3, 64), 5, 64), ((130, 48), 131, 16), ((1, 12), 130, 4), ((3, 10), 7, 1), ((2, 0, 16), 3, 16)],
