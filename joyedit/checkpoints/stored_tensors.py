@@ -10,6 +10,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,6 +58,15 @@ class StoredTensor:
                 yield piece.view(self.dtype)
 
 
+@runtime_checkable
+class InPieces(Protocol):
+    """Reads a tensor bit by bit."""
+
+    def pieces(self) -> Iterator[Tensor]:
+        """As of `StoredTensor`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class FromFile:
     """How a tensor of a file is read: mapped, where that is possible, or into memory of its own."""
@@ -67,6 +77,9 @@ class FromFile:
     def __call__(self, once: bool = False) -> Tensor:
         # Pages of a mapping count as memory in use for as long as it lives.
         return self.stored.read() if once or self.mapped is None else self.mapped()
+
+    def pieces(self) -> Iterator[Tensor]:
+        return self.stored.pieces()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Weight files: tensors by name out of safetensors files and pickles, and back into safetensors.
+"""Weight files: tensors by name out of safetensors and GGUF files and pickles, and back into safetensors.
 
 Opening reads headers alone; a tensor is read when it is asked for.
 
@@ -8,29 +8,35 @@ Source: safetensors; the Diffusers and transformers folder formats (shards and i
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from joyedit.checkpoints.gguf_files import open_gguf
 from joyedit.checkpoints.mistaken import refuse_pointers
 from joyedit.checkpoints.pickles import open_pickle
 from joyedit.checkpoints.replacing import replacing_all
 from joyedit.checkpoints.safetensors_files import open_safetensors
 from joyedit.checkpoints.safetensors_files import safetensors_header as safetensors_header
 from joyedit.checkpoints.stored_dtypes import widened
-from joyedit.checkpoints.stored_tensors import FromFile, StoredTensor
+from joyedit.checkpoints.stored_tensors import FromFile, InPieces, StoredTensor
 from joyedit.checkpoints.writing import write_safetensors
 from joyedit.convert.table import Layout, Step
+
+# Of one tensor: shape, dtype, and what reads it, called with `once` as `TensorFiles.read_once` says. Where
+# that is `InPieces`, too, the tensor need not be in memory whole.
+Entry = tuple[tuple[int, ...], torch.dtype, Callable[..., Tensor]]
 
 
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of one or several weight files by name, read when asked for.
 
-    safetensors files are mapped, pickles are mapped where their form allows. `numbers` are what a training
-    program notes in a pickle beside the tensors ("global_step", ...). Raises ValueError for damaged files.
+    safetensors files are mapped, pickles are mapped where their form allows; of GGUF files what is quantised
+    is said to be bf16, and read in fp32. `numbers` are what a training program notes in a pickle beside the
+    tensors ("global_step", ...). Raises ValueError for damaged files.
     """
 
     def __init__(self, files: Sequence[Path], prefix: str = ""):
@@ -41,9 +47,7 @@ class TensorFiles(Mapping[str, Tensor]):
         self._dtypes: dict[str, torch.dtype] = {}
         refuse_pointers(self.files)
         for path in self.files:
-            is_pickle = path.suffix != ".safetensors"
-            opened = open_pickle(path, self.numbers) if is_pickle else open_safetensors(path)
-            for key, shape, dtype, read in opened:
+            for key, shape, dtype, read in _opened(path, self.numbers):
                 name = key.removeprefix(prefix)
                 if name in self._where:
                     raise ValueError(
@@ -82,14 +86,6 @@ class TensorFiles(Mapping[str, Tensor]):
             held._shapes[name], held._dtypes[name] = tuple(result.shape), dtype
         return held
 
-    def with_others(self, state: Mapping[str, Tensor]) -> "TensorFiles":
-        """These tensors, and some that are in memory."""
-        both, others = self.renamed({name: name for name in self}), TensorFiles.of(state)
-        both._where |= others._where
-        both._shapes |= others._shapes
-        both._dtypes |= others._dtypes
-        return both
-
     def spelled(self, layout: Layout) -> "TensorFiles":
         """These tensors, which are a network's, as a layout has them. Raises ValueError for one for which it
         has no name."""
@@ -112,13 +108,10 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The numbers of a tensor one after the other, in flat pieces, each of which is valid until the next
-        one is asked for: small ones, where it lies in a file and at most its dtype changes, else one."""
+        one is asked for: small ones, where what reads the tensor can give them, else one."""
         read = self._where[name]
-        if isinstance(read, FromFile):
-            yield from read.stored.pieces()
-        elif isinstance(read, _Made) and read.step.is_renaming:
-            for piece in read.sources.pieces(read.step.sources[0]):
-                yield widened(piece).to(read.dtype)
+        if isinstance(read, InPieces):
+            yield from read.pieces()
         else:
             yield self.read_once(name).detach().flatten()
 
@@ -156,6 +149,18 @@ class TensorFiles(Mapping[str, Tensor]):
             view._dtypes[new] = self._dtypes[name]
         return view
 
+    def entries(self, names: Iterable[str] | None = None) -> dict[str, Entry]:
+        """Some of these tensors, or all, as `replaced` takes them. Nothing is read."""
+        chosen = self if names is None else names
+        return {name: (self._shapes[name], self._dtypes[name], self._where[name]) for name in chosen}
+
+    def replaced(self, made: Mapping[str, Entry]) -> "TensorFiles":
+        """These tensors and others, or others in their place."""
+        view = self.renamed({name: name for name in self})
+        for name, (shape, dtype, read) in made.items():
+            view._where[name], view._shapes[name], view._dtypes[name] = read, shape, dtype
+        return view
+
     def nbytes_of(self, name: str) -> int:
         return torch.Size(self._shapes[name]).numel() * self._dtypes[name].itemsize
 
@@ -174,6 +179,19 @@ class _Made:
     def __call__(self, once: bool = False) -> Tensor:
         read = {name: widened(self.sources.read_once(name)) for name in self.step.sources}
         return self.step.read(read).to(self.dtype)
+
+    def pieces(self) -> Iterator[Tensor]:
+        if self.step.is_renaming:
+            for piece in self.sources.pieces(self.step.sources[0]):
+                yield widened(piece).to(self.dtype)
+        else:
+            yield self(once=True).detach().flatten()
+
+
+def _opened(path: Path, numbers: dict[str, float]) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Any]]:
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    return open_gguf(path) if path.suffix == ".gguf" else open_pickle(path, numbers)
 
 
 def parse_size(size: int | str) -> int:

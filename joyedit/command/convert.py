@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
@@ -25,12 +26,15 @@ def convert(args: argparse.Namespace) -> Path:
     if target.is_dir():
         target = target.resolve()  # of a link to a folder, the folder is replaced
     refuse_target(target, expanded(args.source), args.force)
+    if args.quantize and args.to != "comfyui":
+        raise ValueError(f"--quantize {args.quantize} is written with --to comfyui, not --to {args.to}")
     options = source_options(args)
     checkpoint = describe(args.source, **options)
-    refuse_full_disk(target, checkpoint.bytes_as(args.dtype))
+    if not args.quantize:
+        refuse_full_disk(target, checkpoint.bytes_as(args.dtype))
     options |= said(args, ("dtype", "prediction_type"))
     pipe = open_unread(args.source, components=args.parts, **options)
-    refuse_full_disk(target, sum(network.tensors().nbytes() for network in pipe.networks.values()))
+    refuse_full_disk(target, bytes_to_write(pipe, args.quantize))
     local = expanded(args.source).exists()
     provenance = {
         "joyedit.version": __version__,
@@ -39,8 +43,18 @@ def convert(args: argparse.Namespace) -> Path:
         "license": checkpoint.licence,
     }
     with replacing_folder(target, refuse_other_than_checkpoint if args.force else None) as made:
-        save_checkpoint(pipe, made, args.to, metadata=provenance)
+        save_checkpoint(pipe, made, args.to, metadata=provenance, quantize=args.quantize)
     return target
+
+
+def bytes_to_write(pipe: Any, quantize: str | None) -> int:
+    from joyedit.loading.foreign_layouts import comfyui_tensors
+
+    if quantize and "processor" in pipe.components:  # others are refused when they are written
+        written = [comfyui_tensors(part, network, quantize) for part, network in pipe.networks.items()]
+    else:
+        written = [network.tensors() for network in pipe.networks.values()]
+    return sum(tensors.nbytes() for tensors in written)
 
 
 def refuse_target(target: Path, source: Path, force: bool) -> None:

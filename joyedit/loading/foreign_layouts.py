@@ -10,25 +10,42 @@ from typing import Any
 
 from joyedit.checkpoints.json_files import write_json
 from joyedit.checkpoints.network import Network
+from joyedit.checkpoints.quantised_files import as_int8_convrot
 from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.checkpoints.writing import write_pickle
+from joyedit.loading.comfyui import COMFYUI_FOLDERS, PUBLISHED
+from joyedit.quantised import quantisable
 
 ORIGINAL_TEXT_ENCODER = "JoyAI-Image-Und"
-COMFYUI_FOLDERS = {  # part -> folder
-    "transformer": "diffusion_models",
-    "text_encoder": "text_encoders",
-    "vae": "vae",
-    "image_encoder": "clip_vision",
-}
 
 
-def write_comfyui(pipe: Any, folder: Path, name: str, metadata: Mapping[str, str] | None) -> None:
-    """One file for each network, which has the name of its part and the pipeline's."""
-    for part, network in pipe.networks.items():
+def write_comfyui(
+    networks: Mapping[str, Network],
+    folder: Path,
+    plus: bool,
+    quantize: str | None,
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """One file for each network, which has the name of its part and the pipeline's, or, of what is quantised,
+    the published one; see `comfyui_tensors`."""
+    for part, network in networks.items():
+        stem = f"{part}_joyimage{'_plus' * plus}"
+        if quantize:
+            stem = PUBLISHED[part][0].format(plus="_plus" * plus, form=quantize)
         place = folder / COMFYUI_FOLDERS[part]
         _write_unreleased_config(network, place)
-        save_tensors(place, f"{part}_{name}", _tensors(network, "comfyui"), 10**15, metadata=metadata)
+        save_tensors(place, stem, comfyui_tensors(part, network, quantize), 10**15, metadata=metadata)
+
+
+def comfyui_tensors(part: str, network: Network, quantize: str | None = None) -> TensorFiles:
+    """What is written of a network. quantize: "int8_convrot" for the linear layers of transformer and text
+    encoder, whose names are then those of the published files."""
+    if not quantize:
+        return network.tensors().spelled(_layout(network, "comfyui"))
+    layout = _layout(network, PUBLISHED[part][1])
+    names = layout.renames(sorted(quantisable(network)))
+    return as_int8_convrot(network.tensors().spelled(layout), list(names))
 
 
 def write_original(pipe: Any, folder: Path, metadata: Mapping[str, str] | None) -> None:
@@ -52,7 +69,8 @@ def write_original(pipe: Any, folder: Path, metadata: Mapping[str, str] | None) 
     pipe.processor.save_pretrained(folder / ORIGINAL_TEXT_ENCODER)
     for part, name in (("transformer", "transformer.pth"), ("vae", "Wan2.1_VAE.pth")):
         with replacing(folder / part / name) as temporary:
-            write_pickle(temporary, _tensors(pipe.components[part], "original"))
+            network = pipe.components[part]
+            write_pickle(temporary, network.tensors().spelled(_layout(network, "original")))
     pipe.text_encoder.save_pretrained(folder / ORIGINAL_TEXT_ENCODER, metadata=metadata)
 
 
@@ -61,7 +79,7 @@ def _write_unreleased_config(network: Network, folder: Path) -> None:
         write_json(folder / "config.json", network.config_to_save())
 
 
-def _tensors(network: Network, name: str) -> TensorFiles:
-    """The weights in the layout of that name; networks that have none keep their own names there."""
+def _layout(network: Network, name: str) -> Any:
+    """The network's layout of that name; networks that have none keep their own names there."""
     layouts = network.layouts()
-    return network.tensors().spelled(next((one for one in layouts if one.name == name), layouts[0]))
+    return next((one for one in layouts if one.name == name), layouts[0])
