@@ -10,9 +10,12 @@ import ctypes.util
 import functools
 import mmap
 import os
+import re
 import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,3 +80,19 @@ def mapped_copies(tensors: Sequence[Tensor], folder: str | None = None) -> list[
     for tensor, place in zip(tensors, places, strict=True):
         place.of(row).copy_(tensor)
     return [place.of(row) for place in places]
+
+
+def pinned(nbytes: int) -> Tensor | None:
+    """So many bytes of main memory that a CUDA device reads by itself; None where there are not as many.
+
+    PyTorch's own pinned memory comes in powers of two.
+    """
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    if available is None or nbytes > 0.9 * 1024 * int(available[1]):
+        return None
+    arena = torch.empty(nbytes, dtype=torch.uint8)
+    runtime: Any = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(arena.data_ptr(), nbytes, 0)) != 0:
+        return None
+    weakref.finalize(arena.untyped_storage(), runtime.cudaHostUnregister, arena.data_ptr())
+    return arena

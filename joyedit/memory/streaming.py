@@ -15,7 +15,7 @@ fused into) is put into a file that has no name.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from joyedit.checkpoints.network import Network
 from joyedit.memory.budget import Room
 from joyedit.memory.layout import laid_out
-from joyedit.memory.pages import fetch_ahead, give_back, is_mapped, mapped_copies, mapped_ranges
+from joyedit.memory.pages import fetch_ahead, give_back, is_mapped, mapped_copies, mapped_ranges, pinned
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -397,10 +397,11 @@ class BlockStreaming:
             self.passing.take_back(self.numbers[part], lent)
 
     @classmethod
-    def attach(cls, network: Network, device: torch.device, room: Room | None = None) -> None:
+    def attach(cls, network: Network, device: torch.device, room: Room | None = None) -> "BlockStreaming":
         """Stream the blocks of `network` to `device` from now on."""
         cls.detach(network)
-        network.__dict__["block_streaming"] = cls(network, device, room)
+        made = network.__dict__["block_streaming"] = cls(network, device, room)
+        return made
 
     @classmethod
     def detach(cls, network: Network) -> None:
@@ -418,3 +419,13 @@ class BlockStreaming:
     @classmethod
     def is_attached(cls, network: Network) -> bool:
         return "block_streaming" in network.__dict__
+
+
+def stream_blocks(networks: Iterable[Network], device: torch.device, room: Room | None = None) -> None:
+    """Stream the blocks of all these networks to `device` from now on. For a CUDA or ROCm device they wait in
+    pinned main memory, as far as there is any; otherwise where they are, which may be in mapped files."""
+    for network in networks:
+        passing = BlockStreaming.attach(network, device, room).passing
+        if isinstance(passing, TwoBuffers) and device.type == "cuda":
+            if (arena := pinned(sum(passing.rows))) is not None:
+                passing.pack(arena)

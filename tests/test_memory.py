@@ -1,0 +1,116 @@
+"""Memory budgets: what comes when, what stays, and that the results are those of networks that are all there."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import joyedit
+from joyedit.memory import BlockStreaming, parse_size, visit
+from joyedit.memory.streaming import MappedPages, Transfers, TwoBuffers, blocks_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        (5, 5),
+        ("7", 7),
+        ("12G", 12 * 1024**3),
+        ("12GB", 12 * 10**9),
+        ("1.5g", 3 * 2**29),
+        (" 300 MB ", 300 * 10**6),
+        ("2T", 2**41),
+        ("1024B", 1024),
+        (1e9, 10**9),
+    ],
+)
+def test_sizes(said, meant):
+    assert parse_size(said) == meant
+
+
+@pytest.mark.parametrize(
+    "said", [0, -1, "0", "-3G", "12X", "G", "", "12 G B", 1.5, True, None, [1], "1.5B", "nan"]
+)
+def test_sizes_that_are_none(said):
+    with pytest.raises(ValueError, match="^memory="):
+        parse_size(said)
+
+
+class Recorded(Transfers):
+    """A stream that does its copies as late as it may: when somebody waits for them. What is read too early,
+    or written over too early, is then wrong."""
+
+    def __init__(self):
+        self.log, self.open, self.count = [], {}, 0
+
+    def start(self, target, source, after):
+        self.count += 1
+        self.open[self.count] = (target, source)
+        self.log.append(("copy", target.data_ptr(), target.nbytes))
+        return self.count
+
+    def wait(self, mark):
+        for number in sorted(n for n in self.open if n <= mark):  # in the order in which they were launched
+            target, source = self.open.pop(number)
+            target.copy_(source)
+        self.log.append(("wait", mark))
+
+
+class Block(nn.Linear):
+    def __init__(self, number, log):
+        super().__init__(16, 16)
+        self.number, self.log = number, log
+
+    def forward(self, x):
+        self.log.append(("compute", self.number))
+        return super().forward(x)
+
+
+class Steps(nn.Module):
+    """Blocks one after the other, each for all branches."""
+
+    def __init__(self, log, number=5):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(i, log) for i in range(number))
+
+    def forward(self, *branches):
+        for block in self.blocks:
+            branches = [block(x) for x in branches]
+        return branches
+
+    @staticmethod
+    def stays_behind(name):
+        return False
+
+
+def test_copies_run_ahead_of_what_computes():
+    transfers = Recorded()
+    network = Steps(transfers.log).requires_grad_(False)
+    x, y = torch.randn(3, 16), torch.randn(2, 16)
+    wanted = [network(x, y), network(x, y)]
+    transfers.log.clear()
+    streaming = BlockStreaming(network, torch.device("cpu"), transfers=transfers)
+    passing = streaming.passing
+    passing.pack(torch.empty(sum(passing.rows), dtype=torch.uint8))
+    found = [network(x, y), network(x, y)]
+    for a, b in zip(wanted, found, strict=True):
+        assert all(map(torch.equal, a, b))
+    copies = [entry for entry in transfers.log if entry[0] == "copy"]
+    assert len({place for _, place, _ in copies}) == 2  # buffers
+    assert {nbytes for *_, nbytes in copies} == {passing.rows[0]}  # whole blocks, in one piece
+    assert len(copies) == 2 * 5 + 1  # each once a pass for both branches, and the first of a third pass
+    started = computed = 0
+    for kind, *_ in transfers.log:
+        started, computed = started + (kind == "copy"), computed + (kind == "compute")
+        if kind == "compute":
+            blocks_before = (computed - 1) // 2
+            assert started == blocks_before + 2, "of the next block the copy is under way, of no other"
+    streaming.end()
+    assert not passing.here and not passing.buffers
