@@ -1,18 +1,16 @@
-"""Memory budgets: what comes when, what stays, and that the results are those of networks that are all there."""
+"""Memory budgets: what comes when, what stays, and that results are those of networks that are all there."""
 
-import copy
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import joyedit
-from joyedit.memory import BlockStreaming, parse_size, visit
-from joyedit.memory.streaming import MappedPages, Transfers, TwoBuffers, blocks_of
+from joyedit.memory import BlockStreaming, parse_size, stream_blocks
+from joyedit.memory.streaming import Passing, Transfers, TwoBuffers, blocks_of, tensors_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,3 +112,77 @@ def test_copies_run_ahead_of_what_computes():
             assert started == blocks_before + 2, "of the next block the copy is under way, of no other"
     streaming.end()
     assert not passing.here and not passing.buffers
+
+
+class FixedRoom:
+    """So many bytes are left, whatever is held."""
+
+    def __init__(self, nbytes):
+        self.nbytes = nbytes
+
+    def begin(self):
+        pass
+
+    def left(self):
+        return self.nbytes
+
+
+SYSTEMS = ("tiny-joyimage", "tiny-diffedit", "tiny-chronoedit")
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def pipe(request):
+    made = joyedit.load(request.param, device="cpu", dtype="float32")
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def call(pipe):
+    """Three steps; the latents."""
+    steps = {
+        "num_inference_steps": 3,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent",
+        "guidance_scale": 2.0,
+    }
+    if "transformer" not in pipe.parts:
+        return pipe.edit(PHOTO, "a red circle", "a blue circle", num_maps_per_mask=1, **steps).images
+    size = {} if "processor" in pipe.parts else {"height": 64, "width": 64}
+    return pipe(image=PHOTO, prompt="Make the red circle blue.", **size, **steps)[0]
+
+
+@pytest.mark.parametrize("place", ["in files", "in buffers"])
+@pytest.mark.parametrize("share", [0, 0.5, 2], ids=["none stays", "some stay", "all stay"])
+def test_results_are_those_of_networks_that_are_all_there(pipe, place, share, monkeypatch):
+    wanted = call(pipe)
+    before = {name: n.state_dict() for name, n in pipe.networks.items()}
+    nbytes = sum(t.nbytes for t in tensors_of(pipe.denoiser))
+    most = []
+    room = FixedRoom(int(share * nbytes))
+    let_go = Passing.let_go
+    monkeypatch.setattr(Passing, "let_go", lambda self: (most.append(len(self.staying)), let_go(self)))
+    monkeypatch.setattr(
+        TwoBuffers, "let_go", lambda self: (most.append(len(self.staying)), kept_let_go(self))
+    )
+    if place == "in buffers":
+        monkeypatch.setattr("joyedit.memory.streaming.MappedPages", Buffered)
+    try:
+        stream_blocks(pipe.networks.values(), torch.device("cpu"), room)
+        found = [call(pipe), call(pipe)]
+    finally:
+        pipe.set_memory(None)
+    assert all(torch.equal(one, wanted) for one in found)
+    blocks = len(blocks_of(pipe.denoiser))
+    assert {0: max(most) == 0, 0.5: 0 < max(most), 2: max(most) == blocks}[share]
+    for name, network in pipe.networks.items():
+        assert all(torch.equal(t, before[name][key]) for key, t in network.state_dict().items())
+
+
+kept_let_go = TwoBuffers.let_go
+
+
+class Buffered(TwoBuffers):
+    def __init__(self, blocks, room):
+        super().__init__(blocks, torch.device("cpu"), room, Recorded())
+        self.pack(torch.empty(sum(self.rows), dtype=torch.uint8))

@@ -33,11 +33,18 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return list(dict.fromkeys(itertools.chain(module.parameters(), module.buffers())))
 
 
+SMALLEST_LIST = 1 / 50  # of a network's weights; a smaller list of modules belongs to the rest
+
+
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The members of module lists that lie in no other such member, in their order."""
-    blocks = [block for child in network.modules() if isinstance(child, nn.ModuleList) for block in child]
-    inner = {part for block in blocks for part in block.modules() if part is not block}
-    return [block for block in dict.fromkeys(blocks) if block not in inner and tensors_of(block)]
+    """The members of module lists that lie in no other such member, in their order; not those of small
+    lists."""
+    lists = [list(child) for child in network.modules() if isinstance(child, nn.ModuleList)]
+    inner = {part for blocks in lists for block in blocks for part in block.modules() if part is not block}
+    least = SMALLEST_LIST * sum(tensor.nbytes for tensor in tensors_of(network))
+    outer = [blocks for blocks in lists if not inner.intersection(blocks)]
+    large = [blocks for blocks in outer if sum(t.nbytes for b in blocks for t in tensors_of(b)) >= least]
+    return [block for blocks in large for block in dict.fromkeys(blocks) if tensors_of(block)]
 
 
 class Passing:
@@ -53,7 +60,8 @@ class Passing:
         self.current: int | None = None
         self.staying: set[int] = set()
         self.free = 0  # bytes, for blocks that are to stay
-        self.load = 0  # the most that a pass had to work on
+        self.measured: set[int] = set()  # blocks of the passes that `free` goes by
+        self.load = 0  # what the last pass worked on
 
     def enter(self, i: int, load: int) -> None:
         """Block `i` is about to be called, to work on `load` numbers."""
@@ -64,6 +72,10 @@ class Passing:
             self.leave(before)
         if before is None or i < before:
             self._begin_pass(load, first=before is None)
+        if i not in self.measured:
+            self.let_go()
+            self.free = 0
+            self.measured.add(i)
         if i not in self.staying and self.nbytes[i] <= self.free:
             self.free -= self.nbytes[i]
             self.staying.add(i)
@@ -77,11 +89,11 @@ class Passing:
     def _begin_pass(self, load: int, first: bool) -> None:
         if self.room is None:
             return
-        if load > self.load:  # more than what was measured
-            self.let_go()
-            self.load, self.free = load, 0
+        if load > self.load:  # what was measured does not hold for this
+            self.measured.clear()
         elif not first:
             self.free = self.room.left()
+        self.load = load
         self.room.begin()
 
     def let_go(self) -> None:
@@ -96,6 +108,7 @@ class Passing:
             self.leave(self.current)
         self.let_go()
         self.current, self.free, self.load = None, 0, 0
+        self.measured.clear()
 
     def bring(self, i: int) -> None:
         """Block `i`, which does not stay unless it does already, is to compute."""
