@@ -58,6 +58,8 @@ class Passing:
         self.nbytes = [sum(tensor.nbytes for tensor in tensors) for tensors in self.tensors]
         self.room = room
         self.current: int | None = None
+        self.passed: set[int] = set()  # in this pass
+        self.follower: dict[int, int] = {}  # which block came after which
         self.staying: set[int] = set()
         self.free = 0  # bytes, for blocks that are to stay
         self.measured: set[int] = set()  # blocks of the passes that `free` goes by
@@ -68,10 +70,14 @@ class Passing:
         if i == self.current:
             return
         before, self.current = self.current, i
-        if before is not None and before not in self.staying:
-            self.leave(before)
-        if before is None or i < before:
+        if before is not None:
+            self.follower[before] = i
+            if before not in self.staying:
+                self.leave(before)
+        if before is None or i in self.passed:
+            self.passed.clear()
             self._begin_pass(load, first=before is None)
+        self.passed.add(i)
         if i not in self.measured:
             self.let_go()
             self.free = 0
@@ -82,9 +88,17 @@ class Passing:
             self.settle(i)
         else:
             self.bring(i)
-        rest = (j % len(self.tensors) for j in range(i + 1, i + len(self.tensors)))
-        if (following := next((j for j in rest if j not in self.staying), None)) is not None:
+        if (following := self._following(i)) is not None:
             self.fetch(following)
+
+    def _following(self, i: int) -> int | None:
+        """The next block that does not stay, in the order that was seen last, at first that of the list."""
+        j = i
+        for _ in self.tensors:
+            j = self.follower.get(j, (j + 1) % len(self.tensors))
+            if j not in self.staying:
+                return j if j != i else None
+        return None
 
     def _begin_pass(self, load: int, first: bool) -> None:
         if self.room is None:
@@ -108,6 +122,7 @@ class Passing:
             self.leave(self.current)
         self.let_go()
         self.current, self.free, self.load = None, 0, 0
+        self.passed.clear()
         self.measured.clear()
 
     def bring(self, i: int) -> None:
