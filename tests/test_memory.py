@@ -1,5 +1,7 @@
 """Memory budgets: what comes when, what stays, and that results are those of networks that are all there."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +188,70 @@ class Buffered(TwoBuffers):
     def __init__(self, blocks, room):
         super().__init__(blocks, torch.device("cpu"), room, Recorded())
         self.pack(torch.empty(sum(self.rows), dtype=torch.uint8))
+
+
+RUN = """
+import sys, threading, time, torch
+from joyedit import JoyImageEditTransformer3DModel
+from joyedit.memory import BlockStreaming, room_on, stream_blocks, visit
+from joyedit.memory.budget import resident_bytes
+
+folder, budget = sys.argv[1], int(sys.argv[2])
+network = JoyImageEditTransformer3DModel.from_pretrained(folder)
+
+@torch.no_grad()
+def call():
+    latents = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    tokens, text = network.embed_image(latents), network.embed_text(torch.ones(1, 8, 64))
+    times, grid = network.embed_time(torch.tensor([500.0] * 4)), network.token_grid(latents)
+    return torch.cat([
+        velocity
+        for time in times
+        for velocity in network.predict_branches(tokens, None, [text, -text], time, network.rope(grid), grid)
+    ])
+
+peak, over = 0, threading.Event()
+def sample():
+    global peak
+    while not over.wait(0.002):
+        peak = max(peak, resident_bytes())
+stays = 0
+if budget:
+    stream_blocks([network], torch.device("cpu"), room_on(torch.device("cpu"), budget))
+start = resident_bytes()
+thread = threading.Thread(target=sample)
+thread.start()
+with visit(network, None):
+    result = call()
+    stays = len(BlockStreaming.of(network).passing.staying) if budget else 0
+over.set()
+thread.join()
+print(start, peak, stays, result.double().sum().item().hex(), result.abs().max().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_set_stays_within_the_budget(tmp_path):
+    """Twelve blocks of 25 MB: with room for all, for some, and for no more than pass."""
+    network = joyedit.JoyImageEditTransformer3DModel.from_config(
+        hidden_size=512, num_attention_heads=4, num_layers=12, text_dim=64
+    )
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(parameter.numel()))
+    network.save_pretrained(tmp_path)
+    block = sum(p.nbytes for p in network.double_blocks[0].parameters())
+
+    def run(budget):
+        words = [sys.executable, "-c", RUN, str(tmp_path), str(budget)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+        start, peak, stays, total, largest = done.stdout.split()
+        assert float(largest) > 0.01
+        return int(start), int(peak), int(stays), total
+
+    start, whole, _, wanted = run(0)
+    assert whole - start > 11 * block
+    for room, least, most in ((4.5, 0, 2), (8.5, 3, 6), (40, 12, 12)):
+        budget = start + int(room * block)
+        _, peak, stays, total = run(budget)
+        assert total == wanted and peak <= budget and least <= stays <= most, (room, stays, peak - budget)

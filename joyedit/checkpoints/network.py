@@ -7,9 +7,11 @@ not fit is refused before memory is taken, and the peak is the result plus one t
 Source: the Diffusers and transformers folder formats.
 """
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -355,6 +357,20 @@ def _allowed(cls: type[Network], name: str, wanted: torch.dtype) -> torch.dtype:
     return torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
 
 
+_PUT_AWAY: ContextVar[Callable[[Tensor], Tensor]] = ContextVar("put_away", default=lambda tensor: tensor)
+
+
+@contextlib.contextmanager
+def putting_away(put_away: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, tensors that are read and are no view of a file are what `put_away` makes of
+    them."""
+    token = _PUT_AWAY.set(put_away)
+    try:
+        yield
+    finally:
+        _PUT_AWAY.reset(token)
+
+
 def read_planned(
     plan: Plan, files: TensorFiles, dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -363,4 +379,9 @@ def read_planned(
     for name, step in plan.steps.items():
         as_stored = all(files.dtypes[source] == dtypes[name] for source in step.sources)
         read = files.__getitem__ if as_stored else files.read_once
-        yield name, step.read({source: widened(read(source)) for source in step.sources}).to(dtypes[name])
+        stored = {source: widened(read(source)) for source in step.sources}
+        tensor = step.read(stored).to(dtypes[name])
+        views = tensor.untyped_storage().data_ptr() in {
+            one.untyped_storage().data_ptr() for one in stored.values()
+        }
+        yield name, tensor if as_stored and views else _PUT_AWAY.get()(tensor)

@@ -30,7 +30,7 @@ from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
-from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
+from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network, putting_away
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
@@ -38,6 +38,7 @@ from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.small_files import read_beginning, read_text
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
+from joyedit.memory import in_a_file, parse_size
 from joyedit.pipelines.chronoedit_presets import preset_called
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
@@ -104,6 +105,7 @@ def load(
     local_files_only: bool = False,
     variant: str | None = None,
     offload: str = "none",
+    memory: int | str | None = None,
     reference_quirks: bool = False,
     prediction_type: str | None = None,
     ema: bool = False,
@@ -121,6 +123,7 @@ def load(
     torch_dtype: another name of dtype.
     variant: where only some folders hold it, the usual files of the others are used.
     offload: "none", "model" or "sequential".
+    memory: what the pipeline may hold where it computes, as "12G"; see `Pipeline.set_memory`.
     prediction_type, ema: of a single file of Stable Diffusion, which does not say it: "epsilon" or
         "v_prediction"; True takes the averaged UNet.
     preset: of ChronoEdit: "distill" for 8 steps, "upscale", or "paintbrush" to make sketches real, with the
@@ -135,6 +138,9 @@ def load(
     checkpoint is read.
     """
     check_offload(offload)
+    budget = None if memory is None else parse_size(memory)
+    if budget is not None and offload != "none":
+        raise ValueError(f"memory={memory!r} and offload={offload!r}: give one, offload is a shorthand")
     target = _device(device)
     source = {
         "revision": revision,
@@ -156,24 +162,31 @@ def load(
     options.check_parts(found.pipeline.parts)
     passed = _open_passed(found.pipeline, components, options)
 
-    if found.layout == "diffusers":
-        pipe: Any = found.pipeline.from_origin(found.origin, options, passed, reference_quirks)
-    else:
-        if found.layout == "ldm":
-            parts = open_single_file(Path(found.origin.name), options, passed, prediction_type, ema)
+    # On a CPU what is not a file's own bytes would stay in memory.
+    in_files = budget is not None and target.type == "cpu"
+    with putting_away(in_a_file) if in_files else contextlib.nullcontext():
+        if found.layout == "diffusers":
+            pipe: Any = found.pipeline.from_origin(found.origin, options, passed, reference_quirks)
         else:
-            open_parts = {"original": _open_original, "qwen3-vl": _open_qwen}.get(found.layout, _open_comfyui)
-            parts = open_parts(found, options, passed)
-        patterns.check()
-        pipe = found.pipeline(**{**_read(parts), **passed}, reference_quirks=reference_quirks)
+            if found.layout == "ldm":
+                parts = open_single_file(Path(found.origin.name), options, passed, prediction_type, ema)
+            else:
+                open_parts = {"original": _open_original, "qwen3-vl": _open_qwen}.get(
+                    found.layout, _open_comfyui
+                )
+                parts = open_parts(found, options, passed)
+            patterns.check()
+            pipe = found.pipeline(**{**_read(parts), **passed}, reference_quirks=reference_quirks)
     licence = licence_of(found.origin, found.listing)
     what = "%s from %s (%s layout); licence of the weights: %s"
     log.info(what, found.class_name, name_or_path, found.layout, licence)
 
-    if offload == "none":
+    if offload == "none" and budget is None:
         pipe.to(target)
     if preset is not None:
         pipe.use_preset(preset, lora=loras)
+    if budget is not None:
+        pipe.set_memory(budget, target)
     if offload != "none":
         pipe.set_offload(offload, None if target.type == "cpu" else target)
     return pipe

@@ -82,6 +82,13 @@ def mapped_copies(tensors: Sequence[Tensor], folder: str | None = None) -> list[
     return [place.of(row) for place in places]
 
 
+def in_a_file(tensor: Tensor) -> Tensor:
+    """The same tensor in a file of its own, its pages given back."""
+    (copy,) = mapped_copies([tensor])
+    give_back([copy])
+    return copy
+
+
 def pinned(nbytes: int) -> Tensor | None:
     """So many bytes of main memory that a CUDA device reads by itself; None where there are not as many.
 
