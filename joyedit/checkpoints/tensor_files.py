@@ -7,7 +7,7 @@ Source: safetensors; the Diffusers and transformers folder formats (shards and i
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,18 @@ class TensorFiles(Mapping[str, Tensor]):
         for new, name in names.items():
             view._where[new], view._shapes[new] = self._where[name], self._shapes[name]
             view._dtypes[new] = self._dtypes[name]
+        return view
+
+    def entries(self, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype, Any]]:
+        """Some of these tensors as `replaced` takes them. Nothing is read."""
+        return {name: (self._shapes[name], self._dtypes[name], self._where[name]) for name in names}
+
+    def replaced(self, made: Mapping[str, tuple[tuple[int, ...], torch.dtype, Any]]) -> "TensorFiles":
+        """These tensors and others, or others in their place: name -> shape, dtype, function that reads it,
+        with the argument `once` as of `read_once`."""
+        view = self.renamed({name: name for name in self})
+        for name, (shape, dtype, read) in made.items():
+            view._where[name], view._shapes[name], view._dtypes[name] = read, shape, dtype
         return view
 
     def nbytes(self) -> int:
