@@ -474,8 +474,8 @@ def refuse_quantised(part: str, network: nn.Module, tensors: Iterable[str]) -> N
     if found := [tensor for tensor in tensors if tensor in stored]:
         raise ValueError(
             f"fuse_lora: {found[0]} of the {part}, and {len(found) - 1} others, are stored as "
-            f"{stored[found[0]].form}: adapters stay beside such weights, with the same result; to fuse them, "
-            "load the weights in bf16"
+            f"{stored[found[0]].form}: adapters stay beside such weights, with the same result; to fuse "
+            "them, load the weights in bf16"
         )
 
 

@@ -30,7 +30,8 @@ from joyedit import ops
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE = "weight_scale"  # the parameter with the scales, (O, 1) or (1, 1)
 GROUP = 256  # of published files
-CPU_BLOCK, GPU_BLOCK = 2**18, 2**25  # elements of a weight that are rebuilt at a time
+# Elements of a weight that are rebuilt at a time: what a cache holds, and what keeps a GPU busy.
+CPU_BLOCK, GPU_BLOCK = 2**18, 2**25
 LEAST_SCALE = 1e-30  # of rows of zeros
 
 
@@ -67,8 +68,7 @@ class QuantisedWeight:
         if torch.compiler.is_compiling():
             return (turn(self.stored.float()) * self.scale).to(dtype)
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        size = GPU_BLOCK if self.stored.is_cuda else CPU_BLOCK  # what a cache holds; what a GPU needs to be busy
-        count = max(size // max(self.shape[1], 1), 1)
+        count = max((GPU_BLOCK if self.stored.is_cuda else CPU_BLOCK) // max(self.shape[1], 1), 1)
         for start in range(0, len(self.stored), count):
             part = self[start : start + count]
             torch.mul(turn(part.stored.float()), part.scale, out=out[start : start + count])
@@ -86,11 +86,12 @@ class QuantisedLinear(nn.Linear):
         cls, linear: nn.Linear, stored: torch.dtype, scales: int, group: int, dtype: torch.dtype
     ) -> None:
         """Make a layer that is on the meta device one of these. scales: O or 1."""
-        for name, shape, kind in (("weight", linear.weight.shape, stored), (SCALE, (scales, 1), torch.float32)):
-            empty = torch.empty(shape, dtype=kind, device="meta")
+        weight = torch.empty(linear.weight.shape, dtype=stored, device="meta")
+        scale = torch.empty(scales, 1, dtype=torch.float32, device="meta")
+        for name, empty in (("weight", weight), (SCALE, scale)):
             linear._parameters[name] = nn.Parameter(empty, requires_grad=False)
         linear.__class__ = cls
-        linear.group, linear.dtype = group, dtype
+        linear.__dict__.update(group=group, dtype=dtype)
 
     @property
     def as_stored(self) -> QuantisedWeight:

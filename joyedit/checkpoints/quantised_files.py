@@ -12,7 +12,8 @@ Beside the weight of a module `m` stand
 Nothing is guessed: a form that is not known, and scales that are missing or do not fit, are refused by name
 before any weight is read.
 
-Source: Comfy-Org/ComfyUI `comfy/utils.py`, `comfy/ops.py`; leejet/stable-diffusion.cpp `docs/int8_convrot.md`.
+Source: Comfy-Org/ComfyUI `comfy/utils.py`, `comfy/ops.py`; leejet/stable-diffusion.cpp
+`docs/int8_convrot.md`.
 """
 
 import dataclasses
@@ -45,6 +46,7 @@ from joyedit.quantised import (
 MARK, SCALE, OLD_SCALE, OLD_MARK = ".comfy_quant", ".weight_scale", ".scale_weight", "scaled_fp8"
 UNUSED = (".scale_input", ".input_scale")
 METADATA = "_quantization_metadata"
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 LONGEST_MARK = 4096  # bytes
 # What a mark calls it -> the dtype of the weight.
 FORMATS = {
@@ -88,8 +90,8 @@ def read_forms(files: TensorFiles) -> tuple[TensorFiles, dict[str, Form]]:
     found = {f"{module}.weight": _form(files, module, mark) for module, mark in marks.items()}
     for module in sorted(old - marks.keys()):
         found[f"{module}.weight"] = _old_form(files, module)
-    beside = {form.scale for form in found.values()} | {name for name in files if name.endswith((MARK, *UNUSED))}
-    left = [name for name in files if name not in beside and not _is_old_mark(name)]
+    scales = {form.scale for form in found.values()}
+    left = [name for name in files if name not in scales and not _is_beside(name)]
     refuse_quantised(left)
     if found or len(left) < len(files):
         for name in left:
@@ -104,13 +106,17 @@ def read_forms(files: TensorFiles) -> tuple[TensorFiles, dict[str, Form]]:
 
 
 def keep_stored(
-    network: nn.Module, plan: Plan, files: TensorFiles, forms: Mapping[str, Form], dtypes: dict[str, torch.dtype]
+    network: nn.Module,
+    plan: Plan,
+    files: TensorFiles,
+    forms: Mapping[str, Form],
+    dtypes: dict[str, torch.dtype],
 ) -> dict[str, Step]:
     """Makes the layers of a network on meta that are filled from quantised weights hold them as they are
     stored. Returns their steps; sets their `dtypes`, which say until then in what they compute.
 
-    Where a layout does more than rename, and where the weight is not that of a linear layer, there is no step:
-    it is rebuilt when it is read.
+    Where a layout does more than rename, and where the weight is not that of a linear layer, there is no
+    step: it is rebuilt when it is read.
     """
     steps = {}
     for name, step in plan.steps.items():
@@ -136,10 +142,12 @@ def _column_of(name: str, scale: list[Tensor]) -> list[Tensor]:
     return [column(name, scale[0])]
 
 
-def plain_tensors(network: nn.Module) -> TensorFiles:
-    """The tensors of a network; those that are quantised are rebuilt when they are read, in the dtype that the
-    network computes in."""
+def plain_tensors(network: nn.Module) -> Mapping[str, Tensor]:
+    """The tensors of a network; those that are quantised are rebuilt when they are read, in the dtype that
+    the network computes in."""
     weights = quantised_weights(network)
+    if not weights:
+        return network.state_dict()
     held = {name: t for name, t in network.state_dict().items() if not is_stored(name, t)}
     made = {
         name: (tuple(weight.shape), weight.dtype, functools.partial(_plain, weight))
@@ -160,7 +168,7 @@ def quantisable(network: nn.Module) -> set[str]:
 
 
 def as_int8_convrot(tensors: TensorFiles, names: Collection[str]) -> TensorFiles:
-    """`tensors` with those of `names` quantised when they are read, and beside each its scales and its mark."""
+    """`tensors`, those of `names` quantised when they are read, and beside each its scales and its mark."""
     made: dict[str, Any] = {}
     for name in names:
         outputs, inputs = tensors.shapes[name]
@@ -183,17 +191,22 @@ def _quantised(tensors: TensorFiles, name: str, group: int, part: int, once: boo
     return quantise(weight, group)[part]
 
 
-def _is_old_mark(name: str) -> bool:
-    return name == OLD_MARK or name.endswith(f".{OLD_MARK}")
+def _is_beside(name: str) -> bool:
+    return name == OLD_MARK or name.endswith((MARK, f".{OLD_MARK}", *UNUSED))
 
 
 def _marks(files: TensorFiles) -> Iterator[tuple[str, dict[str, Any]]]:
     """(module, what its mark says), of the tensors and of the headers."""
     for path in files.files:
         if path.suffix == ".safetensors":
-            for module, mark in metadata_json(path, METADATA).get("layers", {}).items():
-                if f"{module}.weight" in files:  # of a view of some of a file's tensors, those
-                    yield module, _checked(module, mark)
+            layers = metadata_json(path, METADATA).get("layers", {})
+            if not isinstance(layers, dict):
+                raise ValueError(f"{path}: {METADATA} in its header names no layers")
+            for module, mark in layers.items():
+                # Of a view of some of the file's tensors those, which have lost their prefix there.
+                names = (module, *(module.removeprefix(prefix) for prefix in PREFIXES))
+                for name in dict.fromkeys(name for name in names if f"{name}.weight" in files):
+                    yield name, _checked(name, mark)
     for name in files:
         if name.endswith(MARK):
             module = name.removesuffix(MARK)

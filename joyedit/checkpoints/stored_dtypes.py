@@ -1,8 +1,8 @@
 """What the numbers of a weight file are, and which of them fill a network.
 
 Weights are of floating point. Plain fp8, one number for each weight, is read as bf16, which holds each of
-its values. What needs scales to be read is known by the tensors that stand beside the weights: ComfyUI's forms
-are read, see `quantised_files`, and all others are refused by their names.
+its values. What needs scales to be read is known by the tensors that stand beside the weights: ComfyUI's
+forms are read, see `quantised_files`, and all others are refused by their names.
 """
 
 from collections.abc import Iterable, Mapping

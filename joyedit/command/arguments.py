@@ -176,6 +176,12 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
         "--to", choices=("diffusers", "original", "comfyui"), default="diffusers", help="default: diffusers"
     )
     made.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES[:4])} (as stored)")
+    made.add_argument(
+        "--quantize",
+        choices=("int8_convrot",),
+        metavar="FORM",
+        help="int8_convrot: JoyAI's transformer and text encoder in 8 bits, with --to comfyui",
+    )
     made.add_argument("--force", action="store_true", help="replace a checkpoint that is there already")
 
     made = command(
