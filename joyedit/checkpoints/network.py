@@ -305,12 +305,13 @@ def plan_network(
 
 def _dtype_beside(files: TensorFiles, quantised: Container[str]) -> torch.dtype | None:
     """In what a network with quantised weights computes, unless it is told: None is as stored."""
-    if not quantised:
-        return None
+    is_gguf = any(path.suffix == ".gguf" for path in files.files)
     kinds = {files.dtypes[name] for name in files if name not in quantised}
     kinds = {kind for kind in kinds if kind.is_floating_point}
-    if kinds == {torch.float32}:
+    if kinds == {torch.float32} or not (quantised or is_gguf):
         return None
+    if is_gguf:
+        kinds.discard(torch.float32)  # in which norms and biases are there, whatever the rest is in
     return kinds.pop() if len(kinds) == 1 else torch.bfloat16
 
 
