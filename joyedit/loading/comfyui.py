@@ -101,7 +101,7 @@ def save_comfyui(
         layouts = network.layouts()  # a network that has none of that name keeps its own names there
         layout = next((layout for layout in layouts if layout.name == name), layouts[0])
         tensors = TensorFiles.of(layout.invert(plain_tensors(network)))
-        if quantize and part != "vae":
+        if quantize:
             names = layout.renames(sorted(quantisable(network)))
             tensors = as_int8_convrot(tensors, list(names))
         place = folder / COMFYUI_FOLDERS[part]

@@ -68,6 +68,23 @@ def test_gguf_is_dequantised_to_the_wanted_dtype(joy, tmp_path, dtype):
         assert torch.equal(tensor, meant.get(name, joy[name]).float().to(kind)), name
 
 
+def test_gguf_in_fp16_stays_so(joy, tmp_path):
+    """Norms and biases are in fp32 there, as always in GGUF."""
+    half = {name: t.half() if name in PRODUCTS else t.float() for name, t in joy.items()}
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "wan")
+    for name, tensor in half.items():
+        if tensor.ndim > 4:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
+            tensor = tensor.flatten(1)
+        writer.add_tensor(name, tensor.numpy())
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    network = load_network(JoyImageEditTransformer3DModel, JOY, TensorFiles([tmp_path / "x.gguf"]))
+    assert network.dtype is torch.float16
+    assert all(torch.equal(network.state_dict()[name], half[name]) for name in PRODUCTS)
+
+
 def test_gguf_of_the_text_encoder_has_names_of_llama_cpp(tmp_path):
     config = UMT5Config.from_dict(dict(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=2))
     state = plain_state(UMT5EncoderModel, config)

@@ -15,6 +15,7 @@ from joyedit.lora import Adapters
 from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
 from joyedit.models.clip import CLIPTextConfig, CLIPTextModel
 from joyedit.models.joyimage_mmdit import JoyImageEditConfig, JoyImageEditTransformer3DModel
+from joyedit.models.sd_vae import AutoencoderKL, AutoencoderKLConfig
 from joyedit.quantised import QuantisedLinear, quantised_weights
 
 H4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
@@ -151,6 +152,19 @@ def test_what_is_written_beside_or_into_the_header(joy, tmp_path, where):
     assert_means(opened(tmp_path, state, metadata=metadata), meant)
 
 
+def test_a_header_names_modules_as_the_file_does(joy, tmp_path):
+    state, meant = as_int8(joy, [MLP])
+    del state[f"{MLP}.comfy_quant"]
+    prefix, mark = "model.diffusion_model.", {"format": "int8_tensorwise", "convrot": True}
+    layers = {prefix + MLP: mark | {"convrot_groupsize": 16}}
+    state = {prefix + name: tensor for name, tensor in state.items()}
+    save_file(state, tmp_path / "x.safetensors", {"_quantization_metadata": json.dumps({"layers": layers})})
+    network = JoyImageEditTransformer3DModel.from_single_file(
+        tmp_path / "x.safetensors", config=JOY.to_dict()
+    )
+    assert_means(network, meant)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (64, 1), (64,)])
 def test_int8_without_a_rotation_and_its_scales(joy, tmp_path, shape):
     state, _ = as_int8(joy, [MLP], 1, {"format": "int8_tensorwise"})
@@ -205,6 +219,22 @@ def test_what_is_no_linear_layer_is_rebuilt_when_it_is_read(tmp_path):
     assert set(quantised_weights(found)) == {"encoder.layers.0.self_attn.out_proj.weight"}
     table = found.state_dict()["embeddings.token_embedding.weight"]
     assert torch.equal(table, meant["token_embedding.weight"])
+
+
+def test_what_a_layout_reshapes_is_rebuilt(tmp_path):
+    """Linear layers of the autoencoder are convolutions of one pixel in the original."""
+    config = AutoencoderKLConfig.from_dict(
+        dict(block_out_channels=[16], norm_num_groups=8, layers_per_block=1)
+    )
+    network = AutoencoderKL(config)
+    layout = next(one for one in network.layouts() if one.name == "ldm")
+    state = {name: t.detach().clone().bfloat16() for name, t in layout.invert(network.state_dict()).items()}
+    stored = state["decoder.mid.attn_1.q.weight"].to(torch.float8_e4m3fn)
+    state |= {"decoder.mid.attn_1.q.weight": stored, "decoder.mid.attn_1.q.scale_weight": torch.tensor(0.3)}
+    found = opened(tmp_path, state, AutoencoderKL, config)
+    assert not quantised_weights(found)
+    weight = found.state_dict()["decoder.mid_block.attentions.0.to_q.weight"]
+    assert torch.equal(weight, (stored.float() * 0.3).bfloat16().flatten(1))
 
 
 REFUSED = {
