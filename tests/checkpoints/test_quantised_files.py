@@ -223,8 +223,9 @@ def test_what_is_no_linear_layer_is_rebuilt_when_it_is_read(tmp_path):
 
 def test_what_a_layout_reshapes_is_rebuilt(tmp_path):
     """Linear layers of the autoencoder are convolutions of one pixel in the original."""
+    kinds = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
     config = AutoencoderKLConfig.from_dict(
-        dict(block_out_channels=[16], norm_num_groups=8, layers_per_block=1)
+        dict(block_out_channels=[16], norm_num_groups=8, layers_per_block=1) | kinds
     )
     network = AutoencoderKL(config)
     layout = next(one for one in network.layouts() if one.name == "ldm")
