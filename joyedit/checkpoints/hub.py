@@ -28,7 +28,7 @@ from joyedit.checkpoints.shard_index import shards_of
 log = logging.getLogger("joyedit")
 
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pth?|bin|json)$)[A-Za-z0-9][\w.-]*/[\w.-]+")
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 GENERATION_FILE = "generation_config.json"  # beside the config of a network that writes texts
 MOST_FILES = 100_000
 DEEPEST = 4  # levels of folders that are looked into; links may go round in circles

@@ -1,4 +1,4 @@
-"""Weight files: tensors by name out of safetensors files and pickles, and back into safetensors.
+"""Weight files: tensors by name out of safetensors and GGUF files and pickles, and back into safetensors.
 
 Opening reads headers alone; a tensor is read when it is asked for.
 
@@ -7,7 +7,7 @@ Source: safetensors; the Diffusers and transformers folder formats (shards and i
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from joyedit.checkpoints.gguf_files import open_gguf
 from joyedit.checkpoints.mistaken import refuse_pointers
 from joyedit.checkpoints.pickles import state_dict_of
 from joyedit.checkpoints.replacing import replacing_all
@@ -25,7 +26,8 @@ from joyedit.checkpoints.safetensors_files import safetensors_header as safetens
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of one or several weight files by name, read when asked for.
 
-    safetensors files are mapped, pickles are mapped where their form allows. `numbers` are what a training
+    safetensors files are mapped, pickles are mapped where their form allows; of GGUF files what is quantised
+    is said to be bf16, and read in fp32. `numbers` are what a training
     program notes in a pickle beside the tensors ("global_step", ...). Raises ValueError for damaged files.
     """
 
@@ -37,9 +39,7 @@ class TensorFiles(Mapping[str, Tensor]):
         self._dtypes: dict[str, torch.dtype] = {}
         refuse_pointers(self.files)
         for path in self.files:
-            is_pickle = path.suffix != ".safetensors"
-            opened = _open_pickle(path, self.numbers) if is_pickle else open_safetensors(path)
-            for key, shape, dtype, read in opened:
+            for key, shape, dtype, read in _opened(path, self.numbers):
                 name = key.removeprefix(prefix)
                 if name in self._where:
                     raise ValueError(
@@ -93,8 +93,26 @@ class TensorFiles(Mapping[str, Tensor]):
             view._dtypes[new] = self._dtypes[name]
         return view
 
+    def entries(self, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype, Any]]:
+        """Some of these tensors as `replaced` takes them. Nothing is read."""
+        return {name: (self._shapes[name], self._dtypes[name], self._where[name]) for name in names}
+
+    def replaced(self, made: Mapping[str, tuple[tuple[int, ...], torch.dtype, Any]]) -> "TensorFiles":
+        """These tensors and others, or others in their place: name -> shape, dtype, function that reads it,
+        with the argument `once` as of `read_once`."""
+        view = self.renamed({name: name for name in self})
+        for name, (shape, dtype, read) in made.items():
+            view._where[name], view._shapes[name], view._dtypes[name] = read, shape, dtype
+        return view
+
     def nbytes(self) -> int:
         return sum(torch.Size(s).numel() * self._dtypes[n].itemsize for n, s in self._shapes.items())
+
+
+def _opened(path: Path, numbers: dict[str, float]):
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    return open_gguf(path) if path.suffix == ".gguf" else _open_pickle(path, numbers)
 
 
 def _open_pickle(path: Path, numbers: dict[str, float]):

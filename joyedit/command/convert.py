@@ -29,6 +29,8 @@ def convert(args: argparse.Namespace) -> Path:
     if target.is_dir():
         target = target.resolve()  # of a link to a folder, the folder is replaced
     refuse_target(target, expanded(args.source), args.force)
+    if args.quantize and args.to != "comfyui":
+        raise ValueError(f"--quantize {args.quantize} is written with --to comfyui, not --to {args.to}")
     options = source_options(args)
     checkpoint = describe(args.source, **options)
     refuse_full_disk(target, checkpoint, args.dtype)
@@ -42,7 +44,7 @@ def convert(args: argparse.Namespace) -> Path:
         "license": checkpoint.licence,
     }
     with replacing_folder(target, refuse_other_than_checkpoint if args.force else None) as made:
-        save_checkpoint(pipe, made, args.to, metadata=provenance)
+        save_checkpoint(pipe, made, args.to, metadata=provenance, quantize=args.quantize)
     return target
 
 
