@@ -35,6 +35,8 @@ from torch import Tensor
 from joyedit.convolutions import conv2d as conv2d
 from joyedit.convolutions import conv3d as conv3d
 from joyedit.convolutions import doubling_conv2d as doubling_conv2d
+from joyedit.convolutions import kind_of as kind_of
+from joyedit.convolutions import standing_for as standing_for
 from joyedit.convolutions import wide_dtype as wide_dtype
 
 log = logging.getLogger("joyedit")
@@ -150,7 +152,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype
     convolutions over 100 times slower; there the activations are fp32 and the weights are upcast where they
     are used.
     """
-    if torch.device(device).type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    if kind_of(torch.device(device)) == "cpu" and dtype in (torch.bfloat16, torch.float16):
         return dtype if dtype is torch.bfloat16 and CPU_HAS_BF16 else torch.float32
     return dtype
 

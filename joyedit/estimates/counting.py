@@ -5,7 +5,10 @@ reads and writes, and how much it multiplies. Attention is one operation that al
 fused implementation; views are free. What an operation takes for itself while it runs is not seen.
 """
 
-from collections.abc import Iterable
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,29 +22,49 @@ from torch.utils.flop_counter import flop_registry
 
 from joyedit.estimates.shapes import result
 
-CREATES = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+CREATES = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty")}
+PRODUCT, ATTENTION, OTHER = "product", "attention", "other"
+
+
+@dataclasses.dataclass
+class Tally:
+    """What was done. bytes: read and written. operations: a multiplication and its addition are two.
+    calls: (kind, operations, bytes) of one call -> how many there were; other operations are one entry.
+    peak: the most bytes that tensors took together. read: the storages of weights that were read whole."""
+
+    bytes: int = 0
+    operations: int = 0
+    calls: Counter[tuple[str, int, int]] = dataclasses.field(default_factory=Counter)
+    peak: int = 0
+    read: set[int] = dataclasses.field(default_factory=set)
+
+    def note(self, kind: str, operations: int, moved: int) -> None:
+        self.bytes += moved
+        self.operations += operations
+        self.calls[kind, operations, moved] += 1
+
+    def add(self, other: "Tally") -> None:
+        """All but the peak."""
+        self.bytes += other.bytes
+        self.operations += other.operations
+        self.calls.update(other.calls)
+        self.read |= other.read
 
 
 class Counted(TorchDispatchMode):
-    """While it is active, `bytes` read and written, `operations` (a multiplication and its addition are two),
-    and the most bytes, `peak`, that tensors made since then took together.
-
-    weights: of those, `read` has the ones that were read whole, by number of their storage; of a table of
-    embeddings a few rows are.
-    """
+    """Counts while it is active. weights: those of the networks, which are no activations."""
 
     def __init__(self, weights: Iterable[Tensor] = ()):
         super().__init__()
-        self.bytes = self.operations = self.live = self.peak = 0
-        self.weights = {storage(t): t for t in weights}
-        self.read: set[int] = set()
-        self._made: dict[int, StorageWeakRef] = {}
-        self._sizes: dict[int, int] = {}
+        self.tally = Tally()
+        self.live = 0
+        self.weights = {storage(t) for t in weights}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
         self._attention = Attention(self)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # it would import all of torch.compile to say that nothing is compiled here
+        return False  # to say that nothing is compiled here, PyTorch would import its compiler
 
     def __enter__(self):
         self._attention.__enter__()
@@ -51,6 +74,20 @@ class Counted(TorchDispatchMode):
         super().__exit__(*error)
         self._attention.__exit__(*error)
 
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[Tally]:
+        """What is done while the block runs. Its peak has in it what is there already."""
+        outer, inner = self.tally, Tally()
+        self.forget()
+        inner.peak = self.live
+        self.tally = inner
+        try:
+            yield inner
+        finally:
+            self.tally = outer
+            outer.add(inner)
+            outer.peak = max(outer.peak, inner.peak)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = result(func, args, kwargs)
@@ -58,35 +95,36 @@ class Counted(TorchDispatchMode):
             return out
         made = tensors_in(out)
         if func._schema.name not in CREATES:
-            self.note(func, args, kwargs, out)
-        self.add(made)
+            given = tensors_in((*args, *kwargs.values()))
+            formula = flop_registry.get(func.overloadpacket)
+            moved = stored(given) + stored(made)
+            if formula is None:
+                self.tally.note(OTHER, 0, moved)
+            else:
+                self.tally.note(PRODUCT, formula(*args, **kwargs, out_val=out), moved)
+            if func._schema.name != "aten::embedding":  # of a table a few rows are read
+                self.tally.read |= self.weights & {storage(t) for t in given}
+        self.allocate(made)
         return out
 
-    def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        given = tensors_in((*args, *kwargs.values()))
-        self.bytes += stored(given) + stored(tensors_in(out))
-        if (formula := flop_registry.get(func.overloadpacket)) is not None:
-            self.operations += formula(*args, **kwargs, out_val=out)
-        if func._schema.name != "aten::embedding":
-            self.read.update(self.weights.keys() & {storage(t) for t in given})
-
-    def add(self, made: Iterable[Tensor]) -> None:
+    def allocate(self, made: Iterable[Tensor]) -> None:
         """Count the memory of new tensors."""
         for tensor in made:
             number = storage(tensor)
             if number not in self._made and number not in self.weights:
                 own = tensor.untyped_storage()
-                self._made[number], self._sizes[number] = StorageWeakRef(own), own.nbytes()
-                self.live += self._sizes[number]
-        if self.live > self.peak:
+                self._made[number] = StorageWeakRef(own), own.nbytes()
+                self.live += own.nbytes()
+        if self.live > self.tally.peak:
             self.forget()
-            self.peak = max(self.peak, self.live)
+            self.tally.peak = max(self.tally.peak, self.live)
 
     def forget(self) -> None:
         """What is not there any more does not count."""
-        for number in [n for n, made in self._made.items() if made.expired()]:
-            self.live -= self._sizes.pop(number)
-            del self._made[number]
+        for number, (made, nbytes) in list(self._made.items()):
+            if made.expired():
+                self.live -= nbytes
+                del self._made[number]
 
 
 class Attention(TorchFunctionMode):
@@ -100,9 +138,9 @@ class Attention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3]
-        out = torch.empty_like(q[..., : v.shape[-1]])
-        self.counted.bytes += stored((q, k, v, out))
-        self.counted.operations += 2 * out.numel() * k.shape[-2] * 2
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        operations = 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        self.counted.tally.note(ATTENTION, operations, stored((q, k, v, out)))
         return out
 
 
