@@ -74,6 +74,8 @@ def _triton(x: Tensor, *others: Tensor | None, problem: str | None = None, has_b
     """Whether the Triton kernel takes these tensors; `problem`: why it cannot, if the caller has a reason."""
     if _backend == "torch" or (_backend == "auto" and not _on_gpu(x)):
         return False
+    if kind_of(x.device) != x.device.type:  # without memory: PyTorch's operations are counted
+        return False
     problem = problem or _problem([x, *(t for t in others if t is not None)], has_backward)
     if problem and _backend == "triton":
         raise RuntimeError(f"no Triton kernel can run here: {problem}")
