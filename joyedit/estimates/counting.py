@@ -7,6 +7,7 @@ fused implementation; views are free. What an operation takes for itself while i
 
 import contextlib
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from joyedit.estimates.shapes import result
@@ -93,7 +93,7 @@ class Counted(TorchDispatchMode):
         out = result(func, args, kwargs)
         if is_view(func):
             return out
-        made = tensors_in(out)
+        made = tensors_in((out,))
         if func._schema.name not in CREATES:
             given = tensors_in((*args, *kwargs.values()))
             formula = flop_registry.get(func.overloadpacket)
@@ -148,8 +148,15 @@ def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def tensors_in(values: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Those among the arguments or results of an operation, and in lists of them."""
+    found: list[Tensor] = []
+    for x in values:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            found += tensors_in(x)
+    return found
 
 
 def stored(tensors: Iterable[Tensor]) -> int:
@@ -161,6 +168,7 @@ def stored(tensors: Iterable[Tensor]) -> int:
     return total
 
 
+@functools.cache
 def is_view(func: Any) -> bool:
     returned = func._schema.returns
     aliases = bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write

@@ -10,8 +10,8 @@ when they are read; what is not stored as it is held takes memory from the start
 """
 
 import dataclasses
+import functools
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,17 @@ from typing import Any
 import torch
 
 from joyedit import ops
+from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import shown
 from joyedit.checkpoints.quantised_files import QUANTISE
 from joyedit.estimates.machines import MACHINES, Machine, machine_called, seconds_of
 from joyedit.estimates.parts import Part, open_parts
 from joyedit.estimates.stages import DECODE, DENOISE, TEXT, Size, Visit, run
-from joyedit.loading.layouts import ALIKE, Checkpoint, find_checkpoint, read_made_for
+from joyedit.loading.layouts import ALIKE, Checkpoint, find_checkpoint
+from joyedit.media.images import nearest_bucket
 from joyedit.memory import MARGIN, parse_size
+from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline import accelerator_device
 
 STAGES = (TEXT, DENOISE, DECODE)
@@ -152,29 +155,39 @@ class Plan:
             visits = run(found.class_name, {name: part.network for name, part in parts.items()}, size)
         return cls(parts, visits, size, kind)
 
-    def held(self, i: int) -> int:
-        """What visit `i` finds where it computes, when nothing is moved: all weights; or, on a CPU, of mapped
-        files what was read until then."""
+    @functools.cached_property
+    def held(self) -> list[int]:
+        """What each visit finds where it computes, when nothing is moved: all weights; or, on a CPU, of
+        mapped files what was read until then."""
         if self.kind != "cpu":
-            return sum(part.moved for part in self.parts.values())
-        read = set().union(*(visit.tally.read for visit in self.visits[: i + 1]))
-        return sum(part.read_of(read) if part.mapped else part.nbytes for part in self.parts.values())
+            return [sum(part.moved for part in self.parts.values())] * len(self.visits)
+        read, found = set(), []
+        for visit in self.visits:
+            read |= visit.tally.read
+            parts = self.parts.values()
+            found.append(sum(part.read_of(read) if part.mapped else part.nbytes for part in parts))
+        return found
 
-    def least(self, visit: Visit) -> int:
-        """What a visit takes when blocks come one after the other: two of them, and the rest of the network."""
-        part = self.parts[visit.part]
-        blocks = part.blocks
-        return part.moved - sum(blocks) + 2 * max(blocks, default=0) + visit.tally.peak
-
-    def most(self, visit: Visit) -> int:
-        """What it takes when all blocks stay."""
-        part = self.parts[visit.part]
-        return part.moved + 2 * max(part.blocks, default=0) + visit.tally.peak
+    @functools.cached_property
+    def streamed(self) -> list[tuple[int, int]]:
+        """What each visit takes when blocks come one after the other, at the least, with two of them, and at
+        the most, with all. What is read of a mapped file beside its blocks stays on a CPU."""
+        rests: dict[str, int] = {}
+        found = []
+        for visit in self.visits:
+            part = self.parts[visit.part]
+            own = part.read_of(visit.tally.read) if self.kind == "cpu" else part.moved
+            rests = rests if self.kind == "cpu" else {}
+            rests[visit.part] = max(rests.get(visit.part, 0), own - sum(part.blocks), 0)
+            two = 2 * max(part.blocks, default=0)
+            least = sum(rests.values()) + two + visit.tally.peak
+            found.append((least, max(least, least + sum(part.blocks) - two * (self.kind == "cpu"))))
+        return found
 
     def smallest(self) -> int:
         """The least budget that works."""
         beside = RESERVED["cpu"] if self.kind == "cpu" else 0
-        return math.ceil((max(map(self.least, self.visits)) + beside) / (1 - MARGIN))
+        return math.ceil((max(least for least, _ in self.streamed) + beside) / (1 - MARGIN))
 
     def room(self, budget: int) -> int:
         """What of a budget is there for the networks and their work."""
@@ -184,9 +197,10 @@ class Plan:
         """The most that is held in a stage."""
         mine = [(i, visit) for i, visit in enumerate(self.visits) if visit.stage == stage]
         if budget is None:
-            return max((self.held(i) + visit.tally.peak for i, visit in mine), default=0)
+            return max((self.held[i] + visit.tally.peak for i, visit in mine), default=0)
         room = self.room(budget)
-        return max((min(max(self.least(v), room), self.most(v)) for _, v in mine), default=0)
+        bounds = [self.streamed[i] for i, _ in mine]
+        return max((min(max(least, room), most) for least, most in bounds), default=0)
 
     def flags(self, gigabytes: int, quantize: str | None) -> str | None:
         """With which flags an edit fits into so much memory; None if with none."""
@@ -209,11 +223,11 @@ class Plan:
     def seconds(self, machine: Machine, budget: int | None) -> float:
         """Of a whole edit. With a budget, the blocks that do not stay are fetched while others compute."""
         total = 0.0
-        for visit in self.visits:
+        for visit, (least, _) in zip(self.visits, self.streamed, strict=True):
             once = seconds_of(visit.tally.calls, machine)
             if budget is not None and self.kind != "cpu":
                 part = self.parts[visit.part]
-                stay = max(self.room(budget) - self.least(visit), 0)
+                stay = max(self.room(budget) - least, 0)
                 once = max(once, max(sum(part.blocks) - stay, 0) / machine.link)
             total += visit.times * once
         return total
@@ -252,11 +266,12 @@ def size_of(
 ) -> Size:
     """The size of an edit; what was not asked for, as the model was made for it. Raises ValueError for what
     the networks do not take."""
-    made_for = read_made_for(found.origin.name)
+    index = index_of(found)
+    made_for = MadeFor.from_index(index, found.origin.name)
     film = found.class_name == "ChronoEditPipeline"
     if (height is None) != (width is None):
         raise ValueError("give both height and width, or neither")
-    usual = usual_size(found, parts, made_for.basesize)
+    usual = usual_size(found, parts, made_for.basesize, index.get("buckets"))
     height, width = (height, width) if height is not None and width is not None else usual
     multiple = 8 if "unet" in parts else 16
     for name, value in (("height", height), ("width", width)):
@@ -275,10 +290,20 @@ def size_of(
         steps = made_for.call.get("num_inference_steps", default)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 0 < steps <= MOST_STEPS:
         raise ValueError(f"steps={shown(steps, 40)}: must be a whole number from 1 to {MOST_STEPS}")
-    return Size(height, width, frames, steps)
+    return Size(height, width, frames, steps, made_for.call.get("guidance_scale", math.inf) > 1)
 
 
-def usual_size(found: Checkpoint, parts: Mapping[str, Part], basesize: int | None) -> tuple[int, int]:
+def index_of(found: Checkpoint) -> Mapping[str, Any]:
+    """What model_index.json says; nothing where there is none."""
+    name = "model_index.json"
+    return read_json(found.origin.fetch([name]) / name) if name in found.listing else {}
+
+
+def usual_size(
+    found: Checkpoint, parts: Mapping[str, Part], basesize: int | None, buckets: Any
+) -> tuple[int, int]:
+    if buckets:
+        return nearest_bucket(1, 1, [(int(h), int(w)) for h, w in buckets])
     if basesize is not None:
         return basesize, basesize
     if "unet" in parts:

@@ -6,6 +6,7 @@ that is not in the cache, headers of safetensors files are read and nothing else
 """
 
 import dataclasses
+import functools
 import json
 import posixpath
 from collections.abc import Collection, Mapping, Sequence
@@ -49,17 +50,17 @@ class Part:
     disk: int
     mapped: bool
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in tensors_of(self.network))
 
-    @property
+    @functools.cached_property
     def moved(self) -> int:
         """Without what stays in main memory wherever the network goes."""
         behind = (p for name, p in self.network.named_parameters() if self.network.stays_behind(name))
         return self.nbytes - sum(p.nbytes for p in behind)
 
-    @property
+    @functools.cached_property
     def blocks(self) -> list[int]:
         """Bytes of each block that can come by itself."""
         return [nbytes_of(block) for block in blocks_of(self.network)]

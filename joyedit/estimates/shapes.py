@@ -22,8 +22,8 @@ def result(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     rule = RULES.get(func.overloadpacket)
     if rule is not None and (made := rule(*args, **kwargs)) is not NotImplemented:
         return made
-    if torch.Tag.pointwise in func.tags and not {"out", "dtype", "memory_format"} & kwargs.keys():
-        return args[0] if func._schema.is_mutable else pointwise(func, args)
+    if torch.Tag.pointwise in func.tags and not {"dtype", "memory_format"} & kwargs.keys():
+        return kwargs.get("out", args[0]) if func._schema.is_mutable else pointwise(func, args)
     return func(*args, **kwargs)
 
 
@@ -170,7 +170,9 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.embedding: embedding,
     aten.index: index,
     aten.masked_scatter: lambda x, *_: like(x),
+    aten.flip: lambda x, axes: like(x),
     aten.upsample_nearest2d: enlarged,
+    aten._upsample_nearest_exact2d: enlarged,
     aten.complex: as_complex,
     aten.empty_like: like,
     aten.zeros_like: like,

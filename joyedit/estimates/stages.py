@@ -35,12 +35,14 @@ STRENGTH = 0.8  # the share of DiffEdit's steps that are taken
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of the picture that is made, in pixels; of a film, the frames; and the steps."""
+    """Of the picture that is made, in pixels; of a film, the frames; the steps, and whether a negative prompt
+    guides them."""
 
     height: int
     width: int
     frames: int
     steps: int
+    guided: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +100,10 @@ def joyimage(stages: Stages, size: Size) -> None:
         texts = [transformer.embed_text(text) for text in texts]
     with stages.visit(DENOISE, "transformer", size.steps, is_step=True) as transformer:
         target = transformer.embed_image(latents)
-        cond, uncond = transformer.predict_branches(target, tokens, texts, vec[0], rope, grid)
-        latents = ops.guide(cond, uncond, 4.0, True, latents[:, 0], empty(1))[:, None]
+        cond, *uncond = transformer.predict_branches(target, tokens, texts, vec[0], rope, grid)
+        if uncond:
+            cond = ops.guide(cond, *uncond, 4.0, True, latents[:, 0], empty(1))
+        latents = cond[:, None]
         del target, cond, uncond
     del tokens, rope, vec, texts, reference
     with stages.visit(DECODE, "vae") as vae:
@@ -112,7 +116,8 @@ def qwen_prompts(stages: Stages, size: Size) -> list[Tensor]:
         features = see(encoder, size)
         prefix = read(encoder, TEMPLATE + len(features.embeds), features, keep_from=TEMPLATE - 3)
         states, cache = prefix
-        tails = [read(encoder, count, None, cache)[0] for count in (PROMPT + END, END)]
+        counts = (PROMPT + END, END) if size.guided else (PROMPT + END,)
+        tails = [read(encoder, count, None, cache)[0] for count in counts]
         return [torch.cat((states, tail), dim=1) for tail in tails]
 
 
@@ -160,9 +165,10 @@ def chronoedit(stages: Stages, size: Size) -> None:
     config = stages.networks["transformer"].config
     with stages.visit(TEXT, "text_encoder") as encoder:
         dtype = torch.promote_types(ops.compute_dtype(encoder.dtype, "meta"), torch.float32)
-        numbers = empty(2 * PROMPT, dtype=torch.long)
-        encoder.encoder(encoder.shared(numbers).to(dtype), [PROMPT, PROMPT])
-        texts = [empty(1, PADDED, config.text_dim, dtype=encoder.dtype) for _ in range(2)]
+        count = 1 + size.guided
+        numbers = empty(count * PROMPT, dtype=torch.long)
+        encoder.encoder(encoder.shared(numbers).to(dtype), [PROMPT] * count)
+        texts = [empty(1, PADDED, config.text_dim, dtype=encoder.dtype) for _ in range(count)]
     with stages.visit(TEXT, "image_encoder") as encoder:
         edge = encoder.config.image_size
         seen = encoder.hidden_states(empty(1, 3, edge, edge), layer=-2)
@@ -178,9 +184,10 @@ def chronoedit(stages: Stages, size: Size) -> None:
     with stages.visit(DENOISE, "transformer", size.steps, is_step=True) as transformer:
         x = torch.cat((latents, condition), dim=1)
         rope = transformer.rope(transformer.token_grid(x), x.device)
-        cond, uncond = transformer.predict_branches(x, vec[0], contexts, image, rope)
-        latents = ops.guide(cond, uncond, 5.0)
-        del x, cond, uncond
+        latents, *uncond = transformer.predict_branches(x, vec[0], contexts, image, rope)
+        if uncond:
+            latents = ops.guide(latents, *uncond, 5.0)
+        del x, uncond
     del vec, image, contexts, rope
     with stages.visit(DECODE, "vae") as vae:
         FrameCoder(vae).decode(latents)
@@ -207,10 +214,12 @@ def diffedit(stages: Stages, size: Size) -> None:
     with stages.visit(DENOISE, "unet", taken) as unet:  # the inversion
         unet.predict(latents, times[0], unet.embed_context(prompts[:1]))
     with stages.visit(DENOISE, "unet", taken, is_step=True) as unet:
-        context = unet.embed_context(prompts)
-        uncond, cond = unet.predict(latents, times[0], context, branches=2).chunk(2)
-        latents = ops.guide(cond, uncond, 7.5)
-        del context, uncond, cond
+        branches = 1 + size.guided
+        context = unet.embed_context(prompts[:branches])
+        latents, *cond = unet.predict(latents, times[0], context, branches=branches).chunk(branches)
+        if cond:
+            latents = ops.guide(*cond, latents, 7.5)
+        del context, cond
     del times, levels
     with stages.visit(DECODE, "vae") as vae:
         vae.decode(latents.to(vae.dtype))
