@@ -1,8 +1,8 @@
 """Counts what a network does, while its own code runs on tensors that have no memory.
 
 Every operation that PyTorch dispatches is seen: what it allocates, and what of that is still there, what it
-reads and writes, and how much it multiplies. Attention is one operation that allocates its result, as in every
-fused implementation; views are free. What an operation takes for itself while it runs is not seen.
+reads and writes, and how much it multiplies. Attention is one operation that allocates its result, as every
+fused implementation is; views are free. What an operation takes for itself while it runs is not seen.
 """
 
 import contextlib

@@ -46,7 +46,7 @@ class Estimate:
     weights: of each network as it is held. disk: of all files. peak: of each stage, what is held at most,
     without the interpreter. bytes_per_step, operations_per_step: moved and computed by one guided step.
     seconds: of a whole edit on `machine`. fits: GB of memory -> with which flags it is enough, None where it
-    is not. smallest: the least `memory` that works.
+    is not. smallest: the least `memory` that works. times: seconds on the machines that are known.
     """
 
     model: str
@@ -62,6 +62,7 @@ class Estimate:
     operations_per_step: int
     seconds: float
     fits: Mapping[str, str | None]
+    times: Mapping[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         names = ("weights", "disk", "peak", "bytes_per_step", "operations_per_step", "seconds", "fits")
@@ -115,7 +116,8 @@ def estimate(
     fits = {str(size): plan.flags(size, quantize) for size in CARDS}
     if None in fits.values() and quantize is None and found.class_name in ALIKE:
         smaller = Plan.make(found, options, (height, width, frames, steps), kind, True)
-        fits = {s: flags if flags is not None else smaller.flags(int(s), QUANTISE[0]) for s, flags in fits.items()}
+        lacking = [size for size in CARDS if fits[str(size)] is None]
+        fits |= {str(size): smaller.flags(size, QUANTISE[0]) for size in lacking}
     each = plan.of_a_step()
     return Estimate(
         str(model),
@@ -131,6 +133,7 @@ def estimate(
         each.operations if each else 0,
         plan.seconds(machine, budget),
         fits,
+        {known: plan.seconds(one, budget) for known, one in MACHINES.items()},
     )
 
 
@@ -275,22 +278,24 @@ def size_of(
     height, width = (height, width) if height is not None and width is not None else usual
     multiple = 8 if "unet" in parts else 16
     for name, value in (("height", height), ("width", width)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST_SIDE or value % multiple:
-            raise ValueError(
-                f"{name}={shown(value, 40)}: must be a multiple of {multiple}, at most {LARGEST_SIDE}"
-            )
+        if not is_count(value, LARGEST_SIDE) or value % multiple:
+            wanted = f"must be a multiple of {multiple}, at most {LARGEST_SIDE}"
+            raise ValueError(f"{name}={shown(value, 40)}: {wanted}")
     frames = (5 if film else 1) if frames is None else frames
-    if isinstance(frames, bool) or not isinstance(frames, int) or not 0 < frames <= MOST_FRAMES:
+    if not is_count(frames, MOST_FRAMES):
         raise ValueError(f"frames={shown(frames, 40)}: must be a whole number from 1 to {MOST_FRAMES}")
     if film and (frames % 4 != 1 or frames < 5) or not film and frames != 1:
         wanted = "5, 9, 13, ..." if film else "1, as pictures are made"
         raise ValueError(f"frames={frames}: must be {wanted}")
-    if steps is None:
-        default = 40 if found.class_name in ALIKE else 50
-        steps = made_for.call.get("num_inference_steps", default)
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 < steps <= MOST_STEPS:
+    default = 40 if found.class_name in ALIKE else 50
+    steps = int(made_for.call.get("num_inference_steps", default)) if steps is None else steps
+    if not is_count(steps, MOST_STEPS):
         raise ValueError(f"steps={shown(steps, 40)}: must be a whole number from 1 to {MOST_STEPS}")
     return Size(height, width, frames, steps, made_for.call.get("guidance_scale", math.inf) > 1)
+
+
+def is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
 def index_of(found: Checkpoint) -> Mapping[str, Any]:
@@ -310,8 +315,3 @@ def usual_size(
         edge = parts["unet"].network.config.sample_size * 8
         return edge, edge
     return (720, 1280) if found.class_name == "ChronoEditPipeline" else (1024, 1024)
-
-
-def times_on(plan: Plan, budget: int | None = None) -> dict[str, float]:
-    """Seconds of a whole edit on every known machine."""
-    return {name: plan.seconds(machine, budget) for name, machine in MACHINES.items()}

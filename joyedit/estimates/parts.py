@@ -72,13 +72,13 @@ class Part:
     def quantised(self) -> "Part":
         """As `joyedit convert --quantize int8_convrot` writes it. Changes the network itself."""
         network = self.network
-        dtype, before = network.dtype, self.nbytes
+        dtype, before = network.dtype, nbytes_of(network)
         for name in quantisable(network):
             layer = network.get_submodule(name.removesuffix(".weight"))
             if type(layer).__name__ == "Linear" and isinstance(layer, nn.Linear):
                 outputs, inputs = layer.weight.shape
                 QuantisedLinear.replace(layer, torch.int8, outputs, largest_group(inputs), dtype)
-        return Part(network, self.disk - before + self.nbytes, self.mapped)
+        return Part(network, self.disk - before + nbytes_of(network), self.mapped)
 
 
 def nbytes_of(module: nn.Module) -> int:
@@ -116,7 +116,8 @@ def _planned(planned: Any, size: int | None = None) -> Part:
         for name, step in planned.plan.steps.items()
         for source in step.sources
     )
-    return Part(network.requires_grad_(False).eval(), planned.files.nbytes() if size is None else size, mapped)
+    disk = planned.files.nbytes() if size is None else size
+    return Part(network.requires_grad_(False).eval(), disk, mapped)
 
 
 def _as_published(

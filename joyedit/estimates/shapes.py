@@ -1,8 +1,8 @@
 """What operations return, without computing: tensors without memory in, tensors without memory out.
 
 PyTorch knows that too. But its releases since 2025 do it in Python, 0.1 to 5 ms a call, and the first call
-that checks anything imports sympy, which takes longer than a whole estimate. So the operations of our networks
-are answered here, and PyTorch is asked about the rest.
+that checks anything imports sympy, which takes longer than a whole estimate. So the operations of our
+networks are answered here, and PyTorch is asked about the rest.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """What each system runs in an edit: the networks' own functions, with inputs of the sizes of a real edit.
 
-Three stages: "text", all that is read before the steps, prompt and photograph; "denoise"; "decode". The pipelines
-are the authority: here stands, in their order, what they call of their networks.
+Three stages: "text", all that is read before the steps, prompt and photograph; "denoise"; "decode". The
+pipelines are the authority: here stands, in their order, what they call of their networks.
 
 h, w latent height and width   L text tokens   D width
 """
@@ -100,11 +100,12 @@ def joyimage(stages: Stages, size: Size) -> None:
         texts = [transformer.embed_text(text) for text in texts]
     with stages.visit(DENOISE, "transformer", size.steps, is_step=True) as transformer:
         target = transformer.embed_image(latents)
-        cond, *uncond = transformer.predict_branches(target, tokens, texts, vec[0], rope, grid)
-        if uncond:
-            cond = ops.guide(cond, *uncond, 4.0, True, latents[:, 0], empty(1))
-        latents = cond[:, None]
-        del target, cond, uncond
+        branches = transformer.predict_branches(target, tokens, texts, vec[0], rope, grid)
+        step = branches[0]
+        if size.guided:
+            step = ops.guide(branches[0], branches[1], 4.0, True, latents[:, 0], empty(1))
+        latents = step[:, None]
+        del target, branches, step
     del tokens, rope, vec, texts, reference
     with stages.visit(DECODE, "vae") as vae:
         vae.decode(latents[:, 0])
@@ -146,9 +147,7 @@ def read(
     places = empty(1, length, dtype=torch.bool)
     if images is not None:
         x = x.masked_scatter(places[..., None], images.embeds.to(x.dtype))
-    rope = mrope(
-        empty(3, 1, length), config.head_dim, config.rope_theta, config.rope_scaling.mrope_section
-    )
+    rope = mrope(empty(3, 1, length), config.head_dim, config.rope_theta, config.rope_scaling.mrope_section)
     deepstack = images.deepstack if images else ()
     states = text(x, rope, None, places, deepstack, past, keep_from, cache)
     return states.to(encoder.dtype), cache
@@ -184,10 +183,9 @@ def chronoedit(stages: Stages, size: Size) -> None:
     with stages.visit(DENOISE, "transformer", size.steps, is_step=True) as transformer:
         x = torch.cat((latents, condition), dim=1)
         rope = transformer.rope(transformer.token_grid(x), x.device)
-        latents, *uncond = transformer.predict_branches(x, vec[0], contexts, image, rope)
-        if uncond:
-            latents = ops.guide(latents, *uncond, 5.0)
-        del x, uncond
+        branches = transformer.predict_branches(x, vec[0], contexts, image, rope)
+        latents = ops.guide(branches[0], branches[1], 5.0) if size.guided else branches[0]
+        del x, branches
     del vec, image, contexts, rope
     with stages.visit(DECODE, "vae") as vae:
         FrameCoder(vae).decode(latents)
@@ -214,12 +212,10 @@ def diffedit(stages: Stages, size: Size) -> None:
     with stages.visit(DENOISE, "unet", taken) as unet:  # the inversion
         unet.predict(latents, times[0], unet.embed_context(prompts[:1]))
     with stages.visit(DENOISE, "unet", taken, is_step=True) as unet:
-        branches = 1 + size.guided
-        context = unet.embed_context(prompts[:branches])
-        latents, *cond = unet.predict(latents, times[0], context, branches=branches).chunk(branches)
-        if cond:
-            latents = ops.guide(*cond, latents, 7.5)
-        del context, cond
+        count = 1 + size.guided
+        branches = unet.predict(latents, times[0], unet.embed_context(prompts[:count]), count).chunk(count)
+        latents = ops.guide(branches[1], branches[0], 7.5) if size.guided else branches[0]
+        del branches
     del times, levels
     with stages.visit(DECODE, "vae") as vae:
         vae.decode(latents.to(vae.dtype))
