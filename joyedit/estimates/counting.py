@@ -95,15 +95,13 @@ class Counted(TorchDispatchMode):
             return out
         made = tensors_in((out,))
         if func._schema.name not in CREATES:
-            given = tensors_in((*args, *kwargs.values()))
-            formula = flop_registry.get(func.overloadpacket)
-            moved = stored(given) + stored(made)
+            formula, moved = flop_registry.get(func.overloadpacket), moved_by(args, kwargs, out)
             if formula is None:
                 self.tally.note(OTHER, 0, moved)
             else:
                 self.tally.note(PRODUCT, formula(*args, **kwargs, out_val=out), moved)
             if func._schema.name != "aten::embedding":  # of a table a few rows are read
-                self.tally.read |= self.weights & {storage(t) for t in given}
+                self.tally.read |= self.weights & {storage(t) for t in tensors_in(args)}
         self.allocate(made)
         return out
 
@@ -157,6 +155,11 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(x, (list, tuple)):
             found += tensors_in(x)
     return found
+
+
+def moved_by(args: tuple, kwargs: dict[str, Any], out: Any) -> int:
+    """Bytes that an operation reads and writes, as if nothing stayed in a cache."""
+    return stored(tensors_in((*args, *kwargs.values()))) + stored(tensors_in((out,)))
 
 
 def stored(tensors: Iterable[Tensor]) -> int:
