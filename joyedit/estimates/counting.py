@@ -2,7 +2,7 @@
 
 Every operation that PyTorch dispatches is seen: what it allocates, and what of that is still there, what it
 reads and writes, and how much it multiplies. Attention is one operation that allocates its result, as every
-fused implementation is; views are free. What an operation takes for itself while it runs is not seen.
+fused implementation is; views are free. What an operation takes for itself while it runs is mostly not seen.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from joyedit.estimates.shapes import result
+from joyedit.estimates.shapes import result, working_memory
 
 CREATES = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty")}
 PRODUCT, ATTENTION, OTHER = "product", "attention", "other"
@@ -102,20 +102,20 @@ class Counted(TorchDispatchMode):
                 self.tally.note(PRODUCT, formula(*args, **kwargs, out_val=out), moved)
             if func._schema.name != "aten::embedding":  # of a table a few rows are read
                 self.tally.read |= self.weights & {storage(t) for t in tensors_in(args)}
-        self.allocate(made)
+        self.allocate(made, working_memory(func, args, kwargs, out))
         return out
 
-    def allocate(self, made: Iterable[Tensor]) -> None:
-        """Count the memory of new tensors."""
+    def allocate(self, made: Iterable[Tensor], beside: int = 0) -> None:
+        """Count the memory of new tensors, and what is taken beside them for a moment."""
         for tensor in made:
             number = storage(tensor)
             if number not in self._made and number not in self.weights:
                 own = tensor.untyped_storage()
                 self._made[number] = StorageWeakRef(own), own.nbytes()
                 self.live += own.nbytes()
-        if self.live > self.tally.peak:
+        if self.live + beside > self.tally.peak:
             self.forget()
-            self.tally.peak = max(self.tally.peak, self.live)
+            self.tally.peak = max(self.tally.peak, self.live + beside)
 
     def forget(self) -> None:
         """What is not there any more does not count."""

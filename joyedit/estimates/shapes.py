@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from joyedit.ops import kind_of
+
 aten = torch.ops.aten
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes
 
@@ -25,6 +27,18 @@ def result(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if torch.Tag.pointwise in func.tags and not {"dtype", "memory_format"} & kwargs.keys():
         return kwargs.get("out", args[0]) if func._schema.is_mutable else pointwise(func, args)
     return func(*args, **kwargs)
+
+
+def working_memory(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
+    """Bytes that an operation takes for itself and gives back, as far as that is known: of tensors of several
+    dtypes, and for norms in a wider one, a CPU makes copies that are alike."""
+    widens = func.overloadpacket is aten.linalg_vector_norm
+    if not isinstance(out, Tensor) or kind_of(out.device) != "cpu":
+        return 0
+    if not widens and torch.Tag.pointwise not in func.tags or func._schema.name == "aten::_to_copy":
+        return 0
+    others = [x for x in args if isinstance(x, Tensor) and x.ndim and x.dtype != out.dtype]
+    return sum(x.numel() * out.element_size() for x in others if x.dtype != torch.bool)
 
 
 def pointwise(func: Any, args: tuple) -> Tensor:
