@@ -142,14 +142,17 @@ def _check_entry(path: Path, name: str, entry: Any) -> int:
 def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Any]]:
     """(name, shape, dtype, function that reads it) of each tensor. Raises ValueError as above."""
     header = safetensors_header(path)
-    try:
-        opened = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {visible(error)}") from None
+
+    @functools.cache
+    def opened() -> Any:  # when the first tensor is read: a file larger than main memory may not be mapped
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a valid safetensors file: {visible(error)}") from None
 
     def read(key: str, once: bool = False) -> Tensor:
         # Pages of a mapping count as memory in use for as long as it lives: a copied tensor gets its own.
-        return (safe_open(path, framework="pt") if once else opened).get_tensor(key)
+        return (safe_open(path, framework="pt") if once else opened()).get_tensor(key)
 
     for key, entry in header.items():
         if key != "__metadata__":

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from joyedit.estimates.shapes import result, working_memory
+from joyedit.estimates.shapes import multiplied, result, working_memory
 
 CREATES = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty")}
 PRODUCT, ATTENTION, OTHER = "product", "attention", "other"
@@ -95,11 +94,8 @@ class Counted(TorchDispatchMode):
             return out
         made = tensors_in((out,))
         if func._schema.name not in CREATES:
-            formula, moved = flop_registry.get(func.overloadpacket), moved_by(args, kwargs, out)
-            if formula is None:
-                self.tally.note(OTHER, 0, moved)
-            else:
-                self.tally.note(PRODUCT, formula(*args, **kwargs, out_val=out), moved)
+            operations = multiplied(func, args, out)
+            self.tally.note(PRODUCT if operations else OTHER, operations, moved_by(args, kwargs, out))
             if func._schema.name != "aten::embedding":  # of a table a few rows are read
                 self.tally.read |= self.weights & {storage(t) for t in tensors_in(args)}
         self.allocate(made, working_memory(func, args, kwargs, out))

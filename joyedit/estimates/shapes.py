@@ -41,6 +41,17 @@ def working_memory(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> 
     return sum(x.numel() * out.element_size() for x in others if x.dtype != torch.bool)
 
 
+def multiplied(func: Any, args: tuple, out: Any) -> int:
+    """Multiplications and additions of a product of matrices or a convolution; of others none. (PyTorch's own
+    table of them, `torch.utils.flop_counter`, would import Triton.)"""
+    if func.overloadpacket is aten.convolution:
+        x, weight, transposed = args[0], args[1], args[6]
+        return 2 * (x if transposed else out).numel() * weight[0].numel()
+    if (first := PRODUCTS.get(func.overloadpacket)) is None:
+        return 0
+    return 2 * out.numel() * args[first].shape[-1]
+
+
 def pointwise(func: Any, args: tuple) -> Tensor:
     tensors, name = [x for x in args if isinstance(x, Tensor)], func._schema.name.removeprefix("aten::")
     shape = broadcast(t.shape for t in tensors)
@@ -168,6 +179,7 @@ def another_view(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tenso
 
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "isnan", "isfinite"}
 FRACTIONS = {"div", "reciprocal", "rsqrt", "sqrt", "exp", "log", "cos", "sin"}  # also of whole numbers
+PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}  # where the rows are
 RULES: dict[Any, Callable[..., Any]] = {
     aten.mm: product,
     aten.bmm: product,
