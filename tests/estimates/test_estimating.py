@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import joyedit
+from benchmarks import estimates
 from benchmarks.random_checkpoint import write_random_checkpoint
 from joyedit.checkpoints.network import build_on_meta
 from joyedit.command.cli import main
+from joyedit.estimates.counting import Tally, storage
 from joyedit.estimates.estimating import CARDS, RESERVED, Plan
 from joyedit.estimates.parts import Part
 from joyedit.estimates.stages import Size, Visit
@@ -157,34 +159,40 @@ def test_a_budget_is_kept_and_the_smallest_is_named(released):
     assert roomy.peak["denoise"] < 40 * 2**30
 
 
-def plan(kind="cuda"):
-    """A network of 32 GB in 8 blocks, and one of 16 GB that is no list of blocks."""
+def plan(kind="cuda", whole=16):
+    """A network of 32 GiB in 4 blocks, and one of `whole` GiB that is no list of blocks; 1 GiB of activations."""
     blocks = torch.nn.ModuleList(torch.nn.Linear(2**15, 2**16, bias=False, device="meta") for _ in range(4))
-    whole = torch.nn.Linear(2**15, 2**17, bias=False, device="meta")
-    for network in (blocks, whole):
+    other = torch.nn.Linear(2**15, whole * 2**13, bias=False, device="meta")
+    networks = {"transformer": torch.nn.Sequential(blocks), "vae": other}
+    for network in networks.values():
         network.stays_behind = lambda name: False
-    stages = SimpleNamespace(peak=2**30, read=set(), calls={})
-    parts = {"transformer": Part(torch.nn.Sequential(blocks), 0, True), "vae": Part(whole, 0, True)}
-    parts["transformer"].network.stays_behind = lambda name: False
-    visits = [Visit("denoise", "transformer", stages), Visit("decode", "vae", stages)]
+    parts = {name: Part(network, 0, True) for name, network in networks.items()}
+    read = {storage(weight) for network in networks.values() for weight in network.parameters()}
+    tally = Tally(peak=2**30, read=read)
+    visits = [Visit("denoise", "transformer", tally), Visit("decode", "vae", tally)]
     return Plan(parts, visits, Size(64, 64, 1, 1), kind)
 
 
 def test_flags_from_the_least_to_the_most():
-    """32 GiB stream in blocks of 8; 16 GiB do not: with 1 GiB of activations, 17 are the least."""
     found = plan()
-    assert [found.flags(size, None) for size in CARDS] == [
-        None,
-        None,
-        None,
-        "--memory 23G",
-        "--offload model",
-        "",
-    ]
-    assert found.peak("denoise") == 49 * 2**30
-    assert found.smallest() == pytest.approx(17 * 2**30 / 0.98)
-    assert RESERVED["cuda"] < 2**30
-    assert plan("cpu").flags(48, None) != "--offload model", "there is nothing to offload from"
+    flags = [None, None, None, "--memory 23G", "--offload model", ""]
+    assert [found.flags(size, None) for size in CARDS] == flags
+    assert [found.peak(stage) for stage in ("text", "denoise", "decode")] == [0, 49 * 2**30, 49 * 2**30]
+    assert plan("cpu").flags(48, None) == "--memory 47G", "there is nothing to offload from"
+
+
+def test_the_smallest_budget_is_two_blocks_or_a_network_without():
+    gib = 2**30
+    assert plan(whole=8).smallest() == pytest.approx((2 * 8 + 1) * gib / 0.98)
+    assert plan(whole=20).smallest() == pytest.approx((20 + 1) * gib / 0.98)
+    # On a CPU the interpreter counts too, and what was read beside blocks stays.
+    assert plan("cpu", whole=8).smallest() == pytest.approx(
+        (2 * 8 + 1) * gib / 0.98 + RESERVED["cpu"], rel=0.01
+    )
+    found = plan(whole=8)
+    assert found.peak("denoise", 24 * gib) == int(24 * gib * 0.98), "blocks stay where there is room"
+    assert found.peak("denoise", 400 * gib) == (32 + 16 + 1) * gib, "all of them, and two empty buffers"
+    assert found.peak("decode", 24 * gib) == 9 * gib
 
 
 def test_time_goes_with_the_machine():
@@ -292,3 +300,11 @@ def test_of_a_hub_repository_headers_are_read(folder, tmp_path, monkeypatch):
     found = joyedit.estimate("someone/something", **SMALL)
     assert found.to_dict() == joyedit.estimate(folder, **SMALL).to_dict()
     assert sorted(asked) == sorted(file for file in files if file.endswith(".safetensors"))
+
+
+def test_the_committed_table_is_of_now():
+    name = "DiffEdit, Stable Diffusion 1.5, 512 x 512"
+    committed, now = json.loads(estimates.RESULTS.read_text())[name], estimates.row(name)
+    assert committed["weights"] == now["weights"] and committed["fits"] == now["fits"]
+    for key in ("peak", "times"):
+        assert committed[key] == pytest.approx(now[key], rel=0.05), "run: python -m benchmarks.estimates"
