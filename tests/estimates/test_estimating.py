@@ -82,6 +82,7 @@ def test_every_layout_is_the_same_model(folder, tmp_path):
         assert {**found, "disk": 0, "peak": 0} == {**wanted, "disk": 0, "peak": 0}, layout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="files there have no holes")
 def test_of_a_file_alone_the_other_networks_are_as_released(tmp_path, released):
     entries, end = {}, 0
@@ -143,6 +144,7 @@ def test_a_cpu_reads_what_it_needs(released):
     assert cast.peak["text"] > 2 * sum(found.weights.values()), "what is cast is in memory from the start"
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_the_smallest_is_named(released):
     size = {"device": "cuda", "height": 256, "width": 256}
     with pytest.raises(ValueError, match=r"memory='\d+'$") as caught:
@@ -160,7 +162,7 @@ def test_a_budget_is_kept_and_the_smallest_is_named(released):
 
 
 def plan(kind="cuda", whole=16):
-    """A network of 32 GiB in 4 blocks, and one of `whole` GiB that is no list of blocks; 1 GiB of activations."""
+    """A network of 32 GiB in 4 blocks, and one of `whole` GiB that has none; 1 GiB of activations."""
     blocks = torch.nn.ModuleList(torch.nn.Linear(2**15, 2**16, bias=False, device="meta") for _ in range(4))
     other = torch.nn.Linear(2**15, whole * 2**13, bias=False, device="meta")
     networks = {"transformer": torch.nn.Sequential(blocks), "vae": other}
@@ -255,6 +257,7 @@ def test_command(capsys):
     assert "memory='" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_little_is_imported(released):
     """What takes longer to import than an estimate takes: PyTorch's compiler, sympy, Triton."""
     source = (
