@@ -146,8 +146,9 @@ def allocated_by(function):
     return peak
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("run", RUNS)
-def test_shapes_are_pytorchs(run, network, monkeypatch):
+def test_shapes_are_pytorchs(run, kind, network, monkeypatch):
     """Every operation of the networks: dtype and shape of what is returned are those of PyTorch's own meta
     functions, and multiplications those of its own table."""
     seen, answer = set(), shapes.result
@@ -167,8 +168,8 @@ def test_shapes_are_pytorchs(run, network, monkeypatch):
 
     monkeypatch.setattr("joyedit.estimates.counting.result", both)
     real = network(run)
-    with torch.no_grad():
-        empty = build_on_meta(type(real), real.config).to(torch.bfloat16)
+    with ops.standing_for(kind), torch.no_grad():
+        empty = build_on_meta(type(real), real.config).to(torch.float32 if kind == "cpu" else torch.bfloat16)
         with Counted(tensors_of(empty)):
             RUNS[run][2](empty, "meta")
     assert len(seen) > 8
@@ -206,6 +207,20 @@ def test_blocks_that_are_alike_are_run_once(monkeypatch):
     assert len(calls) == 10
     assert run(once=True) == wanted
     assert len(calls) == 11
+
+
+def test_what_repeated_blocks_keep_adds_up():
+    """Each takes 4000 bytes on the way and keeps 2000 of them: the last one finds what all before it keep."""
+    blocks = [torch.nn.Linear(10, 50, bias=False, device="meta") for _ in range(4)]
+    for block in blocks:
+        block.forward = lambda x: (x.new_empty(10, 100), x.new_empty(10, 50))[1]
+    counted = Counted(weight for block in blocks for weight in block.parameters())
+    Repeats(counted).watch(blocks)
+    with counted:
+        x = meta(1)
+        kept = [block(x) for block in blocks]
+    assert len({storage(each) for each in kept}) == 4
+    assert counted.tally.peak == 4 + 3 * 2000 + 6000
 
 
 def test_seconds_by_hand():
