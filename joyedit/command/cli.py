@@ -40,8 +40,8 @@ log = logging.getLogger("joyedit")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; wrong arguments raise SystemExit(2)."""
-    commands = {"edit": edit, "generate": edit, "ask": ask, "demo": demo, "convert": convert, "info": info}
-    commands["estimate"] = estimate
+    commands = {"edit": edit, "generate": edit, "ask": ask, "estimate": estimate}
+    commands |= {"demo": demo, "convert": convert, "info": info}
     args = parse(argv, commands)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the console has no letters for

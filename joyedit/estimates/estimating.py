@@ -35,7 +35,7 @@ from joyedit.pipelines.pipeline import accelerator_device
 STAGES = (TEXT, DENOISE, DECODE)
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 # Beside what is estimated: on a GPU what the driver's context takes, on a CPU Python with its libraries.
-RESERVED = {"cuda": 600 * 2**20, "cpu": 400 * 2**20}
+RESERVED = {"cuda": 600 * 2**20, "cpu": 300 * 2**20}
 LARGEST_SIDE, MOST_FRAMES, MOST_STEPS = 8192, 257, 10_000
 
 
