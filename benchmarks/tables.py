@@ -9,6 +9,8 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   problems      results/kernels/: what spills or does not compile, under each Triton
   measured      results/gpu/: blocks and steps on GPUs
   small         results/shapes/: the small models
+  drift         results/drift/: what the small models do to the rest of the picture, in a sentence
+  drifts        the same by model, in a table
 """
 
 import argparse
@@ -137,6 +139,46 @@ def small_table(results: Path = RESULTS) -> str:
         size = f"{recorded['bytes'] / 1e6:.1f} MB"
         lines.append(f"| `tiny-{name}` | {size} | {minutes:.0f} min | {success} | {kept} |")
     return "\n".join(lines)
+
+
+def drift_sentence(results: Path = RESULTS) -> str:
+    """Markdown of how far each small model shifts, scales and colours what it shall keep."""
+    said = []
+    for name, found in drifts(results).items():
+        shift, scale, colour = (found[what]["median"] for what in ("shift", "scale", "delta_e"))
+        said.append(f"`{name}` {shift:.2f} pixels, {100 * scale:.1f} % in scale, {colour:.1f} in CIE Lab")
+    return (
+        "Between photograph and result, outside the edit (median of held-out drawn scenes): "
+        f"{'; '.join(said)}. `python -m benchmarks.drift FOLDER` says it of your own pairs."
+    )
+
+
+def drift_table(results: Path = RESULTS) -> str:
+    """Markdown of `drifts`: medians, 95th percentiles, and means with their signs."""
+    lines = [
+        "| model | edits | shift, pixels | scale | colour, CIE Lab | mean: down, right; scale; R, G, B |",
+        "| --- | ---: | --- | --- | --- | --- |",
+    ]
+    for name, found in drifts(results).items():
+        shift, scale, colour, levels = (found[what] for what in ("shift", "scale", "delta_e", "colour"))
+        down, right = shift["mean"]
+        cells = (
+            f"`{name}`",
+            str(found["pairs"]),
+            f"{shift['median']:.2f}, 95 % below {shift['95 %']:.2f}",
+            f"{100 * scale['median']:.2f} %, 95 % below {100 * scale['95 %']:.1f} %",
+            f"{colour['median']:.1f}, 95 % below {colour['95 %']:.1f}",
+            f"{down:+.2f}, {right:+.2f}; {100 * scale['mean']:+.2f} %; "
+            + ", ".join(f"{level:+.1f}" for level in levels["mean"]),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def drifts(results: Path) -> dict[str, dict[str, Any]]:
+    """Model -> the summary of its edits."""
+    files = (results / "drift" / f"tiny-{name}.json" for name in ("joyimage", "chronoedit", "diffedit"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8"))["summary"] for path in files}
 
 
 def kernel_table(results: Path = RESULTS) -> str:
@@ -291,6 +333,8 @@ TABLES = {
     "problems": problem_table,
     "measured": measured_table,
     "small": small_table,
+    "drift": drift_sentence,
+    "drifts": drift_table,
 }
 
 

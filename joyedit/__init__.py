@@ -62,6 +62,8 @@ _ROOM_OF = {
     "joyedit.clip_images": "joyedit.media.clip_images",
     "joyedit.images": "joyedit.media.images",
     "joyedit.masks": "joyedit.media.masks",
+    "joyedit.previews": "joyedit.pipelines.previews",
+    "joyedit.rewriting": "joyedit.pipelines.rewriting",
     "joyedit.spatial": "joyedit.media.spatial",
     "joyedit.video": "joyedit.media.video",
 }

@@ -27,6 +27,8 @@ from benchmarks.random_checkpoint import (
 )
 from benchmarks.shapes import evaluate, joyimage, train, wan_vae
 from joyedit.command.cli import main
+from joyedit.pipelines.rewriting import rewrite
+from tests.answering import answering, rewritten
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {
@@ -79,15 +81,24 @@ def desk(checkpoint, tmp_path, monkeypatch):
     photo = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
     photo.save("astronaut.jpg")
     photo.rotate(180).save("hat.jpg")
+    photo.convert("L").save("where.png")
     load_image = joyedit.load_image
     monkeypatch.setattr(joyedit, "load_image", lambda name: load_image(Path(str(name)).name))
+    monkeypatch.setitem(rewrite.__kwdefaults__, "max_new_tokens", 8)  # random weights come to no end
     return tmp_path
 
 
 @pytest.fixture
-def published(checkpoint, plus, stable_diffusion, chronoedit):
-    """Published names -> the tiny checkpoints that stand for them."""
+def server():
+    with answering() as serve:
+        yield serve(rewritten("The user wants to add wings to the astronaut."))
+
+
+@pytest.fixture
+def published(checkpoint, plus, stable_diffusion, chronoedit, server):
+    """Published names -> the tiny checkpoints that stand for them, and a server's address -> one that is."""
     return {
+        "http://localhost:8000/v1": server.base,
         "jdopensource/JoyAI-Image-Edit-Diffusers": checkpoint,
         "jdopensource/JoyAI-Image-Edit": checkpoint,
         "jdopensource/JoyAI-Image-Edit-Plus-Diffusers": plus,

@@ -37,6 +37,8 @@ MODULES = {
     ),
     "joyedit.video": ("joyedit.media.video", "export_to_png export_to_video export_to_webp save_video"),
     "joyedit.masks": ("joyedit.media.masks", "mask_overlay to_latent_mask to_mask_images"),
+    "joyedit.previews": ("joyedit.pipelines.previews", "Preview PreviewMap fit_map map_of"),
+    "joyedit.rewriting": ("joyedit.pipelines.rewriting", "FORMS Rewriting Server rewrite"),
     "joyedit.spatial": ("joyedit.media.spatial", "VIEWS ZOOMS Move camera move rotate"),
     "joyedit.clip_images": ("joyedit.media.clip_images", "CLIPImageConfig CLIPImageProcessor"),
     "joyedit.loading": ("joyedit.loading", "load read_made_for pipeline_name save_checkpoint"),

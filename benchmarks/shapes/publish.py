@@ -3,8 +3,9 @@
     python -m benchmarks.shapes.publish joyimage --run runs/joyimage --vae-run runs/wan-vae
 
 It copies the checkpoint, with the autoencoder as it is now, to `joyedit/assets/tiny-joyimage`, evaluates it
-there, writes the figures and what the trainings wrote down to `benchmarks/results/shapes/joyimage.json`, and
-the card from that. Without `--run`, only the card is written again.
+there, writes the figures and what the trainings wrote down to `benchmarks/results/shapes/joyimage.json`, the
+card from that, and the map of its previews to `joyedit/assets/previews.json`. Without `--run`, only the card
+is written again.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import previews
 from benchmarks.shapes import evaluate, made_for, train
 from joyedit.models.sd_vae import AutoencoderKL
 from joyedit.models.wan_vae import AutoencoderKLWan
@@ -274,6 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = json.loads(file.read_text(encoding="utf-8"))
     else:
         install(given.run / "checkpoint", given.vae_run / "vae", target)
+        previews.write_shipped()
         results = record(given.name, given.run, given.vae_run, given.seed)
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (target / "README.md").write_text(card(given.name, results), encoding="utf-8")

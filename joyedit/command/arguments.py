@@ -13,7 +13,7 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import ask, film, spatial
+from joyedit.command import ask, film, places, preview, rewrite, spatial
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
@@ -55,14 +55,18 @@ def misuse(args: argparse.Namespace) -> str | None:
     for system in SYSTEMS:
         if wrong := system.misuse(args):
             return wrong
+    if wrong := places.misuse(args):
+        return wrong
     if args.config_from is None and (wrong := contradiction(args)):
+        return wrong
+    if wrong := rewrite.misuse(args):
         return wrong
     if (args.height is None) != (args.width is None):
         return "give both --height and --width, or neither"
     if args.graphs and not has_graphs():
         return "--graphs needs a CUDA or ROCm device, and PyTorch finds none here"
     files = [name for system in SYSTEMS for name in system.files]
-    for name in ("output", *files):
+    for name in ("output", "preview", *files):
         if name == "video":  # no picture: its system knows what it may be
             continue
         path = getattr(args, name)
@@ -92,6 +96,8 @@ def contradiction(args: argparse.Namespace) -> str | None:
     for system in SYSTEMS:
         if wrong := system.contradiction(args):
             return wrong
+    if wrong := rewrite.contradiction(args) or places.contradiction(args):
+        return wrong
     if args.graphs and args.device not in (None, "auto") and not args.device.startswith("cuda"):
         return f"--graphs needs a CUDA or ROCm device, and --device is {shown(args.device, 40)}"
     if args.graphs and args.offload not in (None, "none"):
@@ -261,6 +267,9 @@ def image_options() -> Parser:
         "--no-metadata", action="store_false", dest="metadata", help="do not record the parameters in the PNG"
     )
     add("--force", action="store_true", help="replace files that are there already")
+    places.add_options(parser)
+    preview.add_option(parser)
+    rewrite.add_options(parser)
     *others, usual = SYSTEMS
     special = (f"{system.occasion} {system.model}" for system in others if system.model)
     models = ", ".join([usual.model, *special])

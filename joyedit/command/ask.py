@@ -6,7 +6,7 @@ well. On a terminal the words are shown as they come.
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from joyedit.command.calls import origin_options, said, source_options
@@ -68,7 +68,11 @@ def answer(args: argparse.Namespace, stream: Callable[[str], None] | None) -> st
     """The answer; each piece of it goes to `stream` as it comes. What can be refused is refused before the
     model is loaded."""
     photos = [read_photo(source) for source in args.photos]
-    pipe = open_reader(args)
+    where = origin_options(args)
+    hint = "" if args.model else " (--model names them)"
+    model = args.model or MODEL
+    check_reader(model, where, hint)
+    pipe = open_reader(model, args, source_options(args))
     import torch
 
     sampling = said(args, SAMPLING)
@@ -81,20 +85,24 @@ def answer(args: argparse.Namespace, stream: Callable[[str], None] | None) -> st
     return found.text
 
 
-def open_reader(args: argparse.Namespace) -> Any:
-    """The part of a checkpoint that answers. Raises ValueError for one that cannot."""
-    from joyedit.loading.layouts import load, pipeline_name, read_made_for
+def check_reader(model: str, where: Mapping[str, Any], hint: str = "") -> None:
+    """Raises ValueError for a checkpoint without a part that answers; where: see `origin_options`."""
+    from joyedit.loading.layouts import pipeline_name, read_made_for
     from joyedit.pipelines.questions import no_answers
 
-    model = args.model or MODEL
-    pipeline = pipeline_name(model, **origin_options(args))
+    pipeline = pipeline_name(model, **where)
     if not pipeline.startswith(("JoyImage", "Qwen3VL")):
         raise ValueError(f"{model} holds a {pipeline}, which has no words: ask JoyAI-Image or Qwen3-VL")
-    if (world := read_made_for(model, **origin_options(args)).world) is not None:
-        hint = "" if args.model else " (--model names them)"
+    if (world := read_made_for(model, **where).world) is not None:
         raise ValueError(no_answers(model, world.about) + hint)
+
+
+def open_reader(model: str, args: argparse.Namespace, where: Mapping[str, Any]) -> Any:
+    """The part of a checkpoint that answers."""
+    from joyedit.loading.layouts import load
+
     options = said(args, ("device", "dtype", "offload"))
-    return load(model, pipeline="Qwen3VLPipeline", **options, **source_options(args))
+    return load(model, pipeline="Qwen3VLPipeline", **options, **where)
 
 
 def from_zero(text: str) -> float:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from joyedit.command.calls import EVERY_CALL, in_effect, said, spelt
 from joyedit.command.photos import resized
+from joyedit.command.places import mask_at
 from joyedit.command.values import above_zero, finite, place, share, whole
 from joyedit.pipelines.made_for import CALL
 
@@ -37,6 +38,9 @@ class Captions:
     options: Mapping[str, str] = {name: f"--{name.replace('_', '-')}" for name in (*SETTINGS, *FILES)}
     settings: Mapping[str, type | tuple[type, ...]] = {name: CALL[name] for name in SETTINGS}
     files: Sequence[str] = FILES
+    places: Sequence[str] = ("mask",)
+    form: str = ""
+    answers: bool = False
     usage: str = "joyedit edit PHOTO --source TEXT --target TEXT"
     untold: str = (
         "{model} takes no instruction: say what the photograph shows and what it shall show, as in "
@@ -100,6 +104,8 @@ class Captions:
             return "give an instruction or --source and --target, not both: a model takes one of them"
         if len(captions) == 1 and args.config_from is None:
             return "give both --source and --target, or neither"
+        if captions and args.rewrite is not None:
+            return "--rewrite is for an instruction, not for --source and --target"
         if args.prompt is not None and (options := spelt(args, self.options)):
             return self.foreign.format(option=options[0])
         return None
@@ -117,7 +123,11 @@ class Captions:
     def call(self, pipe: Any, photo: "Image | None", args: argparse.Namespace) -> dict[str, Any]:
         assert photo is not None
         call = said(args, (*self.texts, *EVERY_CALL, *self.settings))
-        return {**call, "image": working_copy(photo, args, trained_side(pipe))}
+        image = working_copy(photo, args, trained_side(pipe))
+        if args.mask:
+            latents = (image.width // pipe.vae_scale_factor, image.height // pipe.vae_scale_factor)
+            call["mask_image"] = mask_at(args.mask.image, latents)
+        return {**call, "image": image}
 
     def seen(self, pipe: Any, call: Mapping[str, Any]) -> "Image":
         return call["image"]

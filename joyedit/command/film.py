@@ -1,12 +1,14 @@
 """An edit by instruction that is the last frame of a film: ChronoEdit."""
 
 import argparse
+import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from joyedit.checkpoints.plain_text import shown
+from joyedit.command import places
 from joyedit.command.calls import EVERY_CALL, said, spelt
 from joyedit.command.captions import TEXTS as CAPTIONS
 from joyedit.command.instruction import UNTOLD
@@ -17,6 +19,7 @@ from joyedit.command.values import finite, place, whole
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from joyedit.media.geometry import Geometry
     from joyedit.pipelines.made_for import MadeFor
 
 log = logging.getLogger("joyedit")
@@ -27,6 +30,7 @@ FPS, MOST_FPS = 16, 1000
 # Steps and guidance that it takes by itself, and those of its presets.
 PRESETS = {None: (50, 5.0), "distill": (8, 1.0), "upscale": (50, 5.0), "paintbrush": (8, 1.0)}
 WORDED = ("upscale",)  # those that say themselves what to do
+PHRASED = ("upscale", "paintbrush")  # those with words that their adapters were trained with
 
 
 def take_over(args: argparse.Namespace) -> None:
@@ -59,6 +63,9 @@ class Film:
         "fps": (int, float),
     }
     files: Sequence[str] = ("video",)
+    places: Sequence[str] = tuple(places.OPTIONS)
+    form: str = "chronoedit"
+    answers: bool = False
     usage: str = "joyedit edit PHOTO INSTRUCTION"
     untold: str = UNTOLD
     foreign: str = (
@@ -137,18 +144,20 @@ class Film:
 
     def prepare(self, photo: "Image", args: argparse.Namespace, made_for: "MadeFor") -> "Image":
         """The photograph in the size that is asked for, or else in that which the model was made for: without
-        a basesize that of ChronoEdit's own examples, which resize it as here."""
+        a basesize that of ChronoEdit's own examples, which resize it as here. Where --size says how large the
+        result is, the pipeline does it."""
         import PIL.Image
 
         from joyedit.media.images import size_of_area
-        from joyedit.pipelines.chronoedit_presets import preset_called
+        from joyedit.pipelines.chronoedit_request import working_area
 
-        side = args.basesize or made_for.basesize
-        area = {} if side is None else {"area": side**2}
-        if side is None and args.preset is not None and (own := preset_called(args.preset).area):
-            area = {"area": own}
+        if args.basesize:
+            made_for = dataclasses.replace(made_for, basesize=args.basesize)
+        area = working_area(made_for, args.preset)
+        if args.size is not None:
+            return photo
         try:
-            height, width = size_of_area(photo.height, photo.width, **area)
+            height, width = size_of_area(photo.height, photo.width, area)
         except ValueError:  # too narrow for any size of that area
             if args.height is None:
                 raise
@@ -160,17 +169,40 @@ class Film:
         assert photo is not None
         reasoning = args.num_temporal_reasoning_steps is not None
         names = (*self.texts, *EVERY_CALL, "num_frames", "num_temporal_reasoning_steps")
-        return {
+        call = {
             "num_frames": REASONING_FRAMES if reasoning else FRAMES,
             "enable_temporal_reasoning": reasoning,
             **said(args, names),
+            **places.call(args),
             "image": photo,
-            "height": photo.height,
-            "width": photo.width,
         }
+        if args.size is not None:
+            if args.basesize:
+                pipe.made_for = dataclasses.replace(pipe.made_for, basesize=args.basesize)
+            log.info("%s", self.geometry(pipe, call))
+            return call
+        if args.mask:
+            call["mask"] = places.mask_at(args.mask.image, photo.size)
+        return {**call, "height": photo.height, "width": photo.width}
+
+    def geometry(self, pipe: Any, call: Mapping[str, Any]) -> "Geometry":
+        """How the pipeline brings the photograph to the size that it works at, where it is to come back in
+        another. Raises ValueError where it cannot."""
+        from joyedit.media.geometry import stretched
+        from joyedit.media.images import size_of_area
+        from joyedit.pipelines.chronoedit_request import working_area
+        from joyedit.pipelines.places import Asked
+
+        asked, photo = Asked(size=call["size"]), (call["image"].height, call["image"].width)
+        height, width = asked.shape(photo)
+        area = working_area(pipe.made_for, pipe.preset)
+        return asked.geometry(photo, size_of_area(height, width, area, pipe.size_multiple), stretched)
 
     def seen(self, pipe: Any, call: Mapping[str, Any]) -> "Image":
-        return call["image"]
+        from joyedit.media.geometry import to_bucket
+
+        photo = call["image"]
+        return to_bucket(photo, self.geometry(pipe, call)) if "size" in call else photo
 
     def run(
         self, pipe: Any, call: Mapping[str, Any], seeds: Sequence[int], args: argparse.Namespace

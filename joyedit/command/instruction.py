@@ -8,13 +8,13 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from joyedit.command import spatial
+from joyedit.command import places, spatial
 from joyedit.command.calls import EVERY_CALL, in_effect, said, spelt
-from joyedit.command.photos import working_at
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from joyedit.media.geometry import Geometry
     from joyedit.pipelines.made_for import MadeFor
 
 log = logging.getLogger("joyedit")
@@ -37,6 +37,9 @@ class Instruction:
     options: Mapping[str, str] = spatial.OPTIONS
     settings: Mapping[str, type | tuple[type, ...]] = dict.fromkeys(spatial.OPTIONS, str)
     files: Sequence[str] = ()
+    places: Sequence[str] = tuple(places.OPTIONS)
+    form: str = "joyimage"
+    answers: bool = True
     usage: str = "joyedit generate PROMPT"
     untold: str = UNTOLD
     foreign: str = "{option} is for JoyAI-Image-Edit"
@@ -70,23 +73,32 @@ class Instruction:
         return move(photo, args.move, spatial.box_of(args.box)).image
 
     def call(self, pipe: Any, photo: "Image | None", args: argparse.Namespace) -> dict[str, Any]:
-        from joyedit.media.images import fit_cover
-
-        call = said(args, (*self.texts, *EVERY_CALL, "height", "width"))
+        call = said(args, (*self.texts, *EVERY_CALL, "height", "width")) | places.call(args)
         if photo is None:
             return call
-        height, width = pipe.choose_size([photo], call.get("height"), call.get("width"))
-        if (width, height) != photo.size:
-            fit = fit_cover((photo.height, photo.width), (height, width))
-            cropped = ", cropped" if (fit.height, fit.width) != (height, width) else ""
-            log.info("%s%s", working_at((width, height), photo.size), cropped)
+        geometry = self.geometry(pipe, photo, call)
+        if not geometry.photo == geometry.bucket == geometry.size:
+            log.info("%s", geometry)
         return {**call, "image": photo}
 
-    def seen(self, pipe: Any, call: Mapping[str, Any]) -> "Image":
-        from joyedit.media.images import resize_center_crop
+    def geometry(self, pipe: Any, photo: "Image", call: Mapping[str, Any]) -> "Geometry":
+        """How the pipeline brings the photograph to one of its sizes. Raises ValueError where it cannot."""
+        from joyedit.media.geometry import covering
+        from joyedit.media.images import nearest_bucket
+        from joyedit.pipelines.places import Asked
 
-        photo = call["image"]
-        return resize_center_crop(photo, *pipe.choose_size([photo], call.get("height"), call.get("width")))
+        size = call.get("size")
+        if isinstance(size, tuple):
+            height, width = size
+            bucket = nearest_bucket(height, width, pipe.buckets)
+        else:
+            bucket = pipe.choose_size([photo], call.get("height"), call.get("width"))
+        return Asked(size=size).geometry((photo.height, photo.width), bucket, covering)
+
+    def seen(self, pipe: Any, call: Mapping[str, Any]) -> "Image":
+        from joyedit.media.geometry import to_bucket
+
+        return to_bucket(call["image"], self.geometry(pipe, call["image"], call))
 
     def run(
         self, pipe: Any, call: Mapping[str, Any], seeds: Sequence[int], args: argparse.Namespace

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
+from joyedit.command import places, preview
 from joyedit.command.arguments import blank, contradiction
 from joyedit.command.calls import origin_options, said, source_options, spelt
 from joyedit.command.photos import Photo, read_photo
 from joyedit.command.recorded import facts_of_run, fill_from_image
 from joyedit.command.references import open_references
 from joyedit.command.results import numbered, output_paths, refuse_files, write_results
+from joyedit.command.rewrite import LOCAL, refuse_rewriter, rewritten
 from joyedit.command.systems import SYSTEMS, System, system_of
 
 if TYPE_CHECKING:
@@ -42,28 +44,35 @@ def make(args: argparse.Namespace) -> Iterator[list[Path]]:
     if args.config_from is not None:
         fill_from_image(args, photos)
         refuse_contradictions(args)
-    args.references = open_references(args)
+    args.references, args.mask = open_references(args), places.open_mask(args, photos)
     seeds = seeds_of(args)
     paths = paths_of(args, photos, seeds)
 
     system = system_for(args)
     refuse_adapters(args)
     made_for = fill_from_checkpoint(args, system)
+    refuse_rewriter(args, system, made_for)
     images = [system.prepare(photo.image, args, made_for) for photo in photos]
 
+    told = [args] * len(photos or [None])  # the arguments of each photograph, whose prompt may be its own
+    if args.rewrite not in (None, LOCAL):
+        told = rewritten(args, system, photos)
     pipe = open_pipeline(args)
+    if args.rewrite == LOCAL:
+        told = rewritten(args, system, photos, pipe)
     log.info("seed %s", " ".join(map(str, seeds)))
-    calls = calls_of(args, system, pipe, photos, images)
+    calls = calls_of(told, system, pipe, photos, images)
     warn_of_no_effect(args, system, pipe, calls[0])
     warn_of_the_unknown(args, system, pipe, photos, calls, made_for)
 
-    for photo, call, files_of_seeds in zip(photos or [None], calls, paths, strict=True):
+    watched = preview.watched(calls, args)
+    for own, photo, call, files_of_seeds in zip(told, photos or [None], watched, paths, strict=True):
         made = system.run(pipe, call, seeds, args)
         for seed, files, results in zip(seeds, files_of_seeds, made, strict=True):
             metadata = None
             if args.metadata:
                 size = {"height": results["output"].height, "width": results["output"].width}
-                metadata = {**facts_of_run(args, system, pipe, call, photo), "seed": seed, **size}
+                metadata = {**facts_of_run(own, system, pipe, call, photo), "seed": seed, **size}
             profile = None if photo is None else photo.profile
             write_results(results, files, metadata, profile, force=args.force)
             yield [*files.values()]
@@ -120,7 +129,7 @@ def paths_of(
             files[name] = numbered(Path(getattr(args, name)), seeds, photo if several else None)
         found.append(files)
     together = {name: [path for files in found for path in files[name]] for name in ("output", *extra)}
-    refuse_files(together, args.force)
+    refuse_files({**together, "preview": preview.path_of(args)}, args.force)
     return [
         [dict(zip(files, each, strict=True)) for each in zip(*files.values(), strict=True)] for files in found
     ]
@@ -145,6 +154,7 @@ def system_for(args: argparse.Namespace) -> System:
     for system in SYSTEMS:
         if system is not chosen and (options := spelt(args, system.options)):
             raise ValueError(system.foreign.format(model=args.model, option=options[0]))
+    places.refuse(args, chosen.places, pipeline)
     return chosen
 
 
@@ -198,17 +208,21 @@ def adapter_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def calls_of(
-    args: argparse.Namespace, system: System, pipe: Any, photos: Sequence[Photo], images: Sequence[Any]
+    told: Sequence[argparse.Namespace],
+    system: System,
+    pipe: Any,
+    photos: Sequence[Photo],
+    images: Sequence[Any],
 ) -> list[dict[str, Any]]:
     """What the pipeline is called with, for each photograph, or once for none. Raises ValueError for one that
     the networks could not see."""
     if not photos:
-        return [system.call(pipe, None, args)]
+        return [system.call(pipe, None, told[0])]
     calls = []
-    for photo, image in zip(photos, images, strict=True):
+    for own, photo, image in zip(told, photos, images, strict=True):
         if len(photos) > 1:
             log.info("photograph %s", photo.name)
-        calls.append(system.call(pipe, image, args))
+        calls.append(system.call(pipe, image, own))
     return calls
 
 

@@ -1,14 +1,15 @@
 """The photographs of a command: read from paths or URLs, named without their folders, and resized."""
 
+import argparse
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 from joyedit.checkpoints.places import expanded
-from joyedit.checkpoints.plain_text import hides
+from joyedit.checkpoints.plain_text import hides, shown, visible
 from joyedit.media.download import is_url, shown_url
 
 if TYPE_CHECKING:
@@ -37,6 +38,30 @@ def read_photo(source: str) -> Photo:
         raise IsADirectoryError(f"{path} is a folder: name the photographs in it, as in {path / '*.png'}")
     image, digest = load_photo(source)
     return Photo(image, {"name": photo_name(source), "sha256": digest}, image.info.get("icc_profile"))
+
+
+def read_again(source: str | Mapping[str, str], args: argparse.Namespace, kind: str, remedy: str) -> Photo:
+    """A picture beside the photograph: a path or URL of the command line, or name and SHA-256 as a result
+    records them. kind: what it is; remedy: what to do where a recorded one is not here.
+
+    Raises as `read_photo`, ValueError for a damaged record, and FileNotFoundError for a recorded one that
+    lies neither beside the result nor beside a photograph nor in the current folder.
+    """
+    if isinstance(source, str):
+        return read_photo(source)
+    name, digest = source.get("name"), source.get("sha256")
+    if not name or not digest:
+        raise ValueError(f"{args.config_from}: the recorded {kind} is damaged: {shown(source)}")
+    places = [expanded(args.config_from).parent]
+    places += [expanded(photo).parent for photo in args.photos or () if not is_url(photo)]
+    found = find_recorded(name, digest, (*places, Path()))
+    if found is None:
+        raise FileNotFoundError(
+            f"{args.config_from} was made with the {kind} {visible(name, 80)}, and no such file with its "
+            f"content (SHA-256 {visible(digest, 12)}...) lies beside it, beside the photograph or here: "
+            f"{remedy}"
+        )
+    return read_photo(str(found))
 
 
 def find_recorded(name: str, sha256: str, folders: Iterable[Path]) -> Path | None:

@@ -13,8 +13,10 @@ from typing import Any
 
 from joyedit import __version__
 from joyedit.checkpoints.plain_text import shown, visible
+from joyedit.command import places
 from joyedit.command.calls import origin_options, said
 from joyedit.command.photos import Photo
+from joyedit.command.rewrite import RECORDED
 from joyedit.command.systems import SYSTEMS, System, system_of
 from joyedit.pipelines.made_for import CALL
 
@@ -22,6 +24,7 @@ log = logging.getLogger("joyedit")
 
 # What is taken over, whatever the system: arguments, and their types in JSON.
 REPEATED: dict[str, type | tuple[type, ...]] = {
+    **RECORDED,
     "negative_prompt": CALL["negative_prompt"],
     "seed": int,
     "num_inference_steps": CALL["num_inference_steps"],
@@ -31,6 +34,9 @@ REPEATED: dict[str, type | tuple[type, ...]] = {
     "height": int,
     "width": int,
     "basesize": int,
+    "mask": dict,
+    "size": str,
+    "match_colors": bool,
     "model": str,
     "revision": str,
     "variant": str,
@@ -58,10 +64,11 @@ def facts_of_run(
     if args.model not in BUILT_IN and not Path(args.model).exists():
         revision = Origin(args.model, args.revision, cache_dir=args.cache_dir, local_files_only=True).commit
     repeated = {
-        **{name: getattr(args, name) for name in system.texts},
+        **{name: getattr(args, name) for name in (*system.texts, *RECORDED)},
         "negative_prompt": args.negative_prompt,
         **system.facts(pipe, call, args),
         "basesize": args.basesize,
+        **places.facts(args),
         "model": args.model,
         "revision": revision,
         "variant": args.variant,
@@ -80,6 +87,7 @@ def facts_of_run(
         "weights_dtype": str(pipe.dtype).removeprefix("torch."),
         "offload": args.offload,
         "graphs": args.graphs,
+        "preview": None if args.preview is None else Path(args.preview).name,
         "version": __version__,
         "torch": torch.__version__,
     }
@@ -107,7 +115,8 @@ def fill_from_image(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
     if any(before.get("sha256") != digest for digest in [one.facts["sha256"] for one in photos] or [None]):
         name = visible(str(before.get("name", "none")), 80)
         log.warning("%s was made from another photograph (%s): expect another result", args.config_from, name)
-        kinds = without(kinds, ("height", "width"))  # the shape of the photograph at hand decides
+        # The shape of the photograph at hand decides, and its mask is another.
+        kinds = without(kinds, ("height", "width", "mask"))
     for name, kind in kinds.items():
         value = recorded.get(name)
         if value is None or getattr(args, name) is not None:
@@ -131,11 +140,14 @@ def kinds_taken_over(
     """The arguments that the record may fill, and their types: not what no longer fits what is said."""
     kinds = dict(REPEATED)
     told = [system for system in SYSTEMS if said(args, system.texts)]
+    if told:
+        kinds = without(kinds, RECORDED)  # they are about another prompt
     for system in told or SYSTEMS:
         if args.command in system.commands:
             kinds |= {**dict.fromkeys(system.texts, str), **system.settings}
     for system in SYSTEMS:
         kinds = without(kinds, system.replaced(args, recorded))
+    kinds = without(kinds, places.left_out(args, recorded))
     if args.lora is not None and args.lora != recorded.get("lora") and [recorded.get("lora")] != args.lora:
         kinds = without(kinds, ("lora_scale",))  # it is that of another adapter
     if args.model is None:
@@ -148,6 +160,8 @@ def belonging_to_the_recorded_model(args: argparse.Namespace, recorded: dict[str
     from joyedit.loading.layouts import pipeline_name
 
     names = ["revision", "variant", "parts", "prediction_type"]
+    chosen = system_of(pipeline_name(args.model, **origin_options(args)))
+    names += [] if chosen is None else [name for name in places.OPTIONS if name not in chosen.places]
     maker, lora = recorded.get("pipeline"), recorded.get("lora")
     system = system_of(maker)
     own = [] if system is None else [*system.settings]

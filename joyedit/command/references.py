@@ -7,16 +7,12 @@ by name and SHA-256, and `--config-from` finds the files that have these.
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from joyedit.checkpoints.places import expanded
-from joyedit.checkpoints.plain_text import shown, visible
 from joyedit.command.calls import EVERY_CALL, said
 from joyedit.command.captions import TEXTS as CAPTIONS
 from joyedit.command.instruction import Instruction
-from joyedit.command.photos import Photo, find_recorded, read_photo
-from joyedit.media.download import is_url
+from joyedit.command.photos import Photo, read_again
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +31,7 @@ class References(Instruction):
     occasion: str = "with --reference"
     options: Mapping[str, str] = {"references": "--reference"}
     settings: Mapping[str, type | tuple[type, ...]] = {"references": dict}
+    places: Sequence[str] = ()
     foreign: str = f"{{model}} takes one picture: {{option}} is for JoyAI-Image-Edit-Plus, as in {RELEASED}"
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
@@ -105,27 +102,8 @@ class References(Instruction):
 
 def open_references(args: argparse.Namespace) -> list[Photo] | None:
     """The pictures of `args.references`: paths and URLs of the command line, or names and SHA-256 as a result
-    records them. Raises as `read_photo`, and FileNotFoundError for a recorded one that is not here."""
+    records them. Raises as `photos.read_again`."""
     if args.references is None:
         return None
-    places = [expanded(photo).parent for photo in args.photos or () if not is_url(photo)]
-    if args.config_from is not None:
-        places.insert(0, expanded(args.config_from).parent)
-    return [
-        read_photo(reference if isinstance(reference, str) else recorded_reference(reference, args, places))
-        for reference in args.references
-    ]
-
-
-def recorded_reference(facts: Mapping[str, str], args: argparse.Namespace, places: Sequence[Path]) -> str:
-    name, digest = facts.get("name"), facts.get("sha256")
-    if not name or not digest:
-        raise ValueError(f"{args.config_from}: the recorded references are damaged: {shown(facts)}")
-    found = find_recorded(name, digest, (*places, Path()))
-    if found is None:
-        raise FileNotFoundError(
-            f"{args.config_from} was made with the reference {visible(name, 80)}, and no such file with its "
-            f"content (SHA-256 {visible(digest, 12)}...) lies beside it, beside the photograph or here: name "
-            "all references with --reference"
-        )
-    return str(found)
+    remedy = "name all references with --reference"
+    return [read_again(reference, args, "reference", remedy) for reference in args.references]

@@ -33,6 +33,9 @@ class System(Protocol):
     options: the arguments that it alone knows, and how they are spelt on the command line.
     settings: those of its options that a result records and `--config-from` takes over, and their JSON types.
     files: those of its options that name what it writes beside the result.
+    places: those of `places.OPTIONS` that it takes.
+    form: in which of `rewriting.FORMS` it reads an instruction, or "" where it takes none; answers: whether
+    its own text encoder can rewrite one.
 
     Three are what is said when a model, {model}, is asked for something else. usage: the command that it has,
     where it lacks the one that was called. untold: where it is not told what to do in its own way. foreign:
@@ -47,6 +50,9 @@ class System(Protocol):
     options: Mapping[str, str]
     settings: Mapping[str, type | tuple[type, ...]]
     files: Sequence[str]
+    places: Sequence[str]
+    form: str
+    answers: bool
     usage: str
     untold: str
     foreign: str

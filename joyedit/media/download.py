@@ -1,10 +1,11 @@
-"""A photograph's bytes from the web.
+"""A photograph's bytes from the web, and what a server answers to what it is sent.
 
 One deadline holds for everything: looking the name up, connecting, headers, redirects and body. Each name is
 looked up once, and the connection goes to an address that was checked, so that a name that changes its
 address in between wins nothing. A redirect leads to http and https only, and into a private network (loopback
-and link-local included) only when the first URL was there. Proxies are those of the environment; behind one,
-it looks names up, and only hosts that are written as addresses can be checked here.
+and link-local included) only when the first URL was there; with what is sent, none is followed. Proxies are
+those of the environment; behind one, it looks names up, and only hosts that are written as addresses can be
+checked here.
 
 What is said of a URL leaves out its user, password and query, which may hold a key.
 
@@ -18,7 +19,8 @@ import io
 import ipaddress
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from joyedit.checkpoints.plain_text import visible
 
@@ -82,6 +84,44 @@ def download(url: str, timeout: float, max_bytes: int) -> bytes:
         raise ConnectionError(f"{picture} could not be fetched: {reason}{_settings(error)}") from None
 
 
+class Reply(NamedTuple):
+    """Of any status. location: where a redirect would lead."""
+
+    status: int
+    reason: str
+    location: str | None
+    content: bytes
+
+
+def post(url: str, content: bytes, headers: Sequence[str], timeout: float, max_bytes: int) -> Reply:
+    """What a server answers to `content` that is sent to an http or https URL. No redirect is followed.
+
+    headers: lines, such as "Authorization: Bearer ...". Raises TimeoutError when the answer is not there
+    within `timeout` seconds, ConnectionError when the connection, the server or the settings for it fail,
+    ValueError for what is no valid URL and for an answer of more than `max_bytes` bytes.
+    """
+    import http.client
+
+    deadline = time.monotonic() + timeout
+    try:
+        target = _parse(url)
+    except ValueError as error:
+        raise ValueError(f"is no valid URL: {error}") from None
+    try:
+        with contextlib.ExitStack() as opened:
+            response, _ = _ask(target, deadline, True, opened, _Request("POST", tuple(headers), content))
+            location = response.getheader("Location")
+            return Reply(response.status, response.reason, location, _content(response, max_bytes))
+    except _Refused as refused:
+        kind, reason = refused.args
+        raise kind(f"answered more than {max_bytes:,} bytes" if kind is ValueError else reason) from None
+    except TimeoutError:
+        raise TimeoutError(f"did not answer within {timeout:g} seconds") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = visible(str(error).strip()) or type(error).__name__
+        raise ConnectionError(f"could not be reached: {reason}{_settings(error)}") from None
+
+
 def is_private(address: str) -> bool:
     """Whether an IP address is not one of the public internet: private, loopback, link-local, reserved. An
     IPv6 address that stands for an IPv4 one is that one."""
@@ -115,6 +155,15 @@ class _Target:
     @property
     def origin(self) -> tuple[str, str, int]:
         return self.scheme, self.host, self.port
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What is sent, but for the lines that every request has."""
+
+    method: str = "GET"
+    headers: tuple[str, ...] = ()
+    content: bytes = b""
 
 
 def _parse(url: str) -> _Target:
@@ -178,7 +227,11 @@ def _follow(target: _Target, location: str) -> _Target:
 
 
 def _ask(
-    target: _Target, deadline: float, private: bool, opened: contextlib.ExitStack
+    target: _Target,
+    deadline: float,
+    private: bool,
+    opened: contextlib.ExitStack,
+    request: _Request = _Request(),
 ) -> "tuple[http.client.HTTPResponse, bool]":
     """Send the request; returns the answer, its headers read, and whether it came from a private address."""
     proxy = _proxy(target)
@@ -205,15 +258,17 @@ def _ask(
         sock = opened.enter_context(_encrypt(sock, proxy.host, deadline))
     resource = f"http://{target.netloc}{target.resource}" if proxy and plain else target.resource
     lines = [
-        f"GET {resource} HTTP/1.1",
+        f"{request.method} {resource} HTTP/1.1",
         f"Host: {target.netloc}",
         "User-Agent: joyedit",
         "Accept-Encoding: identity",
         "Connection: close",
         *([f"Authorization: {target.credentials}"] if target.credentials else []),
         *(via if plain else []),
+        *request.headers,
+        *([f"Content-Length: {len(request.content)}"] if request.content else []),
     ]
-    return _exchange(sock, lines, deadline), inside
+    return _exchange(sock, lines, deadline, request.method, request.content), inside
 
 
 def _body(response: "http.client.HTTPResponse", max_bytes: int) -> bytes:
@@ -221,6 +276,10 @@ def _body(response: "http.client.HTTPResponse", max_bytes: int) -> bytes:
         kind = FileNotFoundError if response.status in (404, 410) else ConnectionError
         said = f"{response.status} {visible(response.reason)}"
         raise _Refused(kind, f"could not be fetched: the server answered {said}")
+    return _content(response, max_bytes)
+
+
+def _content(response: "http.client.HTTPResponse", max_bytes: int) -> bytes:
     lengths = {length.strip() for length in response.headers.get_all("Content-Length") or ()}
     if len(lengths) > 1 or not all(length.isascii() and length.isdigit() for length in lengths):
         said = visible(", ".join(sorted(lengths))[:100])
@@ -255,13 +314,15 @@ class _Stream(io.RawIOBase):
         return io.BufferedReader(self)
 
 
-def _exchange(sock: "socket.socket", lines: list[str], deadline: float) -> "http.client.HTTPResponse":
+def _exchange(
+    sock: "socket.socket", lines: list[str], deadline: float, method: str = "GET", content: bytes = b""
+) -> "http.client.HTTPResponse":
     import http.client
 
     sock.settimeout(_left(deadline))
-    sock.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
+    sock.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + content)
     stream: Any = _Stream(sock, deadline)
-    response = http.client.HTTPResponse(stream, method="GET")
+    response = http.client.HTTPResponse(stream, method=method)
     response.begin()
     return response
 

@@ -493,17 +493,23 @@ def save_picture(
     ones (JPEG, WebP). The file appears whole or not at all. Raises FileExistsError when it exists and not
     `force`, ValueError for a suffix that Pillow does not write.
     """
-    path = Path(path)
+    path, kind = Path(path), format_of(path)
     if path.suffix.lower() == ".png":
         return save_png(image, path, metadata, force=force, icc_profile=icc_profile)
-    kind = PIL.Image.registered_extensions().get(path.suffix.lower())
-    if kind not in PIL.Image.SAVE:
-        raise ValueError(f"path {str(path)!r} must end in .png, .jpg, .webp or another format to write")
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; pass force=True to replace it")
     with replacing(path, force=force) as temporary:
         _bare(image).save(temporary, format=kind, quality=quality, icc_profile=_rgb_profile(icc_profile))
     return path
+
+
+def format_of(path: str | Path) -> str:
+    """The format that a file's suffix names, as Pillow calls it. Raises ValueError for one that Pillow does
+    not write."""
+    kind = PIL.Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in PIL.Image.SAVE:
+        raise ValueError(f"path {str(path)!r} must end in .png, .jpg, .webp or another format to write")
+    return kind
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The picture and the mask of an edit that changes only a part, as the diffusion model takes them.
 
 Pictures become pixels in [-1, 1] whose sides are multiples of what one latent stands for; masks become zeros
-(keep) and ones (repaint) at the size of the latents. Nothing that is passed in is written to.
+(keep) and ones (repaint) at the size of the latents, or stay at that of the photograph (`to_pixel_masks`).
+Nothing that is passed in is written to.
 
 B images   H, W pixels   h, w latents (h = H / 8, w = W / 8)
 Source: diffusers `image_processor.py` (VaeImageProcessor), `pipeline_stable_diffusion_diffedit.py`.
@@ -76,6 +77,40 @@ def to_latent_mask(masks: Any, size: tuple[int, int], batch: int = 1) -> Tensor:
     return (mask >= 0.5).float().expand(batch, -1, -1, -1)
 
 
+def to_pixel_masks(masks: Any, name: str = "mask") -> list[Tensor]:
+    """What a pipeline was given as masks, each as (H, W) bool: True where a value is at least one half.
+
+    PIL images of any mode are read as grey. Arrays and tensors (H, W), (B, H, W) or (B, 1, H, W) are bool,
+    floating point in [0, 1], or integers, which are 0 and 1, or else 0 to 255. Lists are joined. Raises
+    ValueError (shape, range, NaN) and TypeError, naming the argument.
+    """
+    items = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    if not items:
+        raise ValueError(f"{name} is an empty list")
+    return [page >= 0.5 for item in items for page in _to_levels(item, name)]
+
+
+def soft_edge(mask: Tensor, width: int) -> Tensor:
+    """How much of the edit every pixel of a mask (H, W) bool shows, in [0, 1]: 0 outside; inside it rises to
+    1 over `width` pixels, or over half of what is narrower than that. The picture's border is no edge.
+    width: 1 to 255."""
+    depth = left = mask.to(torch.uint8)
+    for _ in range(width - 1):
+        left = 1 - _grown(1 - left)  # without its outermost pixels
+        depth = depth + left  # pixels to the outside, 1 to `width`
+    summit = depth
+    for _ in range(width):
+        summit = _grown(summit)  # the largest depth nearby
+    return depth / summit.clamp(min=1)
+
+
+def _grown(levels: Tensor) -> Tensor:
+    """The largest among every pixel and its eight neighbours; levels (H, W) from 0 on."""
+    around = F.pad(levels, (1, 1, 1, 1))
+    rows = torch.maximum(torch.maximum(around[:-2], around[1:-1]), around[2:])
+    return torch.maximum(torch.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+
+
 def to_mask_images(mask: Tensor) -> list[Image]:
     """Masks (B, h, w) or (B, 1, h, w) of zeros and ones -> grey PIL images of 0 and 255."""
     levels = (mask.reshape(-1, *mask.shape[-2:]) > 0).to(torch.uint8).cpu() * 255
@@ -118,21 +153,30 @@ def _to_mask(item: Any, height: int, width: int) -> Tensor:
         grey = to_pil_list(item, "mask_image")[0].convert("L")
         levels = np.array(grey.resize((width, height), PIL.Image.Resampling.NEAREST))
         return torch.from_numpy(levels)[None, None].float() / 255
-    mask = _to_tensor(item, "mask_image")
-    if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
-        shapes = "(h, w), (B, h, w) or (B, 1, h, w)"
-        raise ValueError(f"mask_image has shape {tuple(mask.shape)}: must be {shapes}, and not empty")
-    if mask.ndim == 4 and mask.shape[1] != 1:
-        raise ValueError(f"mask_image has shape {tuple(mask.shape)}: must have one channel")
+    mask = _to_levels(item, "mask_image")
     if mask.shape[-2:] != (height, width):
         given = f"{mask.shape[-2]} x {mask.shape[-1]}"
         raise ValueError(
             f"mask_image is {given}, but the latents are {height} x {width} (height x width): "
             "pass a PIL image to have it scaled"
         )
+    return mask[:, None]
+
+
+def _to_levels(item: Any, name: str) -> Tensor:
+    """One mask or several, whatever their size -> (B, H, W) float32 in [0, 1]."""
+    if isinstance(item, Image):
+        grey = np.array(to_pil_list(item, name)[0].convert("L"))
+        return torch.from_numpy(grey)[None].float() / 255
+    mask = _to_tensor(item, name)
+    if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
+        shapes = "(h, w), (B, h, w) or (B, 1, h, w)"
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: must be {shapes}, and not empty")
+    if mask.ndim == 4 and mask.shape[1] != 1:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: must have one channel")
     if not mask.is_floating_point() and mask.max() <= 1:
         mask = mask.float()  # bool, or the zeros and ones that generate_mask gives
-    return _to_unit_range(mask, "mask_image", lowest=0).float().reshape(-1, 1, height, width)
+    return _to_unit_range(mask, name, lowest=0).float().reshape(-1, *mask.shape[-2:])
 
 
 def _to_tensor(item: Any, name: str) -> Tensor:

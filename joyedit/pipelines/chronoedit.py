@@ -19,7 +19,6 @@ Source: diffusers `pipeline_chronoedit.py`; nv-tlabs/ChronoEdit; arXiv 2510.0429
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -30,9 +29,9 @@ from PIL import Image
 from torch import Tensor
 
 from joyedit import ops
-from joyedit.lora import LoraReport
 from joyedit.media import images as im
 from joyedit.media.clip_images import CLIPImageProcessor
+from joyedit.media.geometry import Geometry, stretched
 from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel, Context
 from joyedit.models.clip import CLIPVisionModel, CLIPVisionModelWithProjection
 from joyedit.models.umt5 import UMT5EncoderModel
@@ -46,21 +45,14 @@ from joyedit.pipelines.checks import (
     check_copies,
     check_count,
     check_generators,
-    check_number,
     check_output_type,
     check_prompts,
     check_tensor,
     is_integer,
 )
+from joyedit.pipelines.chronoedit_adapters import PipelineWithPresets
 from joyedit.pipelines.chronoedit_frames import ENDS, FrameCoder, for_all
-from joyedit.pipelines.chronoedit_presets import (
-    PRESETS,
-    Recipe,
-    Solver,
-    preset_called,
-    shift_of,
-    with_shift,
-)
+from joyedit.pipelines.chronoedit_presets import Solver, preset_called
 from joyedit.pipelines.chronoedit_request import (
     Photographs,
     Request,
@@ -68,10 +60,13 @@ from joyedit.pipelines.chronoedit_request import (
     check_embedded,
     check_size,
     text_of_each,
+    warn_if_short,
     warn_if_stretched,
+    working_area,
 )
 from joyedit.pipelines.defaults import Unsaid, unsaid
-from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.pipeline import DENOISED
+from joyedit.pipelines.places import Asked, Known, Places
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
 from joyedit.text.t5_tokenizer import T5TokenizerFast, clean_prompt
@@ -89,14 +84,23 @@ Picture = Image.Image | np.ndarray | Tensor
 Films = list[list[Image.Image]] | np.ndarray | Tensor
 
 
-class ChronoEditPipelineOutput(NamedTuple):
-    """Films: (B, F, H, W, 3) for "np", (B, F, 3, H, W) for "pt", a list of lists for "pil", latents
-    (B, C, T, h, w) for "latent". The edited picture is the last frame, `frames[0][-1]`."""
+class Results(NamedTuple):
+    """What a call returns as a tuple."""
 
     frames: Films
 
 
-class ChronoEditPipeline(Pipeline):
+class ChronoEditPipelineOutput(Results):
+    """Films: (B, F, H, W, 3) for "np", (B, F, 3, H, W) for "pt", a list of lists for "pil", latents
+    (B, C, T, h, w) for "latent". The edited picture is the last frame, `frames[0][-1]`.
+
+    `geometry`, which is no part of the tuple: how the first photograph was worked at, and the size of the
+    result; None where there was no photograph."""
+
+    geometry: Geometry | None = None
+
+
+class ChronoEditPipeline(PipelineWithPresets):
     """Edit photographs by instruction.
 
     Parts: `tokenizer`, `text_encoder`, `image_encoder`, `image_processor`, `transformer`, `vae`, `scheduler`.
@@ -116,7 +120,7 @@ class ChronoEditPipeline(Pipeline):
     relatives = frozenset({"WanImageToVideoPipeline"})
     # As in the published recipe: both run once, and what they give is all that is seen of the photograph.
     auto_dtypes = {"vae": torch.float32, "image_encoder": torch.float32}
-    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds"})
+    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds", DENOISED})
     quirk_names = frozenset({TENSOR_IMAGES})
 
     def __init__(
@@ -140,10 +144,8 @@ class ChronoEditPipeline(Pipeline):
         self.scheduler = scheduler
         self.vae_scale_factor_spatial = 8 if vae is None else vae.config.scale_factor_spatial
         self.vae_scale_factor_temporal = 4 if vae is None else vae.config.scale_factor_temporal
-        self.preset: str | None = None
+        self._warned_of_short = False
         self._attention_kwargs: Mapping[str, Any] | None = None
-        self._distilled: set[str] = set()  # adapters from files that are called so
-        self._keeps_distilled = False  # whether such a one stayed in the weights when it was forgotten
         self.check_configs({name: network.config for name, network in self.networks.items()})
 
     @classmethod
@@ -185,8 +187,8 @@ class ChronoEditPipeline(Pipeline):
         image: Picture | list[Picture] | None = None,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        height: int = 480,
-        width: int = 832,
+        height: int = unsaid(480),
+        width: int = unsaid(832),
         num_frames: int = DEFAULT_FRAMES,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float = DEFAULT_GUIDANCE,
@@ -206,6 +208,9 @@ class ChronoEditPipeline(Pipeline):
         num_temporal_reasoning_steps: int = 0,
         only_last_frame: bool = False,
         preset: str | None = None,
+        mask: Any = None,
+        size: str | tuple[int, int] | None = None,
+        match_colors: bool = False,
     ) -> ChronoEditPipelineOutput | tuple:
         """Edit `image` as `prompt` says.
 
@@ -227,7 +232,11 @@ class ChronoEditPipeline(Pipeline):
         preset: a name of `PRESETS`: its shift, and its steps, guidance and words unless the call says them.
         num_inference_steps, guidance_scale, negative_prompt: a small checkpoint may have others to be left
             at, `made_for.call`.
-        callback_on_step_end(pipe, step, timestep, tensors) may return replacements.
+        callback_on_step_end(pipe, step, timestep, tensors) may return replacements; `denoised`, if it asks
+            for that, is the x0 of the step, to look at.
+        mask, match_colors: as in `JoyImageEditPipeline`, in every frame.
+        size: "input" or (height, width) of the films, as there. Then nothing is stretched: the photograph is
+            padded to a size of the preset's area, else of `made_for.basesize` squared, else of 1280 x 720.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
@@ -247,10 +256,16 @@ class ChronoEditPipeline(Pipeline):
         scale = self._scale(attention_kwargs)
         cut = check_cut(num_temporal_reasoning_steps, recipe.steps if enable_temporal_reasoning else None)
         frames = self._frames(num_frames, enable_temporal_reasoning, cut)
+        sides = [None if isinstance(side, Unsaid) else side for side in (height, width)]
+        asked = Asked.of(mask, size, match_colors, output_type, image, sides)
+        area = working_area(self.made_for, name)
         request = self._request(
-            image, image_embeds, text, num_videos_per_prompt, height, width, frames, generator, latents
+            *(image, image_embeds, text, num_videos_per_prompt, height, width, frames, generator, latents),
+            *(asked, area),
         )
 
+        if text.prompt is not None and not (self.made_for.to_dict() or self._warned_of_short):
+            self._warned_of_short = warn_if_short(text.prompt)
         self._guidance_scale, self._attention_kwargs = recipe.guidance_scale, attention_kwargs
         self._require_parts(request)
         self.scheduler = recipe.scheduler  # where callbacks look for it
@@ -259,6 +274,7 @@ class ChronoEditPipeline(Pipeline):
         positive, negative = self._read(request, max_sequence_length)
         seen = self._see(request)
         latents, condition = self._start(request, latents)
+        known = request.places.known(self._still(request), latents)
         with self.adapters_scaled(scale):
             latents = self._denoise(
                 latents,
@@ -267,11 +283,16 @@ class ChronoEditPipeline(Pipeline):
                 negative,
                 seen,
                 cut=cut if enable_temporal_reasoning else None,
+                known=known,
                 callback=callback_on_step_end,
                 names=names,
             )
-        result = self._decode(latents, output_type, only_last_frame)
-        return ChronoEditPipelineOutput(result) if return_dict else (result,)
+        result = self._decode(latents, output_type, only_last_frame, request.places)
+        if not return_dict:
+            return (result,)
+        output = ChronoEditPipelineOutput(result)
+        output.geometry = request.places.geometry if request.photos else None
+        return output
 
     def _request(
         self,
@@ -284,23 +305,33 @@ class ChronoEditPipeline(Pipeline):
         frames: int,
         generator: Generators,
         latents: Tensor | None,
+        asked: Asked,
+        area: int,
     ) -> Request:
         """What a call is to make, and from what. Raises ValueError or TypeError for what does not fit."""
         if image is None and image_embeds is None:
             raise ValueError("image is needed: a photograph, or a list of them")
         copies = check_copies("num_videos_per_prompt", copies)
+        pictures = [] if image is None else im.to_pil_list(image, "image")
+        if asked.size is not None:
+            shape = asked.shape((pictures[0].height, pictures[0].width) if pictures else (1, 1))
+            height, width = im.size_of_area(*shape, area, self.size_multiple)
         check_size(height, width, self.size_multiple, self.transformer.config.rope_max_seq_len)
         height, width = int(height), int(width)
-        pictures = [] if image is None else im.to_pil_list(image, "image")
         batch = batch_of(text, pictures, image_embeds)
         text = text_of_each(text, batch)
         generator = check_generators(generator, batch * copies)
         if latents is not None:
             shape = self.latent_shape(batch * copies, height, width, frames)
             check_tensor("latents", latents, shape, "B, C, T, h, w")
+        bucket, raw = (height, width), image if self._is_raw(image) else None
+        originals = pictures * (batch // len(pictures)) if pictures else None
+        places = Places.of(asked, originals, batch, bucket, stretched, cell=self.vae_scale_factor_spatial)
+        if asked.size is not None:
+            pictures, raw = asked.padded(pictures, bucket, Image.Resampling.LANCZOS), None
         warn_if_stretched(pictures, height, width, self.size_multiple)
-        photos = Photographs.of(pictures, image if self._is_raw(image) else None) if pictures else None
-        return Request(text, photos, image_embeds, batch, copies, height, width, frames, generator)
+        photos = Photographs.of(pictures, raw) if pictures else None
+        return Request(text, photos, image_embeds, batch, copies, height, width, frames, generator, places)
 
     def _require_parts(self, request: Request) -> None:
         """Raises ValueError for an encoder that a call needs and the pipeline does not have."""
@@ -344,6 +375,15 @@ class ChronoEditPipeline(Pipeline):
             order,
         )
 
+    def _still(self, request: Request) -> Tensor | None:
+        """Latents (B, C, T, h, w) of films in which the photograph stays as it is; None without a mask."""
+        if request.places.cells is None or request.photos is None:
+            return None
+        pixels = self._pixels(request.photos.distinct, request.height, request.width)
+        with self.on_device(self.vae) as vae:
+            still = FrameCoder(vae).still(pixels, request.frames)
+        return for_all(still[request.photos.order], request.batch, request.copies)
+
     def _denoise(
         self,
         latents: Tensor,
@@ -353,13 +393,14 @@ class ChronoEditPipeline(Pipeline):
         seen: Tensor,
         *,
         cut: int | None,
+        known: Known | None = None,
         callback: Callable | None = None,
         names: Sequence[str] = (),
     ) -> Tensor:
         """Latents (B, C, T, h, w) from noise to film; guided when there is a negative prompt.
 
         condition (B, 4 + C, T, h, w); prompts (B, L, D); seen (B, M, D). Before step `cut`, all frames
-        but the first and the last are dropped.
+        but the first and the last are dropped. known: what is put back after every step.
         """
         steps = self.scheduler.timesteps
         self._num_timesteps = len(steps)
@@ -377,6 +418,7 @@ class ChronoEditPipeline(Pipeline):
                 if i == cut:
                     latents, condition = latents[:, :, ENDS], condition[:, :, ENDS]
                     self.scheduler.select_frames(ENDS)
+                    known = known and known.frames(ENDS)
                     rope = None
                 x = torch.cat((latents, condition), dim=1)
                 rope = rope or transformer.rope(transformer.token_grid(x), x.device)
@@ -385,10 +427,15 @@ class ChronoEditPipeline(Pipeline):
                 velocity, *others = predict(x, modulation[i], texts, image, rope)
                 for velocity_uncond in others:
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
+                asked = DENOISED in names
+                denoised = self.scheduler.denoised(velocity, timestep, latents) if asked else None
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                if known is not None:
+                    latents = known.put_back(latents, self.scheduler.sigmas[i + 1])
+                    denoised = None if denoised is None else known.put_back(denoised, 0.0)
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive}
-                tensors["negative_prompt_embeds"] = negative
+                tensors |= {"negative_prompt_embeds": negative, DENOISED: denoised}
                 returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
                 if returned["prompt_embeds"] is not positive:
@@ -401,14 +448,14 @@ class ChronoEditPipeline(Pipeline):
         self._current_timestep = None
         return latents
 
-    def _decode(self, latents: Tensor, output_type: str, only_last: bool) -> Films:
+    def _decode(self, latents: Tensor, output_type: str, only_last: bool, places: Places) -> Films:
         """Latents (B, C, T, h, w) to the output type."""
         if output_type == "latent":
             return latents
         with self.on_device(self.vae) as vae:
             pixels = FrameCoder(vae).decode(latents, only_last)
         films, count = len(pixels), pixels.shape[2]
-        result = im.to_output(rearrange(pixels, "b c f h w -> (b f) c h w"), output_type)
+        result = places.output(rearrange(pixels, "b c f h w -> (b f) c h w"), output_type)
         if isinstance(result, list):
             return [result[i * count : (i + 1) * count] for i in range(films)]
         return result.reshape(films, count, *result.shape[1:])
@@ -544,83 +591,12 @@ class ChronoEditPipeline(Pipeline):
             raise ValueError(f"num_frames={rounded}: too many")
         return rounded
 
-    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> LoraReport:
-        """Load an adapter; see `joyedit.lora.Adapters`."""
-        report = super().load_lora_weights(source, adapter_name, **options)
-        files = () if isinstance(source, Mapping) else (Path(source).name, options.get("weight_name") or "")
-        if any("distill" in name.lower() for name in (report.name, *files)):
-            self._distilled.add(report.name)
-        else:
-            self._distilled.discard(report.name)
-        return report
-
-    def unload_lora_weights(self) -> None:
-        """Forget all adapters; see `joyedit.lora.Adapters`."""
-        self._keeps_distilled |= bool(self.adapters.fused_loras & self._distilled)
-        super().unload_lora_weights()
-        self._distilled.clear()
-
-    def use_preset(self, name: str, lora: Any = None, reversible: bool = False) -> LoraReport | None:
-        """Set the pipeline up for a preset: `scheduler` gets its shift, and calls that do not say steps,
-        guidance or prompt get its own. lora: its adapter, as `load_lora_weights` takes it, or a list of them
-        in the order of the preset, which are fused into the weights, and the active ones stay so; reversible
-        keeps the originals, as `fuse_lora` does. Returns what became of the last one.
-
-        Raises ValueError for an unknown name or another number of adapters, and what loading them raises,
-        with nothing changed.
-        """
-        chosen = preset_called(name)
-        sources = [] if lora is None else list(lora) if isinstance(lora, (list, tuple)) else [lora]
-        if sources and len(sources) != len(chosen.adapters):
-            wanted = " and ".join(map(str, chosen.adapters))
-            raise ValueError(f"preset={name!r} has {len(chosen.adapters)} adapters: lora=[...] with {wanted}")
-        scheduler = with_shift(self.scheduler, chosen.flow_shift)
-        report, added = None, []
-        before = self.adapters.active_weights
-        try:
-            for adapter, source in zip(chosen.adapters, sources, strict=False):
-                report = self.load_lora_weights(source, adapter.name)
-                added.append(adapter.name)
-            if added:
-                self.fuse_lora(adapter_names=added, reversible=reversible)
-        except BaseException:
-            if added:
-                self.adapters.delete_adapters(added)
-            self._distilled.difference_update(added)
-            self.set_adapters(list(before), list(before.values()))
-            raise
-        if added:
-            self.set_adapters([*before, *added], [*before.values(), *[1.0] * len(added)])
-        self.scheduler, self.preset = scheduler, name
-        return report
-
     def _scale(self, attention_kwargs: Mapping[str, Any] | None) -> float | None:
         """See `adapter_scale`. Says so when there is nothing to multiply."""
         scale = adapter_scale("attention_kwargs", attention_kwargs)
         if scale is not None and not set(self.get_active_adapters()) - self.adapters.fused_loras:
             log.warning("attention_kwargs: scale=%g has no effect, no adapter is loaded and not fused", scale)
         return scale
-
-    def _recipe(self, preset: str | None, steps: int, guidance: float) -> Recipe:
-        """What a run denoises with: what the call says, else the preset, else what the checkpoint was made
-        for, else the default."""
-        name = self.preset if preset is None else preset
-        scheduler, chosen = self.scheduler, None
-        if name is not None:
-            chosen = preset_called(name)
-            scheduler = with_shift(scheduler, chosen.flow_shift)
-            steps = chosen.num_inference_steps if isinstance(steps, Unsaid) else steps
-            guidance = chosen.guidance_scale if isinstance(guidance, Unsaid) else guidance
-        said = self.unless_said(num_inference_steps=steps, guidance_scale=guidance)
-        steps = check_count("num_inference_steps", said["num_inference_steps"])
-        guidance = check_number("guidance_scale", said["guidance_scale"])
-        adapters = {*self.get_active_adapters(), *self.adapters.fused_loras}
-        if self._keeps_distilled or adapters & self._distilled:
-            chosen = chosen or PRESETS["distill"]
-        if chosen is not None:
-            adapted = self._keeps_distilled or bool(adapters)
-            chosen.warn_of_parts(steps, guidance, shift_of(scheduler), adapted)
-        return Recipe(scheduler, steps, guidance)
 
 
 def check_cut(cut: Any, steps: int | None) -> int:

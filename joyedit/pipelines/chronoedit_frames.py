@@ -49,6 +49,14 @@ class FrameCoder:
         mask[:, :, 0] = float(known)
         return torch.cat((mask, latents), dim=1)
 
+    def still(self, pictures: Tensor, frames: int) -> Tensor:
+        """Normalised latents (B, C, T, h, w) fp32 of films of 1 + 4k frames that stay their first; pictures
+        (B, 3, 1, H, W) in [-1, 1]. As in `decode`, the last one follows the first."""
+        shown = max(frames - 4, 5)  # causal: the last of five is also the second of the way
+        latents = self.vae.encode(pictures.expand(-1, -1, shown, -1, -1)).latent_dist.mode().float()
+        latents = (latents - self.mean.to(latents)) / self.std.to(latents)
+        return latents[:, :, [*range((frames - 1) // 4), 1]]
+
     def decode(self, latents: Tensor, only_last: bool = False) -> Tensor:
         """Normalised latents (B, C, T, h, w) -> pixels (B, 3, F, H, W) in [-1, 1]; only_last: the last frame
         alone, which is the edited picture."""

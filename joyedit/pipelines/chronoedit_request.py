@@ -5,6 +5,7 @@ B prompts, or photographs if there are more of them   L prompt tokens   M tokens
 
 import contextlib
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,16 @@ from joyedit.media import images as im
 from joyedit.models.chronoedit_dit import ChronoEditConfig
 from joyedit.noise import Generators
 from joyedit.pipelines.checks import Text, as_list, check_side, check_tensor
+from joyedit.pipelines.chronoedit_presets import preset_called
+from joyedit.pipelines.made_for import MadeFor
+from joyedit.pipelines.places import Places
 
 log = logging.getLogger("joyedit")
+
+EXAMPLES_AREA = 720 * 1280
+SHORT = 15  # words of a prompt; it was trained on 80 to 100
+# Where no spaces stand between words (Japanese, Chinese), each letter counts as one.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
 class Photographs(NamedTuple):
@@ -45,6 +54,7 @@ class Request(NamedTuple):
     width: int
     frames: int  # that are denoised
     generator: Generators
+    places: Places
 
 
 def check_embedded(text: Text, image_embeds: Tensor | None, config: ChronoEditConfig) -> None:
@@ -63,6 +73,13 @@ def check_size(height: Any, width: Any, multiple: int, most: int) -> None:
     for name, size in (("height", height), ("width", width)):
         if check_side(name, size, multiple) > most * multiple:
             raise ValueError(f"{name}={size}: must be at most {most * multiple}")
+
+
+def working_area(made_for: MadeFor, preset: str | None) -> int:
+    """How many pixels a run is worked at where no height and width say it: the checkpoint's, else the
+    preset's, else those of ChronoEdit's examples."""
+    own = None if preset is None else preset_called(preset).area
+    return made_for.basesize**2 if made_for.basesize else own or EXAMPLES_AREA
 
 
 def batch_of(text: Text, photos: Sequence[Image.Image], image_embeds: Tensor | None) -> int:
@@ -107,3 +124,14 @@ def warn_if_stretched(photos: Sequence[Image.Image], height: int, width: int, mu
                 change = f"{photo.width} x {photo.height} pixels is stretched to {width} x {height}"
                 log.warning("a photograph of %s; width=%d, height=%d would fit it", change, size[1], size[0])
                 return
+
+
+def warn_if_short(prompt: str | Sequence[str]) -> bool:
+    """Log a warning for a prompt, or the shortest of several, that says much less than those of the training;
+    whether there is one."""
+    count = min(len(WORD.findall(text)) for text in ([prompt] if isinstance(prompt, str) else prompt))
+    if count < SHORT:
+        trained = "prompts of 80 to 100 words that begin 'The user wants to'"
+        makes = "--rewrite, in Python joyedit.rewriting.rewrite, makes such a one of it"
+        log.warning("ChronoEdit was trained on %s, and this one has %d: %s", trained, count, makes)
+    return count < SHORT

@@ -63,11 +63,11 @@ from joyedit.pipelines.diffedit_results import (
     DiffEditInversionPipelineOutput,
     DiffEditOutput,
     StableDiffusionPipelineOutput,
-    black_out,
+    screened,
 )
 from joyedit.pipelines.diffedit_steps import AfterStep, after_step, denoiser
 from joyedit.pipelines.made_for import words_of
-from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.pipeline import DENOISED, Pipeline
 from joyedit.pipelines.pipeline_spellings import ImageProcessor
 from joyedit.pipelines.regularization import regularize
 from joyedit.pipelines.sd_latents import LatentCoder, draw, with_clean_level
@@ -113,7 +113,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     relatives = frozenset(
         {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy"}
     )
-    callback_tensors = frozenset({"latents"})
+    callback_tensors = frozenset({"latents", DENOISED})
     quirk_names = frozenset(
         {LATE_BLEND, SWAPPED_GUIDANCE, BATCH_THRESHOLD, SAMPLED_INVERSION, PARTIAL_CLIP_SKIP}
     )
@@ -211,6 +211,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         composite: bool = unsaid(False),
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         clip_skip: int | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> DiffEditOutput:
         """Mask, inversion and denoising in one call: `generate_mask`, `invert` and `__call__`, which a
         subclass may have of its own. All prompts are read at once, and reach these as embeddings.
@@ -218,11 +220,13 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         source_prompt says what is there, target_prompt what shall be. mask_image: takes the place of the mask
             that would be made. negative_prompt: the source prompt if not given.
         invert_guidance_scale: 1, which is none, reconstructs best.
-        generator: one, or a list with one per image.
+        generator: one, or a list with one per image. callback_on_step_end: of the denoising, as `__call__`
+            has it.
         What is not passed is, of a small checkpoint, as `made_for.call` says.
         The other arguments are those of the three methods, and so are the errors.
         """
         self = self.for_one_call()  # others may run at the same time
+        names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         run = self.unless_said(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
         guidance = self.unless_said(
             guidance_scale=guidance_scale, invert_guidance_scale=invert_guidance_scale
@@ -289,6 +293,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             eta=eta,
             output_type=output_type,
             composite=said["composite"],
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=names,
             **run,
             **shared,
         )
@@ -473,8 +479,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
                 if self.interrupt:
                     break
                 output = regular(t, latents, predict(i, latents))
-                latents = self.inverse_scheduler.step(output, t, latents)[0]
-                latents = call_back(i, t, latents)
+                latents, x0 = self.inverse_scheduler.step(output, t, latents)
+                latents = call_back(i, t, latents, x0)
                 levels.append(latents)
         if LATE_BLEND in self.quirks:
             levels = levels[1:] or levels
@@ -571,9 +577,9 @@ class StableDiffusionDiffEditPipeline(Pipeline):
                     break
                 output = predict(i, x)
                 noise = draw(x, generator, self.unet.dtype) if eta > 0 else None
-                x = self.scheduler.step(output, t, x, eta=eta, variance_noise=noise)[0]
+                x, x0 = self.scheduler.step(output, t, x, eta=eta, variance_noise=noise)
                 x = torch.where(work.mask, x, work.levels[:, i if late else i + 1])
-                x = call_back(i, t, x)
+                x = call_back(i, t, x, x0, work)
         return x
 
     def _for_copies(self, work: Repaint, taken: int, copies: int, composite: bool) -> Repaint:
@@ -596,7 +602,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         pictures = self._decode(x)
         if work.pixels is not None:
             pictures = paste_back(pictures, work.pixels, work.mask)
-        pictures, flagged = self._check_safety(pictures)
+        pictures, flagged = screened(self, pictures)
         return StableDiffusionPipelineOutput(im.to_output(pictures, output_type), flagged)
 
     def _require_parts(self, pixels: Tensor | None, decodes: bool = False) -> None:
@@ -690,10 +696,3 @@ class StableDiffusionDiffEditPipeline(Pipeline):
     @property
     def coder(self) -> LatentCoder:
         return LatentCoder(self.vae)
-
-    def _check_safety(self, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
-        """Pixels with flagged pictures black, and which those are."""
-        if self.safety_checker is None or self.feature_extractor is None:
-            return pixels, None
-        with self.on_device(self.safety_checker) as checker:
-            return black_out(pixels, checker, self.feature_extractor, self.device)

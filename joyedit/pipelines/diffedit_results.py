@@ -13,6 +13,7 @@ from torch import Tensor
 from joyedit.media import images as im
 from joyedit.media.clip_images import CLIPImageProcessor
 from joyedit.models.clip import StableDiffusionSafetyChecker
+from joyedit.pipelines.pipeline import Pipeline
 
 Images = list[Image.Image] | np.ndarray | Tensor
 
@@ -38,6 +39,15 @@ class DiffEditOutput(NamedTuple):
     nsfw_content_detected: list[bool] | None
     mask: np.ndarray
     heat_map: np.ndarray | None
+
+
+def screened(pipe: Pipeline, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
+    """Pixels (B, 3, H, W) with flagged pictures black, and which those are; None where nobody looks."""
+    checker, extractor = (pipe.components[name] for name in ("safety_checker", "feature_extractor"))
+    if checker is None or extractor is None:
+        return pixels, None
+    with pipe.on_device(checker):
+        return black_out(pixels, checker, extractor, pipe.device)
 
 
 def black_out(

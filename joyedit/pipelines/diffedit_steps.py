@@ -5,7 +5,7 @@ B images   C latent channels   h, w latent size   P prompts   T steps taken
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +13,16 @@ from torch import Tensor
 from joyedit import ops
 from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.pipelines.checks import check_count
-from joyedit.pipelines.diffedit_request import Run
-from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.diffedit_request import Repaint, Run
+from joyedit.pipelines.pipeline import DENOISED, Pipeline
 
-AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # step, timestep, latents -> the latents to go on with
+
+class AfterStep(Protocol):
+    def __call__(
+        self, i: int, t: Tensor, latents: Tensor, x0: Tensor, work: Repaint | None = None, /
+    ) -> Tensor:
+        """The latents to go on with after step i. x0: what the step headed for; work: what is repainted."""
+        ...
 
 
 @contextlib.contextmanager
@@ -59,12 +65,15 @@ def after_step(
     on_step_end: Callable | None,
     names: Sequence[str],
 ) -> AfterStep:
-    """Calls the callbacks of both kinds."""
+    """Calls the callbacks of both kinds. What they see as denoised is, outside the mask, the photograph's."""
     names = pipe.check_callback(on_step_end, names)
     every = check_count("callback_steps", every)
 
-    def run(i: int, t: Tensor, latents: Tensor) -> Tensor:
-        latents = pipe.call_back(on_step_end, names, i, t, {"latents": latents})["latents"]
+    def run(i: int, t: Tensor, latents: Tensor, x0: Tensor, work: Repaint | None = None, /) -> Tensor:
+        tensors: dict[str, Tensor | None] = {"latents": latents}
+        if DENOISED in names:
+            tensors[DENOISED] = x0 if work is None else torch.where(work.mask, x0, work.levels[:, -1])
+        latents = pipe.call_back(on_step_end, names, i, t, tensors)["latents"]
         if legacy is not None and i % every == 0:
             legacy(i, t, latents)
         return latents

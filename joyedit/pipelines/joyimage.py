@@ -28,6 +28,7 @@ from torch import Tensor
 
 from joyedit import ops
 from joyedit.media import images as im
+from joyedit.media.geometry import Geometry, covering
 from joyedit.models.joyimage_mmdit import Grids, JoyImageEditTransformer3DModel, Rope
 from joyedit.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
@@ -54,8 +55,9 @@ from joyedit.pipelines.joyimage_request import (
     each_once,
     one_per_prompt,
 )
-from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.pipeline import DENOISED, Pipeline
 from joyedit.pipelines.pipeline_spellings import ImageProcessor
+from joyedit.pipelines.places import Asked, Known, Places
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer
 from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor
@@ -75,8 +77,17 @@ Picture = Image.Image | np.ndarray | Tensor
 Images = list[Image.Image] | np.ndarray | Tensor
 
 
-class JoyImageEditPipelineOutput(NamedTuple):
+class Results(NamedTuple):
+    """What a call returns as a tuple."""
+
     images: Images
+
+
+class JoyImageEditPipelineOutput(Results):
+    """`images` alone can be unpacked. `geometry`: how the first photograph was worked at, and the size of the
+    result; None where there was no photograph."""
+
+    geometry: Geometry | None = None
 
 
 class Group(NamedTuple):
@@ -115,7 +126,7 @@ class JoyImageEditPipeline(Pipeline):
         "transformer": (JoyImageEditTransformer3DModel,),
         "processor": (Qwen3VLProcessor,),
     }
-    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds"})
+    callback_tensors = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds", DENOISED})
     quirk_names = frozenset({GLOBAL_POSTERIOR, PADDED_PROMPTS, MISPAIRED_REFERENCES})
     prompt_template_encode = {
         "image": SYSTEM + USER + "{}<|im_end|>\n<|im_start|>assistant\n",
@@ -197,6 +208,9 @@ class JoyImageEditPipeline(Pipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 4096,
         enable_denormalization: bool = True,
+        mask: Any = None,
+        size: str | tuple[int, int] | None = None,
+        match_colors: bool = False,
     ) -> JoyImageEditPipelineOutput | tuple:
         """Edit `image` as `prompt` says; without an image, make one from the prompt.
 
@@ -215,7 +229,14 @@ class JoyImageEditPipeline(Pipeline):
             (B, C, h, w), normalised.
         max_sequence_length: prompt tokens kept, the last ones with an image, the first without.
         callback_on_step_end(pipe, step, timestep, tensors) may return replacements; its `latents` are the
-            target's.
+            target's, and `denoised`, if it asks for that, is the x0 of the step, to look at.
+        mask: white where the edit may change the photograph, of its size: one for all or one for each (PIL,
+            or (H, W) arrays and tensors); what is less than half white keeps the photograph's pixels.
+        size: "input", the photograph's own, or (height, width), which its centre is cut to the shape of; at
+            least 16 pixels each, at most 4 times the bucket's or as many as the photograph's in all. Either
+            way the photograph is padded to its bucket, not cut. None: the bucket's.
+        match_colors: bring colours back to the photograph's, by what the edit leaves alone; with a mask, by
+            what is outside, and only inside of it anything changes.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
@@ -244,8 +265,11 @@ class JoyImageEditPipeline(Pipeline):
         embedded = [Prompt.of(prompt_embeds, prompt_embeds_mask)]
         embedded += [Prompt.of(negative_prompt_embeds, negative_prompt_embeds_mask)] * (guidance_scale > 1)
         text = Text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        size = (as_number(height), as_number(width))
-        request = self._request(image, text, embedded, size, num_images_per_prompt, generator, latents)
+        sides = (as_number(height), as_number(width))
+        asked = Asked.of(mask, size, match_colors, output_type, image, sides)
+        request = self._request(
+            image, text, embedded, sides, num_images_per_prompt, generator, latents, asked
+        )
         self._require_parts(request, output_type or "pil")
 
         count = num_inference_steps if timesteps is None and sigmas is None else None
@@ -255,19 +279,27 @@ class JoyImageEditPipeline(Pipeline):
         prompts = self._read(request, max_sequence_length)
         dtype = prompts[0].embeds.dtype
         target, references = self._start(request, latents, dtype, enable_denormalization)
-        target = self._denoise(target, references, *prompts, callback=callback_on_step_end, names=names)
-        result = self._decode(target[:, 0], output_type or "pil", enable_denormalization)
-        return JoyImageEditPipelineOutput(result) if return_dict else (result,)
+        known = request.places.known(references, target)
+        target = self._denoise(
+            target, references, *prompts, known=known, callback=callback_on_step_end, names=names
+        )
+        result = self._decode(target[:, 0], output_type or "pil", enable_denormalization, request.places)
+        if not return_dict:
+            return (result,)
+        output = JoyImageEditPipelineOutput(result)
+        output.geometry = request.places.geometry if request.pictures else None
+        return output
 
     def _request(
         self,
         image: Picture | list[Picture] | None,
         text: Text,
         embedded: list[Prompt | None],
-        size: tuple[int | None, int | None],
+        sides: tuple[int | None, int | None],
         copies: int | None,
         generator: Generators,
         latents: Tensor | None,
+        asked: Asked,
     ) -> Request:
         """What a call is to make, and from what. embedded: an entry for the positive prompts and, under
         guidance, one for the negative ones. Raises ValueError or TypeError for what does not fit."""
@@ -277,15 +309,23 @@ class JoyImageEditPipeline(Pipeline):
         photos = one_per_prompt(None if image is None else im.to_pil_list(image, "image", alpha=True), batch)
         check_placeholders(texts, photos)
         generator = check_generators(generator, batch * copies)
-        bucket = self.choose_size(photos, *size)
+        if isinstance(asked.size, tuple):
+            bucket = im.nearest_bucket(*asked.size, self.buckets)
+        else:
+            bucket = self.choose_size(photos, *sides)
         if min(bucket) < 1 or any(side % self.size_multiple for side in bucket):
             raise ValueError(
                 f"buckets hold {bucket}: both sides must be positive multiples of {self.size_multiple}"
             )
         if latents is not None:
             check_tensor("latents", latents, self.latent_shape(batch * copies, *bucket), "B, 1, C, 1, h, w")
-        pictures = each_once(photos, lambda photo: im.resize_center_crop(photo, *bucket))
-        return Request(texts[: len(embedded)], embedded, pictures, bucket, copies, generator)
+        if asked.size is None or photos is None:
+            pictures = each_once(photos, lambda photo: im.resize_center_crop(photo, *bucket))
+        else:
+            pictures = asked.padded(photos, bucket, Image.Resampling.BILINEAR)
+        cell = self.vae_scale_factor_spatial
+        places = Places.of(asked, photos, batch, bucket, covering, pictures, cell)
+        return Request(texts[: len(embedded)], embedded, pictures, bucket, copies, generator, places)
 
     def _require_parts(self, request: Request, output_type: str) -> None:
         """Raises ValueError for a part that a call needs and the pipeline does not have."""
@@ -324,10 +364,12 @@ class JoyImageEditPipeline(Pipeline):
         positive: Prompt,
         negative: Prompt | None = None,
         *,
+        known: Known | None = None,
         callback: Callable | None = None,
         names: Sequence[str] = (),
     ) -> Tensor:
-        """Target latents (B, 1, C, 1, h, w) from noise to image; guided when there is a negative prompt."""
+        """Target latents (B, 1, C, 1, h, w) from noise to image; guided when there is a negative prompt.
+        known: what is put back after every step."""
         steps = self.scheduler.timesteps
         self._num_timesteps = len(steps)
         with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
@@ -347,10 +389,15 @@ class JoyImageEditPipeline(Pipeline):
                 guided = uncond is not None and self.guidance_scale > 1  # a callback may have turned it off
                 branches = [cond, uncond] if guided else [cond]
                 velocities = self._velocities(target, branches, modulation[i], rope, grid)
+                denoised = self._denoised(timestep, latents, *velocities) if DENOISED in names else None
                 latents = self._step(timestep, latents, *velocities)
+                if known is not None:
+                    latents = known.put_back(latents, self.scheduler.sigmas[i + 1])
+                    denoised = None if denoised is None else known.put_back(denoised, 0.0)
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive.embeds}
                 tensors["negative_prompt_embeds"] = None if negative is None else negative.embeds
+                tensors[DENOISED] = denoised
                 returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
                 if returned["prompt_embeds"] is not positive.embeds:
@@ -375,6 +422,14 @@ class JoyImageEditPipeline(Pipeline):
             velocity = ops.guide(velocity, uncond, self.guidance_scale, True)
         velocity = velocity[:, None].to(latents.dtype)
         return self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+    def _denoised(
+        self, timestep: Tensor, latents: Tensor, velocity: Tensor, uncond: Tensor | None = None
+    ) -> Tensor:
+        """x0 (B, 1, C, 1, h, w) that `_step`, which comes next, heads for; arguments as there."""
+        if uncond is not None:
+            velocity = ops.guide(velocity, uncond, self.guidance_scale, True)
+        return self.scheduler.denoised(velocity[:, None], timestep, latents)
 
     def _velocities(
         self, target: Tensor, branches: list[Branch], vec: Tensor, rope: Rope, grid: Grids
@@ -401,7 +456,9 @@ class JoyImageEditPipeline(Pipeline):
             groups.append(Group(rows, txt, None if references is None else references[rows]))
         return groups
 
-    def _decode(self, latents: Tensor, output_type: str, enable_denormalization: bool) -> Images:
+    def _decode(
+        self, latents: Tensor, output_type: str, enable_denormalization: bool, places: Places | None = None
+    ) -> Images:
         """Latents (B, C, 1, h, w) to the output type."""
         if output_type == "latent":
             return latents[:, :, 0].float()
@@ -409,7 +466,8 @@ class JoyImageEditPipeline(Pipeline):
             latents = self.denormalize_latents(latents)
         with self.on_device(self.vae) as vae:
             pixels = vae.decode(latents, return_dict=False)[0]
-        return im.to_output(pixels[:, :, 0], output_type)
+        write = im.to_output if places is None else places.output
+        return write(pixels[:, :, 0], output_type)
 
     def encode_prompt(
         self,

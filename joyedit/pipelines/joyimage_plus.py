@@ -43,6 +43,7 @@ from joyedit.pipelines.defaults import unsaid
 from joyedit.pipelines.joyimage import Branch, Images, JoyImageEditPipeline, Picture, in_order
 from joyedit.pipelines.joyimage_prompts import IMAGE_MARK, USER, VISION, Prompt, PromptReader
 from joyedit.pipelines.joyimage_request import check_placeholders, references_of_each
+from joyedit.pipelines.pipeline import DENOISED
 
 log = logging.getLogger("joyedit")
 
@@ -114,7 +115,8 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
             (B, C, h, w), normalised, the target's.
         max_sequence_length: tokens kept of pictures and prompt, the last ones; a line says what was cut.
         callback_on_step_end(pipe, step, timestep, tensors) may return replacements; its `latents`
-            (B, 1, C, 1, h, w) are the target's.
+            (B, 1, C, 1, h, w) are the target's, and `denoised`, if it asks for that, is the x0 of the step,
+            to look at.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
@@ -319,10 +321,12 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
                 guided = uncond is not None and self.guidance_scale > 1  # a callback may have turned it off
                 branches = [cond, uncond] if guided else [cond]
                 velocities = self._predict(target, branches, modulation[i], layouts)
+                denoised = self._denoised(timestep, latents, *velocities) if DENOISED in names else None
                 latents = self._step(timestep, latents, *velocities)
 
                 tensors: dict[str, Tensor | None] = {"latents": latents, "prompt_embeds": positive.embeds}
                 tensors["negative_prompt_embeds"] = None if negative is None else negative.embeds
+                tensors[DENOISED] = denoised
                 returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
                 if returned["prompt_embeds"] is not positive.embeds:

@@ -14,6 +14,7 @@ from joyedit.media.images import to_pil_list
 from joyedit.noise import Generators
 from joyedit.pipelines.checks import Text, check_finite, check_side
 from joyedit.pipelines.joyimage_prompts import IMAGE_MARK, Prompt
+from joyedit.pipelines.places import Places
 
 MOST_REFERENCES = 6  # of one sample of Edit-Plus
 
@@ -24,10 +25,11 @@ class Request(NamedTuple):
 
     texts: list[list[str]]  # B each
     embedded: list[Prompt | None]  # what came embedded, and is not to be read
-    pictures: list[Image.Image] | None  # one per prompt, equal ones being one object, cropped to `size`
+    pictures: list[Image.Image] | None  # one per prompt, equal ones being one object, brought to `size`
     size: tuple[int, int]  # height and width of the bucket
     copies: int  # images of each prompt, in a row
     generator: Generators
+    places: Places
 
     @property
     def batch(self) -> int:

@@ -44,6 +44,10 @@ Result = TypeVar("Result")
 
 DENOISERS = ("transformer", "unet")
 
+# What a callback may ask for beside what it may replace: x0 that the step headed for, of the shape of the
+# latents, in fp32 at least. It is computed where a callback asks for it, and changes nothing.
+DENOISED = "denoised"
+
 # What a running call is told from outside, and tells: under these names, which diffusers documents, too.
 STATE_OF_CALLS = frozenset(
     {"_guidance_scale", "_interrupt", "_num_timesteps", "_current_timestep", "_attention_kwargs"}
@@ -564,7 +568,8 @@ class Pipeline(PipelineSpellings):
         timestep: Tensor,
         tensors: dict[str, Tensor | None],
     ) -> dict[str, Any]:
-        """Run a step callback; the tensors it asked for, replaced by those it returned."""
+        """Run a step callback; the tensors it asked for, replaced by those it returned. `denoised` is there
+        to look at: nothing that a step begins with."""
         if callback is None:
             return tensors
         returned = callback(self, step, timestep, {name: tensors[name] for name in names})
@@ -572,12 +577,15 @@ class Pipeline(PipelineSpellings):
             return tensors
         if unknown := set(returned) - set(tensors):
             raise ValueError(
-                f"the callback returned {sorted(unknown)}; only {sorted(tensors)} can be replaced"
+                f"the callback returned {sorted(unknown)}; only {sorted(set(tensors) - {DENOISED})} can be "
+                "replaced"
             )
         for name, tensor in returned.items():
             before = tensors[name]
             if tensor is before:  # None as well, where a run has no such tensor
                 continue
+            if name == DENOISED:
+                raise ValueError(f"the callback returned another {DENOISED}: that is computed at every step")
             if tensor is None or before is None:
                 raise ValueError(f"the callback returned a {name} in place of none, or none in place of one")
             if tensor.shape != before.shape:

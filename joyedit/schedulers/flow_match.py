@@ -39,6 +39,7 @@ from joyedit.schedulers.scheduler import (
     exponential_sigmas,
     karras_sigmas,
     shift_sigmas,
+    to_fp32,
 )
 
 log = logging.getLogger("joyedit")
@@ -246,6 +247,14 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
         if not euler or self.config.stochastic_sampling or self.config.joyai_original:
             return None
         return self.step_lengths[self.count_step(timestep)]
+
+    def denoised(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        """x0 that the step which comes next heads for: sample - sigma * velocity, in fp32 at least.
+
+        model_output, sample (B, ...): as for `step`, which is called afterwards. Raises as `current_step`.
+        """
+        sigma = self.sigmas[self.current_step(timestep)]
+        return to_fp32(sample) - sigma * to_fp32(model_output)
 
     def current_step(self, timestep: float | Tensor) -> int:
         """As everywhere; a ValueError also for an integer, which would be the index of a timestep."""

@@ -360,6 +360,18 @@ class UniPCMultistepScheduler(CountingScheduler):
             x0 = threshold(x0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
         return x0
 
+    def denoised(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> Tensor:
+        """x0 that the step which comes next heads for, in fp32 at least.
+
+        model_output, sample (B, ...): as for `step`, which is called afterwards. Raises as `current_step`.
+        """
+        level = self.sigmas[self.current_step(timestep)]
+        output = self.convert_model_output(model_output, sample)
+        if self.config.predict_x0:
+            return output
+        signal, noise = (factor.item() for factor in self._signal_and_noise(level))
+        return (to_fp32(sample) - noise * output) / signal
+
     def _order(self, i: int) -> int:
         """How many outputs the predictor of step i uses: few at the start, and at the end as well."""
         known = len(self.model_outputs)

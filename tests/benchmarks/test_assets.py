@@ -39,7 +39,7 @@ def size(path):
 def test_built_in_names():
     assert set(layouts.BUILT_IN) == set(CLASSES)
     found = {path.name for path in layouts.ASSETS.iterdir()}
-    assert found == {*CLASSES, "demo"}
+    assert found == {*CLASSES, "demo", "previews.json"}
     assert size(layouts.ASSETS) <= 30e6
 
 

@@ -132,7 +132,7 @@ def test_damaged_records(run, plus, no_work, damage):
     metadata = {"prompt": "x", "model": str(plus), "references": damage, "input": facts("a.png")}
     images.save_png(Image.new("RGB", (8, 8)), "made.png", metadata)
     status, _, err = run("edit", "a.png", "--config-from", "made.png")
-    assert status == 1 and "made.png: the recorded references" in err and "damaged" in err, err
+    assert status == 1 and "made.png: the recorded reference" in err and "damaged" in err, err
 
 
 def test_a_record_of_too_many(run, plus, no_work):

@@ -66,7 +66,9 @@ def metadata(name, **record):
 # Arguments.
 
 
-@pytest.mark.parametrize("words", ["edit", "edit photo.png x --mask m.png", "edit photo.png x --steps 0", ""])
+@pytest.mark.parametrize(
+    "words", ["edit", "edit photo.png x --masks m.png", "edit photo.png x --steps 0", ""]
+)
 def test_wrong_arguments_are_one_line_that_names_the_help(capsys, words):
     err = wrong(capsys, *words.split())
     program = " ".join(["joyedit", *words.split()[:1]])
@@ -176,13 +178,12 @@ def test_a_preset_is_without_guidance(run, tmp_path):
 
 
 def test_the_size_to_work_at_is_said_and_whether_it_crops(run, quick):
-    assert (
-        "working at 96 x 96 pixels, the photograph has 96 x 72, cropped\n" in run("edit", "photo.png", "x")[2]
-    )
+    said = "photograph of 96 x 72 less 24 columns, at scale 1.33 in 96 x 96; result of 96 x 96\n"
+    assert said in run("edit", "photo.png", "x")[2]
     Image.new("RGB", (48, 48)).save("square.png")
-    assert "working at 96 x 96 pixels, the photograph has 48 x 48\n" in run("edit", "square.png", "x")[2]
+    assert "photograph of 48 x 48, at scale 2 in 96 x 96" in run("edit", "square.png", "x")[2]
     Image.new("RGB", (96, 96)).save("fits.png")
-    assert "working at" not in run("edit", "fits.png", "x")[2]
+    assert "photograph of" not in run("edit", "fits.png", "x")[2]
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.deprecated.stable_diffusion_diffedit import (
     pipeline_stable_diffusion_diffedit as theirs,
 )
+from scipy import ndimage
 
-from joyedit.media.masks import to_latent_mask, to_mask_images, to_model_pixels
+from joyedit.media.masks import soft_edge, to_latent_mask, to_mask_images, to_model_pixels, to_pixel_masks
 
 
 def photo(width: int, height: int, mode: str = "RGB", seed: int = 0) -> PIL.Image.Image:
@@ -215,3 +216,45 @@ def test_mask_images_go_there_and_back():
 def test_masks_that_are_refused(given, batch, error, message):
     with pytest.raises(error, match=message):
         to_latent_mask(given, (5, 7), batch)
+
+
+def test_masks_of_pixels_are_white_from_one_half_on():
+    levels = np.array([[0, 127, 128], [255, 1, 200]], np.uint8)
+    white = levels >= 128
+    forms = (
+        levels,
+        levels[None],
+        levels / 255,
+        white,
+        white.astype(np.int64),
+        torch.from_numpy(levels)[None, None],
+        PIL.Image.fromarray(levels),
+        PIL.Image.fromarray(levels).convert("RGB"),
+    )
+    for form in forms:
+        (mask,) = to_pixel_masks(form)
+        assert mask.dtype == torch.bool
+        np.testing.assert_array_equal(mask.numpy(), white)
+    joined = to_pixel_masks([np.stack([levels, 255 - levels]), PIL.Image.fromarray(levels)])
+    assert [mask.sum().item() for mask in joined] == [3, 3, 3]
+
+
+def test_a_soft_edge_lies_inside_the_mask():
+    """Against the distance to the nearest pixel outside, and a stroke that is narrower than the edge."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((60, 80), dtype=bool)
+    mask[:30, 20:70] = True  # the upper border is no edge
+    mask[40:43, 5:75] = True
+    mask[50, 5:75] = True
+    mask[rng.integers(10, 20, 3), rng.integers(30, 60, 3)] = False
+    alpha = soft_edge(torch.from_numpy(mask), 5).numpy()
+    assert not alpha[~mask].any() and alpha[mask].min() == pytest.approx(1 / 5)
+    padded = np.pad(mask, ((1, 1), (1, 1)), mode="edge")
+    distance = ndimage.distance_transform_cdt(padded, "chessboard")[1:-1, 1:-1]
+    wide = mask.copy()
+    wide[35:] = False
+    np.testing.assert_allclose(alpha[wide & (distance >= 5)], 1)
+    np.testing.assert_allclose(alpha[25:30, 45], [1, 0.8, 0.6, 0.4, 0.2])
+    assert (alpha[0, 25:65] == 1).all()
+    np.testing.assert_allclose(alpha[40:43, 40], [0.5, 1, 0.5])
+    assert alpha[50, 40] == 1
