@@ -311,7 +311,7 @@ ARGUMENT_ERRORS = {
     "edit photo.png x -o out.gif": "'out.gif' is neither a folder nor ends in",
     "edit photo.png x --stpes 3": "unrecognized arguments: --stpes 3 (did you mean --steps?)",
     "edit photo.png x more": "'x' is no photograph that is here: an instruction of several words goes in",
-    "edit photo.png x --masks m.png": "ambiguous option: --mask could match --mask-out, --mask-encode-",
+    "edit photo.png x --mask- m.png": "ambiguous option: --mask- could match --mask-out, --mask-encode-",
     "edit a.png b.png": "an instruction is missing: b.png is a photograph",
     "generate a cat": "unrecognized arguments: cat; a text of several words goes in quotes",
     "convert a": "DST",

@@ -21,7 +21,7 @@ from joyedit.command.film import Film
 from joyedit.command.instruction import Instruction
 from joyedit.loading import layouts
 from joyedit.media import images, video
-from joyedit.pipelines import chronoedit
+from joyedit.pipelines import chronoedit, chronoedit_presets
 
 ROOT = Path(__file__).resolve().parents[2]
 COFFEE = ROOT / "examples" / "coffee.jpg"
@@ -383,7 +383,7 @@ def test_an_adapter_runs_with_its_scale(photo, run, checkpoint, scale):
 
 
 def test_upscaling_needs_no_instruction_and_works_at_its_own_size(photo, run, checkpoint, monkeypatch):
-    upscale = chronoedit.PRESETS["upscale"]
+    upscale = chronoedit_presets.PRESETS["upscale"]
     status, out, err = run("edit", photo, "--preset", "upscale", "-m", checkpoint, *SIZE)
     assert (status, out) == (1, "") and f"has no {upscale.adapters[0]}" in err
     calls = []
@@ -395,7 +395,7 @@ def test_upscaling_needs_no_instruction_and_works_at_its_own_size(photo, run, ch
     monkeypatch.setattr(Film, "run", note)
     monkeypatch.setattr(Film, "facts", lambda system, pipe, call, args: {"preset": args.preset})
     lora = checkpoint / "lora"
-    for adapter in (*upscale.adapters, *chronoedit.PRESETS["paintbrush"].adapters[1:]):
+    for adapter in (*upscale.adapters, *chronoedit_presets.PRESETS["paintbrush"].adapters[1:]):
         shutil.copy(lora / "chronoedit_distill_lora.safetensors", checkpoint / adapter.file)
     try:
         words = ("-m", checkpoint, "-q", "--seed", 1)
@@ -616,6 +616,6 @@ def test_constants_of_the_parser_are_those_of_the_library():
     assert (film_command.FRAMES, film_command.REASONING_FRAMES) == (chronoedit.EDIT_FRAMES, 29)
     assert chronoedit.REASONING_FRAMES == film_command.REASONING_FRAMES
     usual = (chronoedit.DEFAULT_STEPS, chronoedit.DEFAULT_GUIDANCE)
-    presets = chronoedit.PRESETS.items()
+    presets = chronoedit_presets.PRESETS.items()
     settings = {name: (preset.num_inference_steps, preset.guidance_scale) for name, preset in presets}
     assert {None: usual, **settings} == film_command.PRESETS

@@ -137,11 +137,11 @@ def test_greedy_tokens_and_logits(theirs, pipe, monkeypatch, name):
     "options",
     [
         {"temperature": 1.0},
-        {"temperature": 0.4},
-        {"temperature": 2.5, "top_k": 5},
-        {"temperature": 3.0, "top_p": 0.6},
         {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.4},
-        {"temperature": 1.5, "top_k": 10**6, "repetition_penalty": 0.8},
+        pytest.param({"temperature": 0.4}, marks=pytest.mark.slow),
+        pytest.param({"temperature": 2.5, "top_k": 5}, marks=pytest.mark.slow),
+        pytest.param({"temperature": 3.0, "top_p": 0.6}, marks=pytest.mark.slow),
+        pytest.param({"temperature": 1.5, "top_k": 10**6, "repetition_penalty": 0.8}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

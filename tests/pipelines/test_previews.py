@@ -184,6 +184,19 @@ def test_the_last_preview_is_the_result_at_the_detail_of_latents(system, watched
         assert psnr(blurred(one, cells), blurred(image, cells)) > PSNR
 
 
+@pytest.mark.parametrize("system", ("joyimage", "chronoedit"))
+def test_outside_a_mask_the_photograph_is_shown(system, pipes):
+    """Whatever the network makes there; at the end that is what the latents are."""
+    mask, tape = Image.new("L", (96, 96)), Tape("latents", "denoised")
+    mask.paste(255, (48, 0, 96, 96))
+    size = {} if system == "joyimage" else {"height": 96, "width": 96}
+    call = {"mask": mask, "callback_on_step_end": tape, "output_type": "latent", **size}
+    pipes[system](photo(), "Make it red.", num_inference_steps=2, **call)
+    first, last = (each["denoised"] for each in tape.seen)
+    assert first[..., :6].equal(last[..., :6]) and not first[..., 6:].equal(last[..., 6:])
+    torch.testing.assert_close(last, tape.seen[-1]["latents"], atol=1e-5, rtol=0)
+
+
 def test_the_plus_pipeline_shows_its_target(pipes):
     plus = joyedit.JoyImageEditPlusPipeline.from_pipe(pipes["joyimage"])
     preview, tape = previews.Preview(), Tape("latents", "denoised")
