@@ -60,7 +60,8 @@ TARGETS |= {arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")}
 COMPILING = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_HIP_LLD_PATH": shutil.which("true") or ""}
 # Counted in every kernel where they occur, so that a change of them shows in the diff.
 COUNTED = {
-    "cuda": (r"LDG\.E\.(\w+\.)*128", r"STG\.E\.(\w+\.)*128", "LDGSTS", "UTMALDG", "HMMA", "HGMMA", "UTCHMMA"),
+    "cuda": (r"LDG\.E\.(\w+\.)*128", r"STG\.E\.(\w+\.)*128", "LDGSTS", "UTMALDG", "HMMA", "HGMMA", "UTCHMMA")
+    + ("IMMA", "IGMMA", "UTCIMMA"),
     "hip": (r"(global|buffer)_load_(b128|dwordx4)", r"(global|buffer)_store_(b128|dwordx4)", "v_mfma"),
 }
 

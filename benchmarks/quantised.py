@@ -30,14 +30,15 @@ from benchmarks.shapes.evaluate import COUNTS, EVALUATIONS, judge
 from benchmarks.side_by_side import RESULTS, machine
 from joyedit.checkpoints.network import Network, build_on_meta, plan_network
 from joyedit.checkpoints.network_spellings import repeated_blocks
-from joyedit.checkpoints.quantised_files import as_int8_convrot, quantisable
+from joyedit.checkpoints.quantised_files import as_int8_convrot
 from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.eight_bits import quantise
 from joyedit.loading.layouts import load
 from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
 from joyedit.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from joyedit.models.umt5 import UMT5EncoderModel
-from joyedit.quantised import QuantisedWeight, quantise, quantised_weights
+from joyedit.quantised import QuantisedWeight, quantisable, quantised_weights
 
 MODELS = {
     "tiny-joyimage": ("JoyImageEditPipeline", ("transformer", "text_encoder")),

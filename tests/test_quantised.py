@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import joyedit.quantised
+from joyedit.eight_bits import largest_group, quantise, rotation
 from joyedit.models.layers import Linear
-from joyedit.quantised import QuantisedLinear, QuantisedWeight, largest_group, quantise, rotation
+from joyedit.quantised import QuantisedLinear, QuantisedWeight
 
 H4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
 GROUPS = pytest.mark.parametrize("group", [4, 16, 64, 256, 1024])
