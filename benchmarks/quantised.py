@@ -6,7 +6,7 @@ in a first step on the same input, are from those in fp32, as a ratio of norms. 
 each form's picture against the one in fp32, and how many are right by the rules of `shapes/evaluate.py`.
 The bytes of the released networks are counted from their settings.
 
-    python -m benchmarks.quantised [--edits 40] [--kitchen] [--out benchmarks/results/quantised.json]
+    python -m benchmarks.quantised [--edits 40] [--kitchen] [--out FILE]
 
 --kitchen compares numbers, scales and weights with those of the package comfy-kitchen, if it is installed.
 """
@@ -244,7 +244,7 @@ def kitchen() -> Mapping[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantised", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "quantised.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quantised" / "small_models.json")
     parser.add_argument("--edits", type=int, default=40, help="of each kind")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--kitchen", action="store_true")

@@ -1,7 +1,7 @@
 """A linear layer whose weight is stored in eight bits, multiplied as it is: `int8_linear`.
 
 Activations are rotated as the weight was, in groups of inputs, and rounded to whole numbers with one scale
-for each row (`int8_rows_forward`). Then whole numbers are multiplied, twice as many at a time as
+for each row (`int8_linear_rows_forward`). Then whole numbers are multiplied, twice as many at a time as
 half-precision ones, and both scales and the bias come last (`int8_linear_forward`). No weight is rebuilt.
 
 Fused in the first: rotation, largest value, rounding. Rows are read twice, the second time from the L2 cache,
@@ -33,17 +33,16 @@ def rows_tile(group: int) -> dict[str, int]:
 
 
 def product_tile() -> dict[str, int]:
-    """The usual square of outputs, 64 KiB of inputs on their way with three stages of 128 bytes a row; half
-    of it on Instinct, whose 64 KiB of local memory the results need too."""
-    hip = torch.version.hip is not None
-    stages = 2 if hip else 3
+    """The usual square of outputs; three stages of inputs, 48 KiB, are on their way. On Instinct two, whose
+    64 KiB of local memory hold no more beside what is computed with."""
+    stages = 2 if torch.version.hip else 3
     return {
         "ROWS": 128,
         "OUTPUTS": 128,
         "INPUTS": 64,
         "STACK": 8,
-        "num_warps": 8,
         "num_stages": stages,
+        **options(128 * 128, 64),
     }
 
 
@@ -61,7 +60,7 @@ def signs(ROW_COUNT: tl.constexpr, first, COLUMNS: tl.constexpr, GROUP: tl.const
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def int8_rows_forward(
+def int8_linear_rows_forward(
     x_ptr,  # (R, I) in half precision, rows stride_x apart
     out_ptr,  # (R, I) int8, contiguous
     scale_ptr,  # (R) fp32
@@ -154,7 +153,7 @@ def run(x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor | None, group: in
     choice, product = rows_tile(group), product_tile()
     blocks = triton.cdiv(len(rows), product["ROWS"]) * triton.cdiv(outputs, product["OUTPUTS"])
     with torch.cuda.device_of(x):
-        int8_rows_forward[triton.cdiv(len(rows), choice["ROWS"]),](
+        int8_linear_rows_forward[triton.cdiv(len(rows), choice["ROWS"]),](
             rows,
             whole,
             row_scale,

@@ -43,6 +43,7 @@ OPS = {
             "cuda": ("LDGSTS", ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA")),
             "hip": ("v_mfma",),
         },
+        rounds=True,
     )
 }
 CASES = [

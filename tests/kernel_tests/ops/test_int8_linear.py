@@ -38,7 +38,7 @@ def test_rows_are_rotated_and_rounded_to_nearest(device, randn, dtype, rows, gro
     scale = torch.full((rows,), torch.nan, device=device)
     choice = kernel.rows_tile(group)
     blocks = -(-rows // choice["ROWS"])
-    kernel.int8_rows_forward[blocks,](
+    kernel.int8_linear_rows_forward[blocks,](
         x, whole, scale, rows, inputs, x.stride(0), group**0.5, GROUP=group, **choice
     )
     wide, exact_scale = exact_rows(x, group)
