@@ -10,6 +10,7 @@ from torch import nn
 
 import joyedit
 import joyedit.quantised
+from joyedit import graphs, ops
 from joyedit.eight_bits import largest_group, quantise, rotation, whole_product
 from joyedit.models.layers import Linear
 from joyedit.quantised import QuantisedLinear, QuantisedWeight, int8_products, quantise_by_torchao
@@ -211,3 +212,25 @@ def test_torchao_is_asked_for_by_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ImportError, match=r"pip install joyedit\[quant\]"):
         quantise_by_torchao(nn.Linear(1, 1), None)
+
+
+def test_a_product_that_is_written_into_a_part_of_a_larger_tensor():
+    stored, scale = quantise(weight_of(12, 32), 16)
+    weight, x, bias = (
+        QuantisedWeight(stored, scale, 16, torch.float32),
+        torch.randn(2, 5, 32),
+        torch.randn(12),
+    )
+    for products in ("exact", "fast"):
+        with int8_products(products):
+            wanted = ops.linear(x, weight, bias)
+            joint = torch.full((2, 7, 3, 4), torch.nan)
+            out = ops.linear_into(joint[:, :5], x, weight, bias)
+        assert out.data_ptr() == joint.data_ptr() and torch.equal(joint[:, :5].flatten(2), wanted)
+
+
+def test_a_recorded_graph_serves_one_choice_of_products():
+    exact = graphs.settings()
+    with int8_products("fast"):
+        assert graphs.settings() != exact
+    assert graphs.settings() == exact
