@@ -12,6 +12,8 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   machines      results/estimates/: which memory the released models need, and how long an edit takes
   drift         results/drift/: what the small models do to the rest of the picture, in a sentence
   drifts        the same by model, in a table
+  quantised     results/quantised/: what eight bits cost the small models
+  released      the same file: bytes of the released networks
 """
 
 import argparse
@@ -350,6 +352,32 @@ def with_flags(said: str | None) -> str:
     return f"`{flags}`" if flags else "yes"
 
 
+def quantised_table(results: Path = RESULTS) -> str:
+    """Markdown: what eight bits cost each network of the small models, and their edits."""
+    found = json.loads((results / "quantised" / "small_models.json").read_text(encoding="utf-8"))
+    lines = [
+        "| model | form | error of the networks' outputs | PSNR of edits: median, least | right |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for name, model in found["models"].items():
+        lines.append(f"| `{name}` | fp32 | - | - | {100 * model['right']:.1f} % of {model['edits']} |")
+        for form, row in model["forms"].items():
+            errors = (f"{100 * net['output']:.2g} % ({part})" for part, net in row["networks"].items())
+            psnr = f"{row['psnr']['median']:.1f}, {row['psnr']['least']:.1f} dB"
+            lines.append(f"| | {form} | {', '.join(errors)} | {psnr} | {100 * row['right']:.1f} % |")
+    return "\n".join(lines)
+
+
+def released_table(results: Path = RESULTS) -> str:
+    """Markdown: bytes of the released networks."""
+    found = json.loads((results / "quantised" / "small_models.json").read_text(encoding="utf-8"))
+    lines = ["| network | bf16 | int8_convrot | fp8 |", "| --- | ---: | ---: | ---: |"]
+    for name, sizes in found["released"].items():
+        cells = [f"{sizes[f'bytes_{form}'] / 1e9:.1f} GB" for form in ("bf16", "int8_convrot", "fp8")]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "edits": edits_table,
     "gpus": gpu_table,
@@ -360,6 +388,8 @@ TABLES = {
     "machines": machine_table,
     "drift": drift_sentence,
     "drifts": drift_table,
+    "quantised": quantised_table,
+    "released": released_table,
 }
 
 

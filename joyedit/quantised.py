@@ -3,36 +3,54 @@
 Two forms, as ComfyUI writes them; Q (O, I) is what is stored, s the scales, W the weight that is meant:
 
     fp8            W = Q s, one scale for the whole weight
-    int8_convrot   W = (Q s) R, one scale for each row; R rotates groups of inputs, so that what stands out in
-                   one of them is spread over its group. int8 without a rotation is the same with groups of 1
+    int8_convrot   W = (Q s) R, one scale for each row; R rotates groups of inputs, see `eight_bits`. int8
+                   without a rotation is the same with groups of 1
 
-R of a group of 4 is H = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]] / 2, of 4 times as many
-inputs the Kronecker product of that with H: symmetric, and its own inverse.
+A weight stays stored as it is. Reading `.weight` of a layer gives a `QuantisedWeight`, which `ops.linear` and
+its like take. Its `to(dtype)` is the weight itself, computed in fp32 and rounded once; as (Q R) s it has sums
+of whole numbers, which are exact, so that every device gives the same. With that it is multiplied, or, where
+`int8_products("fast")` allows it, in eight bits as it is: then activations are rounded to eight bits, too.
 
-A weight stays stored as it is. Reading `.weight` of a layer gives a `QuantisedWeight`, whose `to(dtype)` is
-the weight itself, computed in fp32 and rounded once; `ops.linear` and its like ask for it. As (Q R) s it has
-sums of whole numbers, which are exact, so that every device gives the same.
-
-O outputs   I inputs   G inputs that are rotated together, a power of 4
-Source: leejet/stable-diffusion.cpp `docs/int8_convrot.md`; Comfy-Org/comfy-kitchen, whose int8 numbers and
-scales are the same.
+O outputs   I inputs   G inputs that are rotated together
 """
 
-import math
-from collections.abc import Callable
+import contextlib
+import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from joyedit import ops
+from joyedit.eight_bits import turned_back
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE = "weight_scale"  # the parameter with the scales, (O, 1) or (1, 1)
-GROUP = 256  # of published files
 # Elements of a weight that are rebuilt at a time: what a cache holds, and what keeps a GPU busy.
 CPU_BLOCK, GPU_BLOCK = 2**18, 2**25
-LEAST_SCALE = 1e-30  # of rows of zeros
+PRODUCTS = ("exact", "fast")
+
+_products = "exact"
+
+
+def int8_products(name: str) -> contextlib.AbstractContextManager:
+    """Choose how weights in int8 are multiplied from now on: "exact", with what they mean, or "fast", in
+    eight bits, for inference: activations are then rounded to eight bits, row by row.
+
+    As a context manager it brings back the previous choice at the end; JOYEDIT_INT8 sets it at the start.
+    fp8 is always exact, and so are weights with adapters. Raises ValueError for another name.
+    """
+    global _products
+    if name not in PRODUCTS:
+        raise ValueError(f"int8_products {name!r}: wanted one of {', '.join(PRODUCTS)}")
+    previous, _products = _products, name
+    restore = contextlib.ExitStack()
+    restore.callback(int8_products, previous)
+    return restore
+
+
+int8_products(os.environ.get("JOYEDIT_INT8") or "exact")
 
 
 class QuantisedWeight:
@@ -61,6 +79,13 @@ class QuantisedWeight:
     def __getitem__(self, rows: slice) -> "QuantisedWeight":
         scale = self.scale[rows] if len(self.scale) == len(self.stored) else self.scale
         return QuantisedWeight(self.stored[rows], scale, self.group, self.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As `ops.linear`."""
+        fast = _products == "fast" and self.stored.dtype == torch.int8
+        if fast and not (torch.is_grad_enabled() and x.requires_grad):
+            return ops.int8_linear(x, self.stored, self.scale, bias, self.group)
+        return F.linear(x, self.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The weight, in memory of its own."""
@@ -120,48 +145,23 @@ def quantised_weights(network: nn.Module) -> dict[str, QuantisedWeight]:
     return {f"{path}.weight": layer.as_stored for path, layer in layers}
 
 
-def largest_group(inputs: int) -> int:
-    """The group in which a layer of so many inputs is rotated: that of published files, or the largest
-    smaller power of 4 that divides them."""
-    return next(group for group in (GROUP, 64, 16, 4, 1) if inputs % group == 0)
+def quantisable(network: nn.Module) -> set[str]:
+    """The weights that are worth eight bits: those of the linear layers in the network's repeated blocks."""
+    blocks = [child for child in network.modules() if isinstance(child, nn.ModuleList)]
+    inside = {id(layer) for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
+    return {f"{path}.weight" for path, layer in network.named_modules() if id(layer) in inside}
 
 
-def quantise(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """weight (O, I), computed in fp32 -> Q (O, I) int8, s (O, 1) fp32."""
-    wide = weight.float()
-    if group > 1:
-        # R is symmetric; transposed, it is multiplied in the order of comfy-kitchen's sums.
-        wide = (wide.unflatten(-1, (-1, group)) @ rotation(group, wide).T).flatten(-2)
-    scale = (wide.abs().amax(-1, keepdim=True) / 127).clamp_(min=LEAST_SCALE)
-    return (wide / scale).round_().to(torch.int8), scale
+def quantise_by_torchao(network: nn.Module, config: Any) -> None:
+    """Quantise the same layers in place by the package torchao (`pip install joyedit[quant]`), whose configs
+    say how: `torchao.quantization.Int8WeightOnlyConfig()`, `Float8WeightOnlyConfig()`, ...
 
-
-def turned_back(group: int, like: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function of whole numbers (O, I) in fp32 that rotates them back: exact up to a G of 2 ** 17.
-
-    R is the Kronecker product of two smaller ones: 2 sqrt(G) products for each number instead of G.
+    After `to(device, dtype)`: a weight computes in the dtype that it had. Weights that are quantised already
+    stay as they are. Such a network is for running: it is neither saved nor given adapters.
     """
-    if group == 1:
-        return lambda numbers: numbers
-    inner = 4 ** (group.bit_length() // 4)
-    right, left = rotation(inner, like), rotation(group // inner, like)
-
-    def turn(numbers: Tensor) -> Tensor:
-        grid = numbers.unflatten(-1, (-1, len(left), len(right)))
-        return (left @ (grid @ right)).flatten(-3)
-
-    return turn
-
-
-def rotation(group: int, like: Tensor) -> Tensor:
-    """R (G, G), with dtype and device of `like`. Made there, so that nothing is copied to a device.
-
-    An entry of H is negative where the numbers of its row and column add up to 3, and one of R where that is
-    so in an odd number of their digits to the base 4.
-    """
-    number = torch.arange(group, device=like.device)
-    odd = torch.zeros(group, group, dtype=torch.bool, device=like.device)
-    for digit in range(0, group.bit_length() - 1, 2):
-        part = (number >> digit) & 3
-        odd = odd ^ (part[:, None] + part == 3)
-    return (1 - 2 * odd.to(like.dtype)) / math.isqrt(group)
+    try:
+        from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise ImportError("this needs the package torchao: pip install joyedit[quant]") from None
+    names = quantisable(network) - quantised_weights(network).keys()
+    quantize_(network, config, lambda layer, path: f"{path}.weight" in names)

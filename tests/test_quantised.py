@@ -2,14 +2,18 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+import joyedit
 import joyedit.quantised
+from joyedit import graphs, ops
+from joyedit.eight_bits import largest_group, quantise, rotation, whole_product
 from joyedit.models.layers import Linear
-from joyedit.quantised import QuantisedLinear, QuantisedWeight, largest_group, quantise, rotation
+from joyedit.quantised import QuantisedLinear, QuantisedWeight, int8_products, quantise_by_torchao
 
 H4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
 GROUPS = pytest.mark.parametrize("group", [4, 16, 64, 256, 1024])
@@ -152,3 +156,81 @@ def test_its_parameters_are_what_is_stored():
         "weight": torch.int8,
         "weight_scale": torch.float32,
     }
+
+
+def test_products_in_eight_bits_are_a_choice():
+    """Near the exact ones, and not the same; for int8 alone, and never where a gradient is wanted."""
+    stored, scale = quantise(weight_of(48, 256), 256)
+    layer, x = layer_of(stored, scale, 256, torch.randn(48)), torch.randn(5, 256)
+    x[:, 3] *= 20
+    exact = layer(x)
+    with int8_products("fast"):
+        fast, grown = layer(x), x.clone().requires_grad_()
+        assert torch.equal(layer(grown), exact)
+        stored8 = weight_of(4, 256).to(torch.float8_e4m3fn)
+        fp8 = layer_of(stored8, torch.ones(1, 1), 1)
+        assert torch.equal(fp8(x), x @ stored8.float().T)
+    assert torch.equal(layer(x), exact)
+    assert 1e-4 < (fast - exact).norm() / exact.norm() < 0.02
+    # By the definition in float64: rows rotated and rounded, and the weight as it is stored.
+    turned = x.double() @ rotation_by_definition(256)
+    unit = turned.abs().amax(1, keepdim=True) / 127
+    wanted = (turned / unit).round() @ stored.double().T * unit * scale.double().T + layer.bias
+    torch.testing.assert_close(fast.double(), wanted, atol=1e-3 * wanted.abs().max().item(), rtol=0)
+    with pytest.raises(ValueError, match="int8_products 'quick': wanted one of exact, fast"):
+        int8_products("quick")
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 5), (40, 4096, 16)])
+def test_products_of_whole_numbers_are_exact(shape):
+    rows, inputs, outputs = shape
+    a, b = (torch.full((n, inputs), 127, dtype=torch.int8) for n in (rows, outputs))
+    a[0] = -127
+    a[-1] = torch.arange(inputs) % 255 - 127
+    assert torch.equal(whole_product(a, b).long(), a.long() @ b.long().T)
+
+
+def test_torchao_quantises_the_blocks_of_a_network():
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe = joyedit.load("tiny-joyimage", device="cpu", dtype="float32")
+    photo = joyedit.load_image("examples/coffee.jpg")
+
+    def edited():
+        generator = torch.manual_seed(0)
+        out = pipe(photo, "make the circle red", num_inference_steps=2, generator=generator, output_type="pt")
+        return out.images
+
+    plain = edited()
+    quantise_by_torchao(pipe.transformer, quantization.Int8WeightOnlyConfig())
+    kinds = {type(block.img_mlp.net[2].weight).__name__ for block in pipe.transformer.double_blocks}
+    assert kinds == {"Int8Tensor"}
+    assert 0 < (edited() - plain).abs().mean() < 0.01
+
+
+def test_torchao_is_asked_for_by_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ImportError, match=r"pip install joyedit\[quant\]"):
+        quantise_by_torchao(nn.Linear(1, 1), None)
+
+
+def test_a_product_that_is_written_into_a_part_of_a_larger_tensor():
+    stored, scale = quantise(weight_of(12, 32), 16)
+    weight, x, bias = (
+        QuantisedWeight(stored, scale, 16, torch.float32),
+        torch.randn(2, 5, 32),
+        torch.randn(12),
+    )
+    for products in ("exact", "fast"):
+        with int8_products(products):
+            wanted = ops.linear(x, weight, bias)
+            joint = torch.full((2, 7, 3, 4), torch.nan)
+            out = ops.linear_into(joint[:, :5], x, weight, bias)
+        assert out.data_ptr() == joint.data_ptr() and torch.equal(joint[:, :5].flatten(2), wanted)
+
+
+def test_a_recorded_graph_serves_one_choice_of_products():
+    exact = graphs.settings()
+    with int8_products("fast"):
+        assert graphs.settings() != exact
+    assert graphs.settings() == exact

@@ -32,16 +32,8 @@ from joyedit.checkpoints.safetensors_files import metadata_json
 from joyedit.checkpoints.stored_dtypes import refuse_quantised
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.convert.table import Plan, Step
-from joyedit.quantised import (
-    FP8,
-    GROUP,
-    QuantisedLinear,
-    QuantisedWeight,
-    is_stored,
-    largest_group,
-    quantise,
-    quantised_weights,
-)
+from joyedit.eight_bits import GROUP, largest_group, quantise
+from joyedit.quantised import FP8, QuantisedLinear, QuantisedWeight, is_stored, quantised_weights
 
 MARK, SCALE, OLD_SCALE, OLD_MARK = ".comfy_quant", ".weight_scale", ".scale_weight", "scaled_fp8"
 UNUSED = (".scale_input", ".input_scale")
@@ -158,13 +150,6 @@ def plain_tensors(network: nn.Module) -> Mapping[str, Tensor]:
 
 def _plain(weight: QuantisedWeight, once: bool = False) -> Tensor:
     return weight.to(weight.dtype)
-
-
-def quantisable(network: nn.Module) -> set[str]:
-    """The weights that `int8_convrot` is for: those of the linear layers in the network's repeated blocks."""
-    blocks = [child for child in network.modules() if isinstance(child, nn.ModuleList)]
-    inside = {id(layer) for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
-    return {f"{path}.weight" for path, layer in network.named_modules() if id(layer) in inside}
 
 
 def as_int8_convrot(tensors: TensorFiles, names: Collection[str]) -> TensorFiles:

@@ -20,16 +20,16 @@ from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.network import AUTO_BF16_BYTES, HALF, Network, build_on_meta, plan_network
 from joyedit.checkpoints.options import LoadOptions
-from joyedit.checkpoints.quantised_files import quantisable
 from joyedit.checkpoints.safetensors_files import DTYPES
 from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.eight_bits import largest_group
 from joyedit.estimates.counting import storage
 from joyedit.loading.comfyui import choose_file, comfyui_files
 from joyedit.loading.layouts import ALIKE, ORIGINAL_TEXT_ENCODER, Checkpoint, read_infer_config
 from joyedit.loading.single_file import read_single_file
 from joyedit.memory import blocks_of, tensors_of
 from joyedit.pipelines.pipeline import is_called
-from joyedit.quantised import QuantisedLinear, largest_group
+from joyedit.quantised import QuantisedLinear, quantisable
 
 # What stands beside a quantised weight, where the text itself is not read.
 MARKS = {

@@ -21,8 +21,9 @@ from typing import Any
 from joyedit.checkpoints.hub import WEIGHT_SUFFIXES
 from joyedit.checkpoints.json_files import write_json
 from joyedit.checkpoints.network import Network
-from joyedit.checkpoints.quantised_files import as_int8_convrot, plain_tensors, quantisable
+from joyedit.checkpoints.quantised_files import as_int8_convrot, plain_tensors
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
+from joyedit.quantised import quantisable
 
 COMFYUI_FOLDERS = {  # part -> folder
     "transformer": "diffusion_models",

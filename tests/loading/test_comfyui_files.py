@@ -12,9 +12,10 @@ import joyedit
 from benchmarks.random_checkpoint import write_random_checkpoint
 from joyedit.command import cli
 from joyedit.command.info import describe
+from joyedit.eight_bits import largest_group, quantise
 from joyedit.loading import save_checkpoint
 from joyedit.loading.comfyui import comfyui_files
-from joyedit.quantised import largest_group, quantise, quantised_weights
+from joyedit.quantised import quantised_weights
 
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 GENERATIONS = {
