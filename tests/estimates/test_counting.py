@@ -146,7 +146,7 @@ def allocated_by(function):
     return peak
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("run", RUNS)
 def test_shapes_are_pytorchs(run, kind, network, monkeypatch):
     """Every operation of the networks: dtype and shape of what is returned are those of PyTorch's own meta

@@ -73,6 +73,7 @@ def test_weights_are_those_of_the_headers(name):
     assert wide == sum(4 * torch.Size(e["shape"]).numel() for e in header(files["vae"]).values())
 
 
+@pytest.mark.slow
 def test_every_layout_is_the_same_model(folder, tmp_path):
     pipe = joyedit.load(folder, device="cpu")
     wanted = joyedit.estimate(folder, **SMALL).to_dict()
@@ -124,6 +125,7 @@ def test_configs_alone_are_the_published_sizes(released):
     assert found.operations_per_step == pytest.approx(products + attention, rel=0.03)
 
 
+@pytest.mark.slow
 def test_quantised_weights_are_half_as_large(released):
     plain = joyedit.estimate(released, device="cuda").weights
     found = joyedit.estimate(released, device="cuda", quantize="int8_convrot")
@@ -133,6 +135,7 @@ def test_quantised_weights_are_half_as_large(released):
     assert found.fits["48"] == "--quantize int8_convrot"
 
 
+@pytest.mark.slow
 def test_a_cpu_reads_what_it_needs(released):
     """Of mapped files neither the head of the language model nor most of its table is read; and what a later
     stage needs is not there before."""
@@ -197,6 +200,7 @@ def test_the_smallest_budget_is_two_blocks_or_a_network_without():
     assert found.peak("decode", 24 * gib) == 9 * gib
 
 
+@pytest.mark.slow
 def test_time_goes_with_the_machine():
     slow = joyedit.estimate("tiny-joyimage", tflops=1, bandwidth=1, **SMALL)
     fast = joyedit.estimate("tiny-joyimage", tflops=2, bandwidth=2, **SMALL)
@@ -305,6 +309,7 @@ def test_of_a_hub_repository_headers_are_read(folder, tmp_path, monkeypatch):
     assert sorted(asked) == sorted(file for file in files if file.endswith(".safetensors"))
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_of_now():
     name = "DiffEdit, Stable Diffusion 1.5, 512 x 512"
     committed, now = json.loads(estimates.RESULTS.read_text())[name], estimates.row(name)
