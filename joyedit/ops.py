@@ -35,6 +35,8 @@ from torch import Tensor
 from joyedit.convolutions import conv2d as conv2d
 from joyedit.convolutions import conv3d as conv3d
 from joyedit.convolutions import doubling_conv2d as doubling_conv2d
+from joyedit.convolutions import kind_of as kind_of
+from joyedit.convolutions import standing_for as standing_for
 from joyedit.convolutions import wide_dtype as wide_dtype
 from joyedit.eight_bits import int8_product
 from joyedit.rotary import norm_rope
@@ -73,6 +75,8 @@ def backend(name: str) -> contextlib.AbstractContextManager:
 def _triton(x: Tensor, *others: Tensor | None, problem: str | None = None, has_backward: bool = True) -> bool:
     """Whether the Triton kernel takes these tensors; `problem`: why it cannot, if the caller has a reason."""
     if _backend == "torch" or (_backend == "auto" and not _on_gpu(x)):
+        return False
+    if kind_of(x.device) != x.device.type:  # without memory: PyTorch's operations are counted
         return False
     problem = problem or _problem([x, *(t for t in others if t is not None)], has_backward)
     if problem and _backend == "triton":
@@ -152,7 +156,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype
     convolutions over 100 times slower; there the activations are fp32 and the weights are upcast where they
     are used.
     """
-    if torch.device(device).type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    if kind_of(torch.device(device)) == "cpu" and dtype in (torch.bfloat16, torch.float16):
         return dtype if dtype is torch.bfloat16 and CPU_HAS_BF16 else torch.float32
     return dtype
 

@@ -7,9 +7,11 @@ not fit is refused before memory is taken, and the peak is the result plus one t
 Source: the Diffusers and transformers folder formats.
 """
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -402,17 +404,35 @@ def _allowed(cls: type[Network], name: str, wanted: torch.dtype) -> torch.dtype:
     return torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
 
 
+_PUT_AWAY: ContextVar[Callable[[Tensor], Tensor]] = ContextVar("put_away", default=lambda tensor: tensor)
+
+
+@contextlib.contextmanager
+def putting_away(put_away: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, tensors that are read and are no view of a file are what `put_away` makes of
+    them."""
+    token = _PUT_AWAY.set(put_away)
+    try:
+        yield
+    finally:
+        _PUT_AWAY.reset(token)
+
+
 def read_planned(
     plan: Plan, files: TensorFiles, dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) one by one. A tensor that needs no change stays a view of the mapped file; of a
     file nothing else stays in memory."""
+    put_away = _PUT_AWAY.get()
     for name, step in plan.steps.items():
         if all(files.dtypes[source] == dtypes[name] for source in step.sources):
             read = {source: files[source] for source in step.sources}
-            yield name, step.read(read).to(dtypes[name])  # GGUF's are said to be bf16, and read in fp32
+            tensor = step.read(read).to(dtypes[name])  # GGUF's are said to be bf16, and read in fp32
+            mapped = [tensor for source, tensor in read.items() if files.is_mapped(source)]
+            places = {tensor.untyped_storage().data_ptr() for tensor in mapped}
+            yield name, tensor if tensor.untyped_storage().data_ptr() in places else put_away(tensor)
         elif step.is_renaming:
-            yield name, files.cast(step.sources[0], dtypes[name])
+            yield name, put_away(files.cast(step.sources[0], dtypes[name]))
         else:
             read = {source: widened(files.read_once(source)) for source in step.sources}
-            yield name, step.read(read).to(dtypes[name])
+            yield name, put_away(step.read(read).to(dtypes[name]))

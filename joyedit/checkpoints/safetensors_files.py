@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from joyedit.checkpoints.json_files import parse_json
 from joyedit.checkpoints.plain_text import shown, visible
@@ -144,16 +145,22 @@ def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.d
     header = safetensors_header(path)
     with path.open("rb") as file:
         data = 8 + int.from_bytes(file.read(8), "little")
-    try:
-        opened = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {visible(error)}") from None
+
+    @functools.cache
+    def opened() -> Any:  # when the first tensor is read: a file larger than main memory may not be mapped
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a valid safetensors file: {visible(error)}") from None
+
+    def mapped(name: str) -> Tensor:
+        return opened().get_tensor(name)
 
     for name, entry in header.items():
         if name != "__metadata__":
             shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
             stored = StoredTensor(path, data + entry["data_offsets"][0], dtype, shape, row_major(shape))
-            yield name, shape, dtype, FromFile(stored, functools.partial(opened.get_tensor, name))
+            yield name, shape, dtype, FromFile(stored, functools.partial(mapped, name))
 
 
 def metadata_json(path: Path, key: str) -> dict[str, Any]:

@@ -140,6 +140,11 @@ class TensorFiles(Mapping[str, Tensor]):
         """Where the tensors are that lie in a file as they are."""
         return {name: read.stored for name, read in self._where.items() if isinstance(read, FromFile)}
 
+    def is_mapped(self, name: str) -> bool:
+        """Whether reading that tensor gives a view of a file that is mapped."""
+        read = self._where[name]
+        return isinstance(read, FromFile) and read.mapped is not None
+
     def renamed(self, names: Mapping[str, str]) -> "TensorFiles":
         """Some of these tensors under other names (new name -> name here). Nothing is read."""
         view = TensorFiles([])

@@ -1,4 +1,4 @@
-"""The command line: `joyedit edit`, `generate`, `ask`, `demo`, `convert`, `verify` and `info`.
+"""The command line: `joyedit edit`, `generate`, `ask`, `estimate`, `demo`, `convert`, `verify` and `info`.
 
 The paths of what was made, or the answer, are all that goes to standard output; log, progress and errors go
 to standard error. A run ends with 0, with 2 for arguments that are wrong in themselves, with 1 and one line
@@ -40,8 +40,8 @@ log = logging.getLogger("joyedit")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; wrong arguments raise SystemExit(2)."""
-    commands = {"edit": edit, "generate": edit, "ask": ask, "demo": demo, "convert": convert}
-    commands |= {"verify": verify, "info": info}
+    commands = {"edit": edit, "generate": edit, "ask": ask, "estimate": estimate}
+    commands |= {"demo": demo, "convert": convert, "verify": verify, "info": info}
     args = parse(argv, commands)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the console has no letters for
@@ -154,6 +154,15 @@ def ask(args: argparse.Namespace) -> None:
     live = sys.stdout is not None and sys.stdout.isatty()
     text = answer(args, show if live else None)
     print("" if live else text, flush=True)
+
+
+def estimate(args: argparse.Namespace) -> None:
+    """Print what memory and time an edit will take."""
+    from joyedit.command import estimate as estimates
+    from joyedit.command.info import json_text
+
+    found = estimates.estimated(args)
+    print(json_text(found.to_dict()) if args.json else "\n".join(estimates.lines(found)))
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
 from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
-from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
+from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network, putting_away
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
@@ -46,6 +46,7 @@ from joyedit.loading.comfyui import (
 )
 from joyedit.loading.foreign_layouts import ORIGINAL_TEXT_ENCODER, write_comfyui, write_original
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
+from joyedit.memory import in_a_file, parse_size
 from joyedit.pipelines.chronoedit_presets import preset_called
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
@@ -105,6 +106,7 @@ def load(
     local_files_only: bool = False,
     variant: str | None = None,
     offload: str = "none",
+    memory: int | str | None = None,
     reference_quirks: bool = False,
     prediction_type: str | None = None,
     ema: bool = False,
@@ -123,6 +125,7 @@ def load(
     variant: where only some folders hold it, the usual files of the others are used. Of ComfyUI's files side
         by side: how the names of the wanted ones end, as "int8_convrot".
     offload: "none", "model" or "sequential".
+    memory: what the pipeline may hold where it computes, as "12G"; see `Pipeline.set_memory`.
     prediction_type, ema: of a single file of Stable Diffusion, which does not say it: "epsilon" or
         "v_prediction"; True takes the averaged UNet.
     preset: of ChronoEdit: "distill" for 8 steps, "upscale", or "paintbrush" to make sketches real, with the
@@ -137,6 +140,9 @@ def load(
     checkpoint is read.
     """
     check_offload(offload)
+    budget = None if memory is None else parse_size(memory)
+    if budget is not None and offload != "none":
+        raise ValueError(f"memory={memory!r} and offload={offload!r}: give one, offload is a shorthand")
     target = _device(device)
     source = {
         "revision": revision,
@@ -150,13 +156,18 @@ def load(
 
     found = find_checkpoint(name_or_path, pipeline, **source)
     loras = None if preset is None else _preset_loras(found, preset)
-    pipe = _assembled(found, components, options, reference_quirks, prediction_type, ema)
+    # On a CPU what is not a file's own bytes would stay in memory.
+    in_files = budget is not None and target.type == "cpu"
+    with putting_away(in_a_file) if in_files else contextlib.nullcontext():
+        pipe = _assembled(found, components, options, reference_quirks, prediction_type, ema)
     _say(found, name_or_path)
 
-    if offload == "none":
+    if offload == "none" and budget is None:
         pipe.to(target)
     if preset is not None:
         pipe.use_preset(preset, lora=loras)
+    if budget is not None:
+        pipe.set_memory(budget, target)
     if offload != "none":
         pipe.set_offload(offload, None if target.type == "cpu" else target)
     return pipe

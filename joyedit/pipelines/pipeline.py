@@ -30,7 +30,7 @@ from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.summary import parts
 from joyedit.graphs import GraphedCalls
-from joyedit.memory import BlockStreaming, at_rest, visit
+from joyedit.memory import BlockStreaming, at_rest, parse_size, room_on, stream_blocks, visit
 from joyedit.pipelines.defaults import Unsaid, plain
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline_spellings import PipelineSpellings, move
@@ -87,6 +87,7 @@ class Pipeline(PipelineSpellings):
         self._current_timestep: Tensor | None = None
         self._progress: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
+        self._memory: int | None = None  # bytes
         self._graphs: GraphedCalls | None = None
 
     _outer: "Pipeline | None" = None  # of the copy that a call runs on: whose copy it is
@@ -337,6 +338,8 @@ class Pipeline(PipelineSpellings):
         facts = {"reference_quirks": ", ".join(sorted(self.quirks)), "adapters": adapters}
         if self._offload_device is not None:
             facts["offloaded from"] = str(self._offload_device)
+        if self._memory is not None:
+            facts["memory"] = f"{self._memory:,} bytes"
         if self._graphs is not None:
             facts["graphs"] = f"{len(self._graphs)} recorded"
         return parts(type(self).__name__, self.components, facts)
@@ -386,12 +389,41 @@ class Pipeline(PipelineSpellings):
         self._offload_device = accelerator
         for network in self.networks.values():
             network.to("cpu")
-            if offload == "sequential":
-                BlockStreaming.attach(network, accelerator)
+        if offload == "sequential":
+            stream_blocks(self.networks.values(), accelerator)
+
+    def set_memory(self, memory: int | str, device: torch.device | str | None = None) -> None:
+        """Hold at most `memory` where the pipeline computes: bytes, "12G" (12 * 1024**3) or "12GB"
+        (12 * 1000**3). None ends that.
+
+        Of a GPU it is the memory that PyTorch takes there; of a CPU the process's resident set, mapped files
+        included. The networks wait in main memory, on a CPU in their files, and come block by block; as many
+        blocks as there is room for stay while their network runs. The results are those without.
+        device: an accelerator if there is one, unless this names another or the pipeline is on one.
+
+        Raises ValueError for other sizes, and with graphs.
+        """
+        total = None if memory is None else parse_size(memory)
+        if total is not None and self._graphs is not None:
+            raise ValueError(
+                f"memory={memory!r} moves the weights that graphs read: call disable_graphs() first"
+            )
+        where = self.device if device is None else torch.device(device)
+        self.disable_offload()
+        if total is None:
+            return
+        if where.type == "cpu" and device is None:
+            where = accelerator_device() or where
+        if where.type != "cpu":
+            for network in self.networks.values():
+                network.to("cpu")
+            self._offload_device = where
+        self._memory = total
+        stream_blocks(self.networks.values(), where, room_on(where, total))
 
     def disable_offload(self) -> None:
         """Keep the networks in main memory from now on, until they are moved."""
-        self._offload_device = None
+        self._offload_device = self._memory = None
         for network in self.networks.values():
             BlockStreaming.detach(network)
 

@@ -105,7 +105,8 @@ def made():
         images.save_png(Image.new("RGB", (8, 8)), "made.png", metadata | record, force=True)
         words = ["edit", photo, *words, "--config-from", "made.png"]
         args = arguments.parse(
-            words, dict.fromkeys(("edit", "generate", "ask", "demo", "convert", "verify", "info"))
+            words,
+            dict.fromkeys(("edit", "generate", "ask", "estimate", "demo", "convert", "verify", "info")),
         )
         photos = [read_photo(photo)]
         fill_from_image(args, photos)
