@@ -35,13 +35,15 @@ from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.sizes import parse_size
 from joyedit.checkpoints.small_files import read_beginning, read_text
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
-from joyedit.memory import in_a_file, parse_size
+from joyedit.memory import in_a_file
 from joyedit.pipelines.chronoedit_presets import preset_called
 from joyedit.pipelines.made_for import MadeFor
-from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
+from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.placement import accelerator_device, check_offload
 
 log = logging.getLogger("joyedit")
 
