@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 import joyedit
-from joyedit.memory import BlockStreaming, parse_size, stream_blocks
+from joyedit.checkpoints.sizes import parse_size
+from joyedit.memory import BlockStreaming, stream_blocks
 from joyedit.memory.streaming import Passing, Transfers, TwoBuffers, blocks_of, tensors_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from joyedit.command import ask, estimate, film, places, preview, rewrite, spati
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
-from joyedit.command.values import LIMITS, MOST_PIXELS, beyond, finite, pixels, place, whole
+from joyedit.command.values import LIMITS, MOST_PIXELS, beyond, finite, memory_size, pixels, place, whole
 
 DEMO_FOLDER = "joyedit-demo"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
@@ -100,8 +100,11 @@ def contradiction(args: argparse.Namespace) -> str | None:
         return wrong
     if args.graphs and args.device not in (None, "auto") and not args.device.startswith("cuda"):
         return f"--graphs needs a CUDA or ROCm device, and --device is {shown(args.device, 40)}"
-    if args.graphs and args.offload not in (None, "none"):
-        return f"--graphs reads weights where they are, and --offload {args.offload} moves them: give one"
+    if args.memory is not None and args.offload not in (None, "none"):
+        return f"--offload {args.offload} is a shorthand of --memory: give one"
+    moving = f"--offload {args.offload}" if args.memory is None else f"--memory {args.memory}"
+    if args.graphs and (args.memory is not None or args.offload not in (None, "none")):
+        return f"--graphs reads weights where they are, and {moving} moves them: give one"
     if args.lora_scale is not None and args.lora is None:
         return "--lora-scale is for the adapter that --lora names"
     if args.lora_scale is not None and len(args.lora_scale) not in (1, len(args.lora)):
@@ -325,6 +328,13 @@ def image_options() -> Parser:
         "--offload",
         choices=("none", "model", "sequential"),
         help="keep the networks in main memory and bring one, or one block, at a time to the accelerator",
+    )
+    add(
+        "--memory",
+        metavar="SIZE",
+        type=memory_size,
+        help="hold no more than this where the model computes, as 12G: GPU memory, or without a GPU the "
+        "process's; what does not fit comes block by block",
     )
     add(
         "--graphs",

@@ -11,7 +11,7 @@ from typing import Any
 
 from joyedit.command.calls import origin_options, said, source_options
 from joyedit.command.photos import read_photo
-from joyedit.command.values import above_zero, finite, place, share, whole
+from joyedit.command.values import above_zero, finite, memory_size, place, share, whole
 
 log = logging.getLogger("joyedit")
 
@@ -62,6 +62,7 @@ def add_options(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> Non
         choices=("none", "model", "sequential"),
         help="sequential keeps the weights in main memory and brings one block at a time to the accelerator",
     )
+    add("--memory", metavar="SIZE", type=memory_size, help="hold no more than this where it computes, as 12G")
 
 
 def answer(args: argparse.Namespace, stream: Callable[[str], None] | None) -> str:
@@ -101,7 +102,7 @@ def open_reader(model: str, args: argparse.Namespace, where: Mapping[str, Any]) 
     """The part of a checkpoint that answers."""
     from joyedit.loading.layouts import load
 
-    options = said(args, ("device", "dtype", "offload"))
+    options = said(args, ("device", "dtype", "offload", "memory"))
     return load(model, pipeline="Qwen3VLPipeline", **options, **where)
 
 

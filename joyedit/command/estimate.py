@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from joyedit.command.calls import said, source_options
-from joyedit.command.values import finite, place, whole
+from joyedit.command.values import finite, memory_size, place, whole
 
 if TYPE_CHECKING:
     from joyedit.estimates.estimating import Estimate
@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
     add("--frames", type=whole("num_frames"), metavar="N", help="of ChronoEdit's film, default 5")
     add("--steps", type=whole("num_inference_steps"), metavar="N", help="denoising steps")
     add("--dtype", choices=dtypes, metavar="DTYPE", help=f"{', '.join(dtypes[:4])} (as stored)")
-    add("--memory", metavar="SIZE", help='hold at most that where it is computed: "12G", "12GB" or bytes')
+    add("--memory", metavar="SIZE", type=memory_size, help="hold at most that where it is computed, as 12G")
     add("--quantize", choices=("int8_convrot",), metavar="FORM", help="as if convert --quantize wrote it")
     add("--device", choices=("auto", "cuda", "cpu"), help="a GPU, or a CPU; default: what is here")
     add("--tflops", type=finite, metavar="T", help="10^12 operations a second, in half precision")

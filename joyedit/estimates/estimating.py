@@ -23,14 +23,15 @@ from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import shown
 from joyedit.checkpoints.quantised_files import QUANTISE
+from joyedit.checkpoints.sizes import parse_size
 from joyedit.estimates.machines import MACHINES, Machine, machine_called, seconds_of
 from joyedit.estimates.parts import Part, open_parts
 from joyedit.estimates.stages import DECODE, DENOISE, TEXT, Size, Visit, run
 from joyedit.loading.layouts import ALIKE, Checkpoint, find_checkpoint
 from joyedit.media.images import nearest_bucket
-from joyedit.memory import MARGIN, parse_size
+from joyedit.memory import MARGIN
 from joyedit.pipelines.made_for import MadeFor
-from joyedit.pipelines.pipeline import accelerator_device
+from joyedit.pipelines.placement import accelerator_device
 
 STAGES = (TEXT, DENOISE, DECODE)
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB

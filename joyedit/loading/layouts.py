@@ -35,6 +35,7 @@ from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.quantised_files import QUANTISE
+from joyedit.checkpoints.sizes import parse_size
 from joyedit.checkpoints.small_files import read_beginning, read_text
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.loading.comfyui import (
@@ -46,10 +47,11 @@ from joyedit.loading.comfyui import (
 )
 from joyedit.loading.foreign_layouts import ORIGINAL_TEXT_ENCODER, write_comfyui, write_original
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
-from joyedit.memory import in_a_file, parse_size
+from joyedit.memory import in_a_file
 from joyedit.pipelines.chronoedit_presets import preset_called
 from joyedit.pipelines.made_for import MadeFor
-from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
+from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.placement import accelerator_device, check_offload
 
 log = logging.getLogger("joyedit")
 

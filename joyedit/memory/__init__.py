@@ -1,6 +1,6 @@
 """Where weights are while they wait, and while they are run: see `visits.py` and `streaming.py`."""
 
-from joyedit.memory.budget import MARGIN, parse_size, room_on
+from joyedit.memory.budget import MARGIN, room_on
 from joyedit.memory.pages import in_a_file
 from joyedit.memory.streaming import BlockStreaming, blocks_of, stream_blocks, tensors_of
 from joyedit.memory.visits import at_rest, visit
@@ -11,7 +11,6 @@ __all__ = [
     "at_rest",
     "blocks_of",
     "in_a_file",
-    "parse_size",
     "room_on",
     "stream_blocks",
     "tensors_of",
