@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import joyedit
-from joyedit.checkpoints.network import build_on_meta, load_network
+from joyedit.checkpoints import quantised_files
+from joyedit.checkpoints.network import build_on_meta, load_network, plan_network, putting_away
+from joyedit.checkpoints.quantised_files import as_int8_convrot
 from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.eight_bits import quantise
 from joyedit.lora import Adapters
 from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
 from joyedit.models.clip import CLIPTextConfig, CLIPTextModel
@@ -349,6 +352,67 @@ def test_saved_it_is_plain_and_computes_the_same(joy, tmp_path):
         assert tensor.dtype is joy[name].dtype
     for name, weight in quantised_weights(network).items():
         assert torch.equal(stored[name], weight.to(torch.bfloat16))
+
+
+def as_fp8(state, modules):
+    state = dict(state)
+    for module in modules:
+        state[f"{module}.weight"] = state[f"{module}.weight"].to(torch.float8_e4m3fn)
+        state[f"{module}.scale_weight"] = torch.rand(1) + 0.5
+    return state
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_to_be_written_elsewhere_it_is_rebuilt_some_rows_at_a_time(joy, tmp_path, monkeypatch, form):
+    """A network that was opened unread has every tensor as one that was read, whole and in pieces."""
+    state = as_int8(joy, joy_modules(joy))[0] if form == "int8" else as_fp8(joy, joy_modules(joy))
+    network = opened(tmp_path, state)
+    files = TensorFiles([tmp_path / "x.safetensors"])
+    planned = plan_network(JoyImageEditTransformer3DModel, JOY, files)
+    found, weights = planned.opened(unread=True).tensors(), quantised_weights(network)
+    assert set(found) == set(joy) and len(weights) > 4
+    monkeypatch.setattr(quantised_files, "BLOCK", 300)
+    for name, tensor in joy.items():
+        wanted = weights[name].to(torch.bfloat16) if name in weights else tensor
+        pieces = [piece.clone() for piece in found.pieces(name)]
+        assert found.dtypes[name] is wanted.dtype and found.shapes[name] == tuple(wanted.shape)
+        assert torch.equal(torch.cat(pieces).view(wanted.shape), wanted), name
+        assert torch.equal(found[name], wanted), name
+        if name in weights:
+            assert len(pieces) >= wanted.numel() / 300
+
+
+def test_rows_are_quantised_alike_whatever_is_read_with_them(joy, monkeypatch):
+    name = f"{MLP}.weight"  # of 64 rows
+    plain = TensorFiles.of({name: joy[name]})
+    stored, scale = quantise(joy[name], 64)
+    for block in (2**21, 128 * 24):
+        monkeypatch.setattr(quantised_files, "BLOCK", block)
+        made = as_int8_convrot(plain, [name])
+        assert torch.equal(made[name], stored) and torch.equal(made[f"{MLP}.weight_scale"], scale)
+        pieces = [piece.clone() for piece in made.pieces(name)]
+        assert len(pieces) == -(-64 * 128 // block) and torch.equal(torch.cat(pieces), stored.flatten())
+
+
+def test_within_a_budget_only_parts_of_the_file_stay_where_they_are(joy, tmp_path):
+    """What is computed of a file, and what was in memory from the start, is put away; see `loading.load`."""
+    state, _ = as_int8(joy, [MLP])
+    save_file(state | {QKV + ".weight": state[QKV + ".weight"].float()}, tmp_path / "x.safetensors")
+    seen = {}
+
+    def put_away(tensor):
+        copy = tensor.clone()
+        seen[copy.data_ptr()] = copy
+        return copy
+
+    def put_away_of(files):
+        with putting_away(put_away):
+            network = load_network(JoyImageEditTransformer3DModel, JOY, files, torch.bfloat16)
+        return {name for name, tensor in network.state_dict().items() if tensor.data_ptr() in seen}
+
+    path = tmp_path / "x.safetensors"
+    assert put_away_of(TensorFiles([path])) == {f"{QKV}.weight"}
+    assert put_away_of(TensorFiles.of(load_file(path))) == {*joy, f"{MLP}.weight_scale"}
 
 
 def test_load_takes_a_quantised_file_of_a_part(tmp_path):

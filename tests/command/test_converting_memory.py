@@ -124,6 +124,18 @@ def test_joyimage_to_all_layouts(joyimage, tmp_path):
         assert stored(tmp_path / to) > 225 * MB
 
 
+def test_joyimage_to_eight_bits_and_back(joyimage, tmp_path):
+    """A weight is in memory whole, in the dtype that it is written in or quantised from, or in int8."""
+    network = build_on_meta(JoyImageEditTransformer3DModel, JOYIMAGE)
+    largest = max(tensor.numel() for tensor in network.parameters())
+    words = ["--to", "comfyui", "--quantize", "int8_convrot", "--dtype", "bf16"]
+    assert converted(joyimage, tmp_path / "int8", *words) < SLACK + 6 * largest
+    assert 100 * MB < stored(tmp_path / "int8") < 160 * MB
+    words = ["--part", f"processor={joyimage}"]
+    assert converted(tmp_path / "int8", tmp_path / "plain", *words) < SLACK + largest
+    assert stored(tmp_path / "plain") > 225 * MB
+
+
 @pytest.mark.parametrize("mapped", [True, False], ids=["zip", "old form"])
 def test_chronoedit_of_a_pickle_in_wans_names(tmp_path, mapped):
     """Pickles of the old form cannot be mapped, and are read tensor by tensor all the same."""

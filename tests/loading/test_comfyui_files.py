@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import namedtuple
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ GENERATIONS = {
         "vae/wan_2.1_vae",
     ),
 }
+DiskUsage = namedtuple("DiskUsage", "total used free")
 QUANTISED = (
     "diffusion_models/joyai_image_edit_int8_convrot.safetensors",
     "text_encoders/qwen3vl_8b_joyimage_edit_int8_convrot.safetensors",
@@ -153,6 +155,31 @@ def test_quantised_again_and_back(quantised, diffusers, states, tmp_path):
         plain = joyedit.load(tmp_path / to, device="cpu", **options).transformer
         for name, weight in quantised_weights(pipe.transformer).items():
             assert torch.equal(plain.state_dict()[name], weight.to(pipe.transformer.dtype)), (to, name)
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_quantised_files_mean(quantised, diffusers, tmp_path):
+    """Weight by weight, from the files: as the network that was read would be saved."""
+    pipe = joyedit.load(quantised, device="cpu", processor=diffusers)
+    pipe.save_pretrained(tmp_path / "saved")
+    words = ["convert", str(quantised), str(tmp_path / "out"), "--part", f"processor={diffusers}", "-q"]
+    assert cli.main(words) == 0
+    for part, stem in STEMS.items():
+        found, wanted = (load_file(tmp_path / at / part / f"{stem}.safetensors") for at in ("out", "saved"))
+        assert found.keys() == wanted.keys()
+        assert all(found[name].dtype is t.dtype and torch.equal(found[name], t) for name, t in wanted.items())
+
+
+def test_the_disk_must_hold_what_is_quantised_and_no_more(quantised, diffusers, capsys, monkeypatch):
+    needed = sum((quantised / file).stat().st_size for file in QUANTISED)
+    plain = sum(path.stat().st_size for path in diffusers.rglob("*.safetensors"))
+    words = ["convert", str(diffusers), str(quantised), "--to", "comfyui", "--quantize", "int8_convrot"]
+    free = (needed + plain) // 2
+    monkeypatch.setattr("joyedit.command.convert.shutil.disk_usage", lambda place: DiskUsage(0, 0, free))
+    assert needed < free < plain and cli.main([*words, "-q", "--force"]) == 0
+    free = needed // 2
+    assert cli.main([*words, "-q", "--force"]) == 1
+    assert "and the disk has" in capsys.readouterr().err
 
 
 def test_files_side_by_side(quantised, diffusers, states, tmp_path):
