@@ -8,6 +8,7 @@ Source: huggingface/safetensors, the format in its README.md.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,12 +81,18 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: __metadata__ of its header must hold texts by name, not {shown(metadata)}")
     if len(header) > MOST_TENSORS:
         raise ValueError(f"{path} lists {len(header):,} tensors, more than {MOST_TENSORS:,}")
-    ends = [_check_entry(path, name, entry) for name, entry in header.items()]
-    if 8 + length + max(ends, default=0) != size:
+    places = sorted((*_check_entry(path, name, entry), name) for name, entry in header.items())
+    end = max((end for _, end, _ in places), default=0)
+    if 8 + length + end != size:
         raise ValueError(
-            f"{path} was cut off or damaged: {size} bytes, its header promises "
-            f"{8 + length + max(ends, default=0)}"
+            f"{path} was cut off or damaged: {size} bytes, its header promises {8 + length + end}"
         )
+    for (_, before, _), (begin, _, name) in itertools.pairwise([(0, 0, ""), *places]):
+        if begin != before:
+            raise ValueError(
+                f"{path} is not a valid safetensors file: tensor {name!r} begins at {begin}, the one before "
+                f"it ends at {before}"
+            )
     return {**header, "__metadata__": metadata} if metadata else header
 
 
@@ -111,8 +118,8 @@ def check_shape(shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check_entry(path: Path, name: str, entry: Any) -> int:
-    """The end of a tensor's data. Raises ValueError for an entry that is none, or contradicts itself."""
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where its data begin and end. Raises ValueError for an entry that is none, or contradicts itself."""
     check_name(path, name)
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{path} is not a safetensors file: {name!r} in its header lists no tensors")
@@ -137,7 +144,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> int:
             f"{path}: tensor {name!r} of shape {shape} has {wanted} bytes, its data_offsets {offsets} "
             f"{offsets[1] - offsets[0]}"
         )
-    return offsets[1]
+    return offsets[0], offsets[1]
 
 
 def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, FromFile]]:

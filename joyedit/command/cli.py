@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader of our output went away, as in `joyedit info | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
             message = known_error(error)
             if message is None:
                 raise
@@ -101,7 +101,7 @@ def known_error(error: Exception) -> str | None:
     gpu_is_full = type(error).__name__ == "OutOfMemoryError"
     if gpu_is_full or "can't allocate memory" in line or isinstance(error, MemoryError):
         return f"out of memory: try --offload model, a smaller --basesize, fewer --num-images ({line[:200]})"
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) or (isinstance(error, ImportError) and "pip install" not in line):
         return None
     return line or type(error).__name__
 

@@ -4,9 +4,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from joyedit.checkpoints.network import build_on_meta, load_network
+from joyedit.checkpoints.network import build_on_meta, load_network, plan_network
 from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.command import cli
 from joyedit.models.joyimage_mmdit import JoyImageEditConfig, JoyImageEditTransformer3DModel
 from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel
 from joyedit.quantised import quantised_weights
@@ -103,7 +105,7 @@ def test_gguf_of_the_text_encoder_has_names_of_llama_cpp(tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
 
 
-def test_gguf_that_is_damaged_or_needs_the_package(joy, tmp_path, monkeypatch):
+def test_gguf_that_is_damaged_or_needs_the_package(joy, tmp_path, monkeypatch, capsys):
     write_gguf(tmp_path / "x.gguf", joy, {PRODUCTS[0]: Q8_0})
     content = (tmp_path / "x.gguf").read_bytes()
     for cut in (10, 300, len(content) - 1000):
@@ -113,3 +115,18 @@ def test_gguf_that_is_damaged_or_needs_the_package(joy, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install joyedit\[gguf\]"):
         TensorFiles([tmp_path / "x.gguf"])
+    assert cli.main(["verify", str(tmp_path / "x.gguf")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("pip install joyedit[gguf]")
+
+
+def test_gguf_is_converted_weight_by_weight(joy, tmp_path):
+    meant = write_gguf(tmp_path / "x.gguf", joy, dict.fromkeys(PRODUCTS, Q8_0))
+    for dtype in (torch.bfloat16, torch.float32):
+        files = TensorFiles([tmp_path / "x.gguf"])
+        planned = plan_network(JoyImageEditTransformer3DModel, JOY, files, dtype)
+        planned.opened(unread=True).save_pretrained(tmp_path / str(dtype))
+        found = load_file(tmp_path / str(dtype) / "diffusion_pytorch_model.safetensors")
+        assert found.keys() == joy.keys()
+        for name, tensor in found.items():
+            kind = torch.float32 if JoyImageEditTransformer3DModel.stays_fp32(name) else dtype
+            assert tensor.dtype is kind and torch.equal(tensor, meant.get(name, joy[name]).to(kind)), name
