@@ -56,7 +56,8 @@ def comfyui_files(listing: Sequence[str]) -> dict[str, list[str]]:
 
 def is_comfyui(listing: Sequence[str]) -> bool:
     tops = (COMFYUI_FOLDERS["transformer"], f"{SPLIT}/{COMFYUI_FOLDERS['transformer']}")
-    return any(file.startswith(f"{top}/") for file in listing for top in tops) or bool(comfyui_files(listing))
+    in_folders = any(file.startswith(f"{top}/") for file in listing for top in tops)
+    return in_folders or "transformer" in comfyui_files(listing)  # others have a folder vae, too
 
 
 def choose_file(name: str, part: str, files: Sequence[str], plus: bool | None, variant: str | None) -> str:
