@@ -40,7 +40,7 @@ UNUSED = (".scale_input", ".input_scale")
 METADATA = "_quantization_metadata"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 LONGEST_MARK = 4096  # bytes
-BLOCK = 2**21  # elements of a weight that are rebuilt or quantised at a time
+BLOCK = 2**20  # elements of a weight that are rebuilt or quantised at a time
 # What a mark calls it -> the dtype of the weight.
 FORMATS = {
     "int8_tensorwise": torch.int8,
