@@ -11,9 +11,11 @@ from PIL import Image
 from torch import nn
 
 import joyedit
+from benchmarks.quantised import in_form
 from joyedit.checkpoints.sizes import parse_size
 from joyedit.memory import BlockStreaming, stream_blocks
 from joyedit.memory.streaming import Passing, Transfers, TwoBuffers, blocks_of, tensors_of
+from joyedit.quantised import quantised_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -180,6 +182,26 @@ def test_results_are_those_of_networks_that_are_all_there(pipe, place, share, mo
     assert {0: max(most) == 0, 0.5: 0 < max(most), 2: max(most) == blocks}[share]
     for name, network in pipe.networks.items():
         assert all(torch.equal(t, before[name][key]) for key, t in network.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["in files", "in buffers"])
+@pytest.mark.parametrize("form", [pytest.param("fp8", marks=pytest.mark.slow), "int8_convrot"])
+def test_quantised_weights_come_as_they_are_stored(form, place, monkeypatch):
+    plain = joyedit.load("tiny-joyimage", device="cpu", dtype="float32")
+    parts = {name: in_form(plain.components[name], form) for name in ("transformer", "text_encoder")}
+    pipe = joyedit.load("tiny-joyimage", device="cpu", dtype="float32", **parts)
+    pipe.set_progress_bar_config(disable=True)
+    wanted, weights = call(pipe), quantised_weights(pipe.transformer)
+    before = {name: weight.stored.clone() for name, weight in weights.items()}
+    if place == "in buffers":
+        monkeypatch.setattr("joyedit.memory.streaming.MappedPages", Buffered)
+    nbytes = sum(t.nbytes for t in tensors_of(pipe.denoiser))
+    stream_blocks(pipe.networks.values(), torch.device("cpu"), FixedRoom(nbytes // 2))
+    assert torch.equal(call(pipe), wanted)
+    pipe.set_memory(None)
+    assert before and torch.equal(call(pipe), wanted)
+    for name, weight in quantised_weights(pipe.transformer).items():
+        assert weight.stored.dtype.itemsize == 1 and torch.equal(weight.stored, before[name])
 
 
 kept_let_go = TwoBuffers.let_go
