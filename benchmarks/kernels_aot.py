@@ -63,6 +63,8 @@ COUNTED = {
     "cuda": (r"LDG\.E\.(\w+\.)*128", r"STG\.E\.(\w+\.)*128", "LDGSTS", "UTMALDG", "HMMA", "HGMMA", "UTCHMMA"),
     "hip": (r"(global|buffer)_load_(b128|dwordx4)", r"(global|buffer)_store_(b128|dwordx4)", "v_mfma"),
 }
+# Counted too: products of whole numbers. Not in the hash of results, which most of them are older than.
+COUNTED_WHOLE = {"cuda": ("IMMA", "IGMMA", "UTCIMMA"), "hip": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +293,7 @@ def compiled(one: Launch, target: str, recorded: Mapping[str, Any]) -> dict[str,
         return {**known, "binary": recorded["binary"]}
     registers, spills, instructions = (parsed if backend == "hip" else disassembled)(code)
     counts = {}
-    for pattern in COUNTED[backend]:
+    for pattern in (*COUNTED[backend], *COUNTED_WHOLE[backend]):
         if count := sum(re.match(pattern, word) is not None for word in instructions):
             counts[pattern] = count
     figures = {

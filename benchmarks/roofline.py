@@ -16,7 +16,7 @@ import argparse
 import collections
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,24 +28,12 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.op_cases import Case, Op, all_cases, all_ops
 from joyedit import ops
+from joyedit.estimates.counting import ATTENTION, OTHER, PRODUCT, is_view, moved_by, stored
+from joyedit.estimates.machines import EFFICIENCY, MACHINES, Machine
 
-
-class GPU(NamedTuple):
-    """Makers' figures: bytes per second of memory, operations per second of matrix (dense bf16) and vector
-    (fp32) units."""
-
-    bandwidth: float
-    matrix: float
-    vector: float
-
-
-GPUS = {
-    "H100": GPU(3.35e12, 989e12, 67e12),
-    "H200": GPU(4.8e12, 989e12, 67e12),
-    "B200": GPU(8.0e12, 2250e12, 75e12),
-    "4090": GPU(1.01e12, 165e12, 83e12),
-    "MI300X": GPU(5.3e12, 1307e12, 163e12),
-}
+# Makers' figures: bytes per second of memory, operations per second of matrix (dense bf16) and vector (fp32)
+# units.
+GPUS = {name.removeprefix("RTX "): MACHINES[name] for name in ("H100", "H200", "B200", "RTX 4090", "MI300X")}
 SYSTEMS = {
     "joyimage": "JoyImage, 1024 x 1024 pixels, one reference",
     "chronoedit": "ChronoEdit, 5 frames of 720p",
@@ -72,24 +60,14 @@ class Moved(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not is_view(func) and func.__name__ != "empty.memory_format":
-            self.bytes += stored(tree_leaves((args, kwargs))) + stored(tree_leaves(out))
+            self.bytes += moved_by(args, kwargs or {}, out)
             self.launches += 1
         return out
 
 
-def stored(values: Iterable[Any]) -> int:
-    """Bytes of tensors; what an expanded tensor repeats is counted once."""
-    total = 0
-    for t in values:
-        if isinstance(t, Tensor):
-            sizes = [n for n, stride in zip(t.shape, t.stride(), strict=True) if stride]
-            total += torch.Size(sizes).numel() * t.element_size() if t.numel() else 0
-    return total
-
-
 def once(*values: Any) -> int:
     """Bytes of arguments and results, each once, also where a result was written to an argument."""
-    return stored({id(t): t for t in tree_leaves(values)}.values())
+    return stored({id(t): t for t in tree_leaves(values) if isinstance(t, Tensor)}.values())
 
 
 def traffic(case: Case, op: Op) -> Traffic:
@@ -102,7 +80,7 @@ def traffic(case: Case, op: Op) -> Traffic:
     return Traffic(once(args, out), moved.bytes, moved.launches, op.operations(*args))
 
 
-def floor(t: Traffic, op: Op, gpu: GPU) -> float:
+def floor(t: Traffic, op: Op, gpu: Machine) -> float:
     """Seconds of one call that no implementation can go below."""
     return max(t.fused / gpu.bandwidth, t.operations / (gpu.matrix if op.matrix else gpu.vector))
 
@@ -163,15 +141,9 @@ class Dispatched(TorchDispatchMode):
             rows, columns = args[name.endswith(("addmm", "activation")) :][:2]
             self.products += 2 * rows.numel() * columns.shape[-1]
         elif name != "attention" and not is_view(func) and name not in ("empty", "new_empty", "empty_like"):
-            moved = stored(tree_leaves((args, kwargs))) + stored(tree_leaves(out))
+            moved = moved_by(args, kwargs or {}, out)
             self.bytes[name.removesuffix("_out")] += moved
         return out
-
-
-def is_view(func: Any) -> bool:
-    returned = func._schema.returns
-    aliases = bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
-    return aliases or func.__name__ == "_unsafe_view.default"
 
 
 @contextlib.contextmanager
@@ -253,21 +225,18 @@ def chronoedit_block() -> tuple[torch.nn.Module, tuple, int, int]:
 
 
 BLOCKS = {"joyimage": 40, "chronoedit": 40}
-# Shares of the makers' figures that are assumed for the prediction: large bf16 products, attention by cuDNN,
-# streaming through memory. Nothing of this is measured.
-EFFICIENCY = {"products": 0.72, "attention": 0.57, "memory": 0.8}
 
 
-def predicted_step(system: str, gpu: GPU, separate: bool = False) -> float:
+def predicted_step(system: str, gpu: Machine, separate: bool = False) -> float:
     """Seconds of the blocks of one guided step (two branches), computed."""
     work, share = block_work(system, separate), EFFICIENCY
-    products = work.products / (share["products"] * gpu.matrix)
-    attention = work.attention / (share["attention"] * gpu.matrix)
-    memory = sum(work.bytes.values()) / (share["memory"] * gpu.bandwidth)
+    products = work.products / (share[PRODUCT] * gpu.matrix)
+    attention = work.attention / (share[ATTENTION] * gpu.matrix)
+    memory = sum(work.bytes.values()) / (share[OTHER] * gpu.bandwidth)
     return 2 * BLOCKS[system] * (products + attention + memory)
 
 
-def floor_of_step(system: str, gpu: GPU) -> float:
+def floor_of_step(system: str, gpu: Machine) -> float:
     """The same if every unit reached its maker's figure, and nothing but products and attention took time."""
     work = block_work(system)
     return 2 * BLOCKS[system] * (work.products + work.attention) / gpu.matrix

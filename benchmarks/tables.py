@@ -9,8 +9,11 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   problems      results/kernels/: what spills or does not compile, under each Triton
   measured      results/gpu/: blocks and steps on GPUs
   small         results/shapes/: the small models
+  machines      results/estimates/: which memory the released models need, and how long an edit takes
   drift         results/drift/: what the small models do to the rest of the picture, in a sentence
   drifts        the same by model, in a table
+  quantised     results/quantised/: what eight bits cost the small models
+  released      the same file: bytes of the released networks
 """
 
 import argparse
@@ -326,6 +329,55 @@ def figures(row: Mapping[str, Any]) -> str:
     return ", ".join(said)
 
 
+def machine_table(results: Path = RESULTS) -> str:
+    """Markdown of what `joyedit estimate` says of the released models on GPUs."""
+    found = json.loads((results / "estimates" / "released.json").read_text(encoding="utf-8"))
+    cards, machines = list(next(iter(found.values()))["fits"]), ("RTX 4090", "H100")
+    head = ["an edit", "files", "all of it", *(f"{card} GB" for card in cards), *machines]
+    rule = ["---", "---:", "---:", *["---"] * len(cards), *["---:"] * len(machines)]
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(rule)} |"]
+    for name, row in found.items():
+        sizes = (f"{count / 1e9:.1f} GB" for count in (row["disk"], max(row["peak"].values())))
+        flags = [with_flags(said) for said in row["fits"].values()]
+        times = (f"{row['times'][machine]:.3g} s" for machine in machines)
+        lines.append(f"| {' | '.join([name, *sizes, *flags, *times])} |")
+    return "\n".join(lines)
+
+
+def with_flags(said: str | None) -> str:
+    """How an edit fits, where the row says itself which files it takes."""
+    if said is None:
+        return "no"
+    flags = said.removeprefix("--quantize int8_convrot").strip()
+    return f"`{flags}`" if flags else "yes"
+
+
+def quantised_table(results: Path = RESULTS) -> str:
+    """Markdown: what eight bits cost each network of the small models, and their edits."""
+    found = json.loads((results / "quantised" / "small_models.json").read_text(encoding="utf-8"))
+    lines = [
+        "| model | form | error of the networks' outputs | PSNR of edits: median, least | right |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for name, model in found["models"].items():
+        lines.append(f"| `{name}` | fp32 | - | - | {100 * model['right']:.1f} % of {model['edits']} |")
+        for form, row in model["forms"].items():
+            errors = (f"{100 * net['output']:.2g} % ({part})" for part, net in row["networks"].items())
+            psnr = f"{row['psnr']['median']:.1f}, {row['psnr']['least']:.1f} dB"
+            lines.append(f"| | {form} | {', '.join(errors)} | {psnr} | {100 * row['right']:.1f} % |")
+    return "\n".join(lines)
+
+
+def released_table(results: Path = RESULTS) -> str:
+    """Markdown: bytes of the released networks."""
+    found = json.loads((results / "quantised" / "small_models.json").read_text(encoding="utf-8"))
+    lines = ["| network | bf16 | int8_convrot | fp8 |", "| --- | ---: | ---: | ---: |"]
+    for name, sizes in found["released"].items():
+        cells = [f"{sizes[f'bytes_{form}'] / 1e9:.1f} GB" for form in ("bf16", "int8_convrot", "fp8")]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "edits": edits_table,
     "gpus": gpu_table,
@@ -333,8 +385,11 @@ TABLES = {
     "problems": problem_table,
     "measured": measured_table,
     "small": small_table,
+    "machines": machine_table,
     "drift": drift_sentence,
     "drifts": drift_table,
+    "quantised": quantised_table,
+    "released": released_table,
 }
 
 

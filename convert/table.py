@@ -65,6 +65,11 @@ class Step:
     transform: Transform
     index: int
 
+    @property
+    def is_renaming(self) -> bool:
+        """Whether the tensor is its one source, under another name at most."""
+        return self.transform is list
+
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.transform([tensors[name] for name in self.sources])[self.index]
 
@@ -89,13 +94,17 @@ class Layout:
         """Steps for our names, dropped foreign keys, and the foreign keys that no complete rule takes."""
         return _match([(r.src, r.dst, r.forward, r.reason) for r in self.rules], keys)
 
-    def invert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors under this layout's names. Raises ValueError for a key that no rule takes."""
+    def inverse(self, names: Sequence[str]) -> dict[str, Step]:
+        """How each tensor of this layout is made of ours. Raises ValueError for a name that no rule takes."""
         sides = [(r.dst, r.src, r.backward, "") for r in self.rules if r.dst]
-        steps, _, unmatched = _match(sides, list(state))
+        steps, _, unmatched = _match(sides, names)
         if unmatched:
             raise ValueError(f"layout {self.name!r} has no name for {unmatched[:5]}")
-        return {name: step.read(state) for name, step in steps.items()}
+        return steps
+
+    def invert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors under this layout's names. Raises ValueError as `inverse`."""
+        return {name: step.read(state) for name, step in self.inverse(list(state)).items()}
 
     def renames(self, names: Sequence[str]) -> dict[str, str]:
         """This layout's name -> ours, for those of our tensors that it has one for one."""

@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 # A public name takes two lines: here, and below for type checkers and editors.
 _MODULE_OF = {
     "load": "joyedit.loading.layouts",
+    "estimate": "joyedit.estimates.estimating",
     "JoyImageEditPipeline": "joyedit.pipelines.joyimage",
     "JoyImageEditPipelineOutput": "joyedit.pipelines.joyimage",
     "JoyImageEditPlusPipeline": "joyedit.pipelines.joyimage_plus",
@@ -71,6 +72,7 @@ _ROOM_OF = {
 if TYPE_CHECKING:
     from huggingface_hub import hf_hub_download as hf_hub_download
 
+    from joyedit.estimates.estimating import estimate as estimate
     from joyedit.loading.layouts import load as load
     from joyedit.media.clip_images import CLIPImageProcessor as CLIPImageProcessor
     from joyedit.media.images import load_image as load_image

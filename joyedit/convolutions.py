@@ -5,13 +5,32 @@ Weights may be narrower than the activations, as in `ops`, of which these are a 
 B batch   C channels   T frames   H, W height and width
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Size = int | tuple[int, ...]  # one number for all axes, or one per axis
+
+_STANDS_FOR: ContextVar[str] = ContextVar("stands_for", default="meta")
+
+
+def kind_of(device: torch.device) -> str:
+    """ "cpu", "cuda", ...: by what is computed there. Tensors without memory stand for those of a device."""
+    return _STANDS_FOR.get() if device.type == "meta" else device.type
+
+
+@contextlib.contextmanager
+def standing_for(kind: str) -> Iterator[None]:
+    """While the block runs, what is on the meta device is treated as if it was on one of this kind."""
+    token = _STANDS_FOR.set(kind)
+    try:
+        yield
+    finally:
+        _STANDS_FOR.reset(token)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -34,7 +53,7 @@ def doubling_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     into a 4x4 kernel of a transposed convolution: 4 / 9 of the products, and the doubled picture is never
     made. Half precision would round the sums of taps.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if kind_of(x.device) != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
     kernel = F.pad(weight.to(wide_dtype(x)).transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
     kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
@@ -58,7 +77,7 @@ def conv3d(
     dtype, device = segments[0].dtype, segments[0].device
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     stride, padding3d = (time_stride, 1, 1), (0, *padding)
-    if device.type != "cpu":
+    if kind_of(device) != "cpu":
         return F.conv3d(torch.cat(tuple(segments), dim=2), weight, bias, stride, padding3d)
     frames = [frame for segment in segments for frame in segment.unbind(2)]
     # What pairs save on products, half precision would lose in their sums, and few channels spend on them.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from joyedit import ops
+from joyedit import ops, quantised
 from joyedit.lora import running_deltas
 
 log = logging.getLogger("joyedit")
@@ -301,6 +301,7 @@ def settings() -> Hashable:
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
         ops._backend,
+        quantised._products,
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.benchmark, cudnn.deterministic),

@@ -38,6 +38,7 @@ from joyedit.checkpoints.lora_spellings import (
 from joyedit.checkpoints.network import Network
 from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.summary import adapters
+from joyedit.quantised import QuantisedWeight, quantised_weights
 
 log = logging.getLogger("joyedit")
 
@@ -220,7 +221,8 @@ class Adapters:
 
         reversible=True keeps the original tensors in main memory, as much again as the adapted weights; those
         that are mapped from a file cost nothing. safe_fusing=True raises ValueError, before anything is
-        changed, when a weight would not be finite. ValueError also for names that are unknown or fused.
+        changed, when a weight would not be finite. ValueError also for names that are unknown or fused, and
+        for adapters of weights that are quantised: a sum would have to be quantised anew.
         """
         components = self._components(components)
         names = self._known(adapter_names or self.get_active_adapters())
@@ -232,6 +234,7 @@ class Adapters:
         for network in components:
             state = self._states[network]
             plans[network] = {n: lora_scale * state.weights[n] for n in names if n in state.loaded}
+            refuse_quantised(network, self.networks[network], state.collect(plans[network]))
             if safe_fusing:
                 state.check_finite(plans[network], self.networks[network])
         for network, plan in plans.items():
@@ -369,12 +372,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def merge(base: Tensor, deltas: Weighted) -> Tensor:
+def merge(base: Tensor | QuantisedWeight, deltas: Weighted) -> Tensor:
     """The sum of a parameter and its deltas, in fp32, rounded once to the dtype of the parameter, whose
-    memory layout it keeps."""
-    total = base.reshape(base.shape[0], -1).to(torch.promote_types(base.dtype, torch.float32))
+    memory layout it keeps. One that is quantised is rebuilt for it, and stays what it is."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    if isinstance(base, QuantisedWeight):
+        total = base.to(wide)
+    else:
+        total = base.reshape(base.shape[0], -1).to(wide)
     for delta, strength in deltas:
         total = delta.add_to(total, strength)
+    if isinstance(base, QuantisedWeight):
+        return total.to(base.dtype)
     return torch.empty_like(base).copy_(total.view(base.shape))
 
 
@@ -460,6 +469,16 @@ class AdapterState:
         self.sync(network)
 
 
+def refuse_quantised(part: str, network: nn.Module, tensors: Iterable[str]) -> None:
+    stored = quantised_weights(network)
+    if found := [tensor for tensor in tensors if tensor in stored]:
+        raise ValueError(
+            f"fuse_lora: {found[0]} of the {part}, and {len(found) - 1} others, are stored as "
+            f"{stored[found[0]].form}: adapters stay beside such weights, with the same result; to fuse "
+            "them, load the weights in bf16"
+        )
+
+
 def _parameter(network: nn.Module, tensor: str) -> nn.Parameter:
     """The parameter itself, where reading the attribute would give a sum."""
     path, _, leaf = tensor.rpartition(".")
@@ -497,8 +516,10 @@ def running_deltas(module: nn.Module) -> dict[str, Weighted]:
 @functools.cache
 def _reading_class(plain: type[nn.Module], leaves: frozenset[str]) -> type[nn.Module]:
     def reading(leaf: str) -> property:
+        own: Any = getattr(plain, leaf, None)  # a quantised layer reads its weight by a property, too
+
         def read(module: nn.Module) -> Tensor:
-            parameter = module._parameters[leaf]
+            parameter = module._parameters[leaf] if own is None else own.fget(module)
             assert parameter is not None
             scale = module.__dict__["lora_state"].scale
             deltas = module.__dict__["lora_deltas"][leaf]

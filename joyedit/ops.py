@@ -35,7 +35,11 @@ from torch import Tensor
 from joyedit.convolutions import conv2d as conv2d
 from joyedit.convolutions import conv3d as conv3d
 from joyedit.convolutions import doubling_conv2d as doubling_conv2d
+from joyedit.convolutions import kind_of as kind_of
+from joyedit.convolutions import standing_for as standing_for
 from joyedit.convolutions import wide_dtype as wide_dtype
+from joyedit.eight_bits import int8_product
+from joyedit.rotary import norm_rope
 
 log = logging.getLogger("joyedit")
 
@@ -71,6 +75,8 @@ def backend(name: str) -> contextlib.AbstractContextManager:
 def _triton(x: Tensor, *others: Tensor | None, problem: str | None = None, has_backward: bool = True) -> bool:
     """Whether the Triton kernel takes these tensors; `problem`: why it cannot, if the caller has a reason."""
     if _backend == "torch" or (_backend == "auto" and not _on_gpu(x)):
+        return False
+    if kind_of(x.device) != x.device.type:  # without memory: PyTorch's operations are counted
         return False
     problem = problem or _problem([x, *(t for t in others if t is not None)], has_backward)
     if problem and _backend == "triton":
@@ -150,13 +156,15 @@ def compute_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype
     convolutions over 100 times slower; there the activations are fp32 and the weights are upcast where they
     are used.
     """
-    if torch.device(device).type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    if kind_of(torch.device(device)) == "cpu" and dtype in (torch.bfloat16, torch.float16):
         return dtype if dtype is torch.bfloat16 and CPU_HAS_BF16 else torch.float32
     return dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D_in), weight (D_out, D_in), bias (D_out) -> (..., D_out) in the dtype of x."""
+    if not isinstance(weight, Tensor):  # one that is quantised knows how it is multiplied
+        return weight.linear(x, bias)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -165,10 +173,27 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     out (B, N, H, E), x (B, N, D_in), weight (H * E, D_in), bias (H * E).
     """
+    if not isinstance(weight, Tensor):
+        return out.copy_(weight.linear(x, bias).view(out.shape))
     weight, bias = weight.to(x.dtype).t(), bias.to(x.dtype)
     for rows, place in zip(x, out.flatten(2), strict=True):
         torch.addmm(bias, rows, weight, out=place)
     return out
+
+
+def int8_linear(x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """x (..., D_in) rotated and rounded to eight bits row by row, times stored (D_out, D_in) int8, scale
+    (D_out, 1) or (1, 1); -> (..., D_out) in the dtype of x, with an error of rounding x. group: see
+    `eight_bits`."""
+    given = (x, scale) if bias is None else (x, scale, bias)
+    half = x.dtype in (torch.float16, torch.bfloat16) and group <= 256
+    odd = None if half else "it takes half precision, in groups of at most 256"
+    if _triton(*given, problem=odd, has_backward=False):
+        from joyedit.kernels.int8_linear import int8_linear as kernel
+
+        if (out := _launched(kernel, x, stored, scale, bias, group)) is not NotImplemented:
+            return out
+    return int8_product(x, stored, scale, bias, group)
 
 
 def joint_buffers(
@@ -529,46 +554,10 @@ def qk_norm_rope(
             return made
     stop = start + q.shape[1]
     q_rope = None if rope is None else (rope[0][..., start:stop, :], rope[1][..., start:stop, :])
-    q, k = _norm_rope(q, q_weight, q_rope, eps, half_split), _norm_rope(k, k_weight, rope, eps, half_split)
+    q, k = norm_rope(q, q_weight, q_rope, eps, half_split), norm_rope(k, k_weight, rope, eps, half_split)
     if out is None:
         return q, k
     return q if out[0] is None else out[0].copy_(q), out[1].copy_(k)
-
-
-def _norm_rope(
-    x: Tensor, weight: Tensor | None, rope: tuple[Tensor, Tensor] | None, eps: float, half_split: bool
-) -> Tensor:
-    out = x.to(wide_dtype(x)) if weight is None else _head_norm(x, weight, eps)
-    if rope is not None:
-        cos, sin = (t.unsqueeze(-2) for t in rope)
-        if half_split:
-            out = _turn_halves(out, cos, sin)
-        else:
-            out = _turn_neighbours(out, cos, sin, in_place=weight is not None)
-    return out.to(x.dtype)
-
-
-def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = wide_dtype(x)
-    rows = x if len(weight) == x.shape[-1] else x.flatten(-2)
-    # One pass without a tensor of squares.
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide)
-    normed = rows * (length.square() / rows.shape[-1] + eps).rsqrt()
-    return normed.mul_(weight.to(wide)).reshape(x.shape)
-
-
-def _turn_neighbours(x: Tensor, cos: Tensor, sin: Tensor, in_place: bool) -> Tensor:
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())  # (B, N, H, E / 2)
-    angle = torch.complex(cos, sin)
-    return torch.view_as_real(pairs.mul_(angle) if in_place else pairs * angle).flatten(-2)
-
-
-def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    out = x * torch.cat((cos, cos), dim=-1)
-    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin)
-    return out
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -624,7 +613,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     After the product, the GELU reads and writes the whole hidden layer, whatever kernel it is, and the bias
     costs nothing in the product. What spares both is the GELU in the product itself, where that pays.
     """
-    if _product_ends_in_gelu(x, weight, bias):
+    if isinstance(weight, Tensor) and _product_ends_in_gelu(x, weight, bias):
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         out = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)

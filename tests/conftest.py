@@ -276,6 +276,7 @@ def no_work(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(layouts, "load", load)
+    monkeypatch.setattr(layouts, "open_unread", load)
 
 
 @pytest.fixture(scope="module")

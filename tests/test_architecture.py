@@ -134,7 +134,8 @@ def test_imports_of_others_are_declared(name):
         return {IMPORT_NAMES.get(match[0], match[0]) for match in found if match}
 
     extras = project["optional-dependencies"]
-    declared, optional = names(project["dependencies"]), names([*extras["video"], *extras["chrono"]])
+    declared = names(project["dependencies"])
+    optional = names([one for name in ("video", "chrono", "gguf", "quant") for one in extras[name]])
     for target, inside in imports(name):
         top = target.partition(".")[0]
         if top == "joyedit" or top in sys.stdlib_module_names:

@@ -169,6 +169,10 @@ def run_joyedit(words, published, capsys):
     printed = capsys.readouterr().out
     if words[0] == "ask":
         assert printed.strip()
+    elif words[0] == "verify":
+        assert ": whole;" in printed
+    elif words[0] == "estimate":
+        assert "transformer" in printed and "80" in printed
     elif words[0] == "info":
         assert "Add wings to the astronaut." in printed or not words[-1].endswith(".png")
         assert "tiny" not in printed and len(printed.splitlines()) > 3
@@ -207,7 +211,7 @@ def test_command_lines(page, source, desk, published, capsys, monkeypatch):
 
 def test_options_that_the_pages_name_exist(capsys):
     known = set()
-    for command in ("edit", "generate", "ask", "convert", "info", "demo"):
+    for command in ("edit", "generate", "ask", "estimate", "convert", "verify", "info", "demo"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))

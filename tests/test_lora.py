@@ -11,7 +11,7 @@ from torch import nn
 from joyedit.checkpoints.network import load_network
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.lora import Adapters
-from joyedit.memory import BlockStreaming
+from joyedit.memory import BlockStreaming, visit
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
 from joyedit.models.sd_unet import UNet2DConditionModel
 from tests.lora_layers import (
@@ -256,9 +256,11 @@ def test_streamed_blocks_see_their_adapters(joy):
     adapters.load_lora_weights(lora(joy, "transformer", JOY_LAYERS))
     running = run_joy(joy)
     BlockStreaming.attach(joy, torch.device("cpu"))
-    assert torch.equal(run_joy(joy), running)
-    adapters.fuse_lora()
-    assert torch.equal(run_joy(joy), running)
+    for fuse in (False, True):
+        if fuse:
+            adapters.fuse_lora()
+        with visit(joy, None):
+            assert torch.equal(run_joy(joy), running)
     BlockStreaming.detach(joy)
     adapters.unfuse_lora()
     assert torch.equal(run_joy(joy), running)

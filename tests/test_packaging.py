@@ -172,7 +172,7 @@ def test_packages_and_dependencies_listed():
     folders = {name.rpartition("/")[0].replace("/", ".") for name in modules}
     assert set(settings["tool"]["setuptools"]["packages"]) == folders
     extras = settings["project"]["optional-dependencies"]
-    assert set(extras) == {"video", "chrono", "test", "dev"}
+    assert set(extras) == {"video", "chrono", "gguf", "quant", "test", "dev"}
     named = {name: {re.split(r"[<>=]", one)[0] for one in wanted} for name, wanted in extras.items()}
     assert named["video"] | named["chrono"] <= named["test"]
     for requirement in settings["project"]["dependencies"]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.gpu.correctness import odd, sized
 from benchmarks.gpu.setting import Row, Setting
-from benchmarks.op_cases import Case, T, all_ops, made
+from benchmarks.op_cases import Case, T, exact_ops, made
 from benchmarks.ops import call, floats, widened, worst_error
 from joyedit import ops
 from joyedit.models import chronoedit_dit, joyimage_mmdit, sd_unet
@@ -37,7 +37,7 @@ def calls(setting: Setting) -> list[Case]:
     """Of every operation; in a dry run on a few elements."""
     if not setting.dry:
         return odd(setting.half)
-    return [sized(Case(name, "dry", "few elements", op.small), setting) for name, op in all_ops().items()]
+    return [sized(Case(name, "dry", "few elements", op.small), setting) for name, op in exact_ops().items()]
 
 
 def plain(case: Case, args: tuple[Any, ...]) -> list[Tensor]:

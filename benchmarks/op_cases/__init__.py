@@ -39,6 +39,7 @@ class Op(NamedTuple):
     operations of one call; matrix: they are done by matrix units. instructions: for each backend ("cuda",
     "hip") and architecture where it matters ("sm_90", "gfx942"), patterns of `kernels_aot.COUNTED` that must
     occur in every kernel: wide loads, matrix units, asynchronous copies. Of a tuple of patterns one must.
+    rounds: it rounds its inputs, so that its error has other bounds; its own tests know them.
     """
 
     fuses: str
@@ -50,6 +51,7 @@ class Op(NamedTuple):
         "cuda": ((r"LDG\.E\.(\w+\.)*128", "LDGSTS"),),
         "hip": (r"(global|buffer)_load_(b128|dwordx4)",),
     }
+    rounds: bool = False
 
 
 class Case(NamedTuple):
@@ -104,3 +106,12 @@ def all_ops() -> dict[str, Op]:
 
 def all_cases() -> list[Case]:
     return [case for module in modules().values() for case in module.CASES]
+
+
+def exact_ops() -> dict[str, Op]:
+    """Those that are held to the common bound of errors."""
+    return {name: op for name, op in all_ops().items() if not op.rounds}
+
+
+def exact_cases() -> list[Case]:
+    return [case for case in all_cases() if case.op in exact_ops()]

@@ -28,7 +28,7 @@ from joyedit.checkpoints.shard_index import shards_of
 log = logging.getLogger("joyedit")
 
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pth?|bin|json)$)[A-Za-z0-9][\w.-]*/[\w.-]+")
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 GENERATION_FILE = "generation_config.json"  # beside the config of a network that writes texts
 MOST_FILES = 100_000
 DEEPEST = 4  # levels of folders that are looked into; links may go round in circles
@@ -245,7 +245,7 @@ class Origin:
     def _info(self):
         from huggingface_hub import HfApi
 
-        with self._explained(asking=True):
+        with self.explained(asking=True):
             api = HfApi(token=self.token)
             return api.model_info(self.name, revision=self.revision, files_metadata=True)
 
@@ -266,7 +266,7 @@ class Origin:
             return Path(snapshot_download(**at_commit, local_files_only=True, allow_patterns=[]))
         size = sum(self._sizes[name] for name in needed)
         log.info("%s: downloading %.2f GB in %d files to %s", self._at, size / 1e9, len(needed), self._cache)
-        with self._explained():
+        with self.explained():
             free = shutil.disk_usage(next(p for p in (self._cache, *self._cache.parents) if p.exists())).free
             if size > free:
                 raise OSError(errno.ENOSPC, f"{size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
@@ -285,7 +285,7 @@ class Origin:
         return Path(os.path.expanduser(self.cache_dir or constants.HF_HUB_CACHE)).absolute()
 
     @contextlib.contextmanager
-    def _explained(self, asking: bool = False) -> Iterator[None]:
+    def explained(self, asking: bool = False) -> Iterator[None]:
         """Turn the client's errors into ones that say what to do. asking: no file is read or written, so that
         whatever else is raised is of the connection, or of the proxy and certificate settings for it."""
         from huggingface_hub import constants, errors

@@ -7,9 +7,11 @@ not fit is refused before memory is taken, and the peak is the result plus one t
 Source: the Diffusers and transformers folder formats.
 """
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,10 +27,12 @@ from joyedit.checkpoints.network_spellings import NetworkSpellings, local_file, 
 from joyedit.checkpoints.new_parameters import NewParameters, WithoutInit, initial_values, without_numbers
 from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.quantised_files import keep_stored, plain_tensors, read_forms
 from joyedit.checkpoints.shard_index import shards_of
-from joyedit.checkpoints.stored_dtypes import FP8, refuse_integers, refuse_quantised, widened
+from joyedit.checkpoints.stored_dtypes import FP8, refuse_integers, widened
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.convert.table import DoesNotFitError, Layout, Plan, plan_conversion
+from joyedit.quantised import QuantisedLinear, is_stored
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -46,6 +50,9 @@ class Network(NetworkSpellings):
     # Path components whose parameters stay fp32 in half precision, and of those that `to` leaves in memory.
     fp32_modules: ClassVar[frozenset[str]] = frozenset()
     mapped_modules: ClassVar[frozenset[str]] = frozenset()
+
+    # The weights of a network that was opened unread, to be written elsewhere: it computes nothing.
+    unread: TensorFiles | None = None
 
     def __init__(self, config: Any):
         super().__init__()
@@ -118,15 +125,21 @@ class Network(NetworkSpellings):
         **options: Any,
     ) -> None:
         """Write config.json and safetensors (in shards when larger than `max_shard_size`) that open equal
-        here and in diffusers or transformers. class_name: what config.json calls it; None, its class.
+        here and in diffusers or transformers; weights that are quantised, as what they mean in the network's
+        dtype. class_name: what config.json calls it; None, its class.
         options: safe_serialization=True, push_to_hub=False and their like, with no other value."""
         check_saving(options, ("max_shard_size", "variant", "metadata", "class_name"))
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        inverse = self.layouts()[0].invert(self.state_dict())
-        save_tensors(folder, self.weights_stem, inverse, max_shard_size, variant, metadata)
+        tensors = self.tensors().spelled(self.layouts()[0])
+        save_tensors(folder, self.weights_stem, tensors, max_shard_size, variant, metadata)
         named = {} if class_name is None else {"_class_name": class_name}
         write_json(folder / "config.json", {**self.config_to_save(), **named})
+
+    def tensors(self) -> TensorFiles:
+        """The weights by name, from memory or, of a network that was opened unread, each from its file. Those
+        that are quantised are rebuilt when they are read, in the dtype that the network computes in."""
+        return plain_tensors(self, self.unread or TensorFiles.of(self.state_dict()))
 
     def read_beside(self, folder: Path) -> None:
         """Takes what the files beside config.json say, where a network knows such files. Raises ValueError
@@ -150,8 +163,10 @@ class Network(NetworkSpellings):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights, those that always stay fp32 left aside."""
-        return next((p.dtype for n, p in self.named_parameters() if not self.stays_fp32(n)), torch.float32)
+        """The dtype in which the weights are held and used: those that always stay fp32 left aside, and those
+        that are quantised, which have that of what they mean."""
+        parameters = ((n, p) for n, p in self.named_parameters() if not self.stays_fp32(n))
+        return next((p.dtype for n, p in parameters if not is_stored(n, p)), torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -164,9 +179,13 @@ class Network(NetworkSpellings):
         for name, parameter in self.named_parameters():
             names[id(parameter)] = names[id(parameter.grad)] = name
 
+        for path, layer in self.named_modules():
+            if isinstance(layer, QuantisedLinear) and dtype is not None:
+                layer.dtype = _allowed(type(self), path, dtype)
+
         def move(t: Tensor) -> Tensor:
             name = names.get(id(t), "")
-            kind = torch.float32 if dtype in HALF and self.stays_fp32(name) else dtype
+            kind = None if dtype is None or is_stored(name, t) else _allowed(type(self), name, dtype)
             return t.to(
                 t.device if self.stays_behind(name) else device,
                 kind if t.is_floating_point() else None,
@@ -211,13 +230,25 @@ class PlannedNetwork:
     dtypes: Mapping[str, torch.dtype]
     new: Sequence[str] = ()
 
+    def opened(self, unread: bool) -> Any:
+        """The network, filled or `unread`. This or `read` is to be called once."""
+        if not unread:
+            return self.read()
+        held = TensorFiles.made(self.plan.steps, self.files, self.dtypes)
+        self.network.unread = held.replaced(TensorFiles.of(self._initial()).entries())
+        return self.network.requires_grad_(False).eval()
+
+    def _initial(self) -> dict[str, Tensor]:
+        """What the files lack and need not hold."""
+        if not self.new:
+            return {}
+        cls, config = type(self.network), self.network.config
+        values = initial_values(lambda: cls(config), self.new)
+        return {name: value.to(self.dtypes[name]) for name, value in values.items()}
+
     def read(self) -> Any:
         """The network, filled. To be called once."""
-        state = dict(read_planned(self.plan, self.files, self.dtypes))
-        if self.new:
-            cls, config = type(self.network), self.network.config
-            values = initial_values(lambda: cls(config), self.new)
-            state |= {name: value.to(self.dtypes[name]) for name, value in values.items()}
+        state = dict(read_planned(self.plan, self.files, self.dtypes)) | self._initial()
         self.network.load_state_dict(state, strict=True, assign=True)
         left = [name for name, tensor in self.network.state_dict().items() if tensor.is_meta]
         if left:
@@ -262,11 +293,13 @@ def plan_network(
     """Build `cls` on the meta device and find out how `files`, in whatever layout, fill it.
 
     dtype None keeps what is stored, except that fp32 files above 4 GB become bf16; parameters that a network
-    declares as fp32 stay so. Raises ValueError with the two-sided key difference when the files do not fit.
+    declares as fp32 stay so. Weights of linear layers that are quantised stay as they are stored, and the
+    network computes in `dtype`, None: in that of the other weights, or bf16 where they have several.
+    Raises ValueError with the two-sided key difference when the files do not fit.
     """
-    patterns = new_parameters or NewParameters()
+    patterns, stored = new_parameters or NewParameters(), files
     try:
-        refuse_quantised(files)
+        files, forms = read_forms(stored)
         network = build_on_meta(cls, config, most_tensors(len(files)))
     except ValueError as error:
         raise ValueError(f"{files}: {error}") from None
@@ -280,12 +313,28 @@ def plan_network(
         raise ValueError(f"{files}: not the weights of this {cls.__name__}: {error}{advice}") from None
     new = [name for name in tensors if name not in plan.steps]
     patterns.note(cls.__name__, plan.steps, new)
-    dtypes = target_dtypes(cls, plan, files, dtype)
+    dtypes = target_dtypes(cls, plan, files, dtype or _dtype_beside(files, forms))
     others = next((kind for name, kind in dtypes.items() if not cls.stays_fp32(name)), torch.float32)
     for name in new:
         floats = tensors[name].is_floating_point()
         dtypes[name] = _allowed(cls, name, others) if floats else tensors[name].dtype
+    kept = keep_stored(network, plan, stored, forms, dtypes)
+    if kept:
+        files = files.replaced(stored.entries([source for step in kept.values() for source in step.sources]))
+        plan = dataclasses.replace(plan, steps={**plan.steps, **kept})
     return PlannedNetwork(network, files, plan, dtypes, new)
+
+
+def _dtype_beside(files: TensorFiles, quantised: Container[str]) -> torch.dtype | None:
+    """In what a network with quantised weights computes, unless it is told: None is as stored."""
+    is_gguf = any(path.suffix == ".gguf" for path in files.files)
+    kinds = {files.dtypes[name] for name in files if name not in quantised}
+    kinds = {kind for kind in kinds if kind.is_floating_point}
+    if kinds == {torch.float32} or not (quantised or is_gguf):
+        return None
+    if is_gguf:
+        kinds.discard(torch.float32)  # in which norms and biases are there, whatever the rest is in
+    return kinds.pop() if len(kinds) == 1 else torch.bfloat16
 
 
 def _advice(error: DoesNotFitError) -> str:
@@ -355,12 +404,35 @@ def _allowed(cls: type[Network], name: str, wanted: torch.dtype) -> torch.dtype:
     return torch.float32 if wanted in HALF and cls.stays_fp32(name) else wanted
 
 
+_PUT_AWAY: ContextVar[Callable[[Tensor], Tensor]] = ContextVar("put_away", default=lambda tensor: tensor)
+
+
+@contextlib.contextmanager
+def putting_away(put_away: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, tensors that are read and are no view of a file are what `put_away` makes of
+    them."""
+    token = _PUT_AWAY.set(put_away)
+    try:
+        yield
+    finally:
+        _PUT_AWAY.reset(token)
+
+
 def read_planned(
     plan: Plan, files: TensorFiles, dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) one by one. A tensor that needs no change stays a view of the mapped file; of a
-    safetensors file nothing else stays in memory."""
+    file nothing else stays in memory."""
+    put_away = _PUT_AWAY.get()
     for name, step in plan.steps.items():
-        as_stored = all(files.dtypes[source] == dtypes[name] for source in step.sources)
-        read = files.__getitem__ if as_stored else files.read_once
-        yield name, step.read({source: widened(read(source)) for source in step.sources}).to(dtypes[name])
+        if all(files.dtypes[source] == dtypes[name] for source in step.sources):
+            read = {source: files[source] for source in step.sources}
+            tensor = step.read(read).to(dtypes[name])  # GGUF's are said to be bf16, and read in fp32
+            mapped = [tensor for source, tensor in read.items() if files.is_mapped(source)]
+            places = {tensor.untyped_storage().data_ptr() for tensor in mapped}
+            yield name, tensor if tensor.untyped_storage().data_ptr() in places else put_away(tensor)
+        elif step.is_renaming:
+            yield name, put_away(files.cast(step.sources[0], dtypes[name]))
+        else:
+            read = {source: widened(files.read_once(source)) for source in step.sources}
+            yield name, put_away(step.read(read).to(dtypes[name]))

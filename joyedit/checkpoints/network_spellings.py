@@ -15,6 +15,7 @@ from torch import nn
 from joyedit.checkpoints.config_spellings import ConfigSpellings
 from joyedit.checkpoints.missing import NETWORKS, lacking
 from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.quantised import SCALE
 
 log = logging.getLogger("joyedit")
 
@@ -46,7 +47,8 @@ class NetworkSpellings(ConfigSpellings, nn.Module):
         """The count of weights."""
         tables = [module for module in self.modules() if isinstance(module, nn.Embedding)]
         left_out = {id(table.weight) for table in tables} if exclude_embeddings else set()
-        wanted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        named = (p for name, p in self.named_parameters() if not name.endswith(f".{SCALE}"))
+        wanted = (p for p in named if p.requires_grad or not only_trainable)
         return sum(p.numel() for p in wanted if id(p) not in left_out)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:

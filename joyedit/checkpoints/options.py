@@ -28,6 +28,7 @@ class LoadOptions:
     use_safetensors: bool | None = None
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     new_parameters: NewParameters = dataclasses.field(default_factory=NewParameters)
+    unread: bool = False  # weights stay in their files: see `Network.unread`
 
     ORIGIN: ClassVar[tuple[str, ...]] = (
         "revision",

@@ -6,7 +6,8 @@ the program is followed first, with stand-ins for whatever it makes: only the in
 functions that state dicts need are known, and every storage and tensor must lie within what the file holds.
 
 Forms: a zip archive of data.pkl and one record for each storage (torch 1.6 and later), whose storages are
-then mapped; five pickles in a row and the storages' bytes after them (before), which are read whole.
+then mapped; five pickles in a row and the storages' bytes after them (before), which cannot be mapped: each
+tensor is read when it is asked for.
 
 Source: torch `serialization.py`, `_weights_only_unpickler.py`; CPython `pickletools.py`.
 """
@@ -15,8 +16,8 @@ import io
 import math
 import pickletools
 import zipfile
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,8 @@ import torch
 from torch import nn
 
 from joyedit.checkpoints.plain_text import shown, visible
-from joyedit.checkpoints.safetensors_files import check_shape
+from joyedit.checkpoints.safetensors_files import check_name, check_shape
+from joyedit.checkpoints.stored_tensors import FromFile, StoredTensor
 
 LONGEST_READ = 2**24  # bytes of a pickle, of a list of records; of SD 1.5 they are 260 thousand
 MOST_INSTRUCTIONS = 2_000_000  # of SD 1.5: 46 thousand
@@ -88,11 +90,12 @@ def load_pickle(path: Path, parameter_dicts: bool = False) -> Any:
     Raises ValueError for damage, and for whatever is no tensor, number or text, or a container of them;
     nothing of the file's size or larger is allocated before.
     """
+    contents = _follow(path, {PARAMETER_DICT} if parameter_dicts else set())
     classes = [CALLBACK, nn.ParameterDict] if parameter_dicts else [CALLBACK]
-    try:
-        mapped = _check(path, {PARAMETER_DICT} if parameter_dicts else set())
-    except _Damage as damage:
-        raise ValueError(f"{path} cannot be opened as weights only: {damage}") from None
+    return _load(path, contents.can_be_mapped, classes)
+
+
+def _load(path: Path, mapped: bool, classes: list[type]) -> Any:
     try:
         with torch.serialization.safe_globals(classes):  # pyright: ignore[reportArgumentType]
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -106,19 +109,29 @@ class _Damage(Exception):
     """Why a file is not opened."""
 
 
-def _check(path: Path, also: Collection[str]) -> bool:
-    """Follow all pickles of a file; returns whether it can be mapped. Raises _Damage."""
-    with path.open("rb") as file:
-        bounded = _Bounded(file)
-        if file.read(4) == b"PK\x03\x04":
-            _check_zip(bounded, also)
-            return True
-        file.seek(0)
-        if not file.read(1):
-            raise _Damage("it is empty")
-        file.seek(0)
-        _check_row(bounded, path.stat().st_size, also)
-        return False
+@dataclass(frozen=True)
+class _Contents:
+    """A file that was followed. value: its object, made of stand-ins. starts: storage -> its first byte."""
+
+    can_be_mapped: bool
+    value: Any
+    starts: Mapping[str, int]
+
+
+def _follow(path: Path, also: Collection[str]) -> _Contents:
+    """Follow all pickles of a file. Raises ValueError for damage."""
+    try:
+        with path.open("rb") as file:
+            bounded = _Bounded(file)
+            if file.read(4) == b"PK\x03\x04":
+                return _check_zip(bounded, also)
+            file.seek(0)
+            if not file.read(1):
+                raise _Damage("it is empty")
+            file.seek(0)
+            return _check_row(bounded, path.stat().st_size, also)
+    except _Damage as damage:
+        raise ValueError(f"{path} cannot be opened as weights only: {damage}") from None
 
 
 class _Bounded(io.RawIOBase):
@@ -138,7 +151,7 @@ class _Bounded(io.RawIOBase):
         return self._file.readline(LONGEST_READ)
 
 
-def _check_zip(file: _Bounded, also: Collection[str]) -> None:
+def _check_zip(file: _Bounded, also: Collection[str]) -> _Contents:
     try:
         with zipfile.ZipFile(file) as archive:  # type: ignore[arg-type]
             entries = archive.infolist()
@@ -156,6 +169,7 @@ def _check_zip(file: _Bounded, also: Collection[str]) -> None:
             if archive.getinfo(f"{top}/data.pkl").file_size > LONGEST_READ:
                 raise _Damage(f"its data.pkl has more than {LONGEST_READ:,} bytes")
             program = archive.read(f"{top}/data.pkl")
+            starts = {entry.filename: _first_byte(file, entry) for entry in entries}
     except _Damage:
         raise
     except Exception as error:  # zipfile raises half a dozen types for damage
@@ -163,28 +177,43 @@ def _check_zip(file: _Bounded, also: Collection[str]) -> None:
     prefix = f"{top}/data/"
     records = {e.filename.removeprefix(prefix): e.file_size for e in entries if e.filename.startswith(prefix)}
     machine = _Machine(KNOWN | set(also))
-    machine.follow(io.BytesIO(program))
+    value = machine.follow(io.BytesIO(program))
     for key, size in machine.storages.items():
         if size > records.get(key, -1):
             raise _Damage(f"its storage {visible(key, 60)!r} is larger than its record")
+    return _Contents(True, value, {key: starts[prefix + key] for key in machine.storages})
 
 
-def _check_row(file: _Bounded, size: int, also: Collection[str]) -> None:
+def _first_byte(file: _Bounded, entry: zipfile.ZipInfo) -> int:
+    """Where a record's content begins: behind a header of its own, with lengths that the directory lacks."""
+    file.seek(entry.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise _Damage(f"its record {visible(entry.filename, 60)!r} has no header")
+    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return entry.header_offset + 30 + lengths
+
+
+def _check_row(file: _Bounded, size: int, also: Collection[str]) -> _Contents:
     """The older form: a number, a version, a description of the system, the object, names of storages."""
     known = KNOWN | set(also)
     first = [_Machine(known).follow(file) for _ in range(3)]
     if first[:2] != [MAGIC, PROTOCOL]:
         raise _Damage("it does not begin as a PyTorch file")
     machine = _Machine(known)
-    machine.follow(file)
+    value = machine.follow(file)
     names = _Machine(known).follow(file)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _Damage("its list of storages is none")
     if sorted(names) != sorted(machine.storages):
         raise _Damage("its list of storages is not that of its tensors")
-    held = sum(machine.storages.values()) + file.tell()
-    if held > size:
-        raise _Damage(f"it was cut off: {size} bytes, its tensors need {held}")
+    starts, end = {}, file.tell()
+    for name in names:  # before each storage stands its number of elements, in eight bytes
+        starts[name] = end + 8
+        end = starts[name] + machine.storages[name]
+    if end > size:
+        raise _Damage(f"it was cut off: {size} bytes, its tensors need {end}")
+    return _Contents(False, value, starts)
 
 
 @dataclass(frozen=True)
@@ -194,6 +223,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
+    key: str
     dtype: torch.dtype
     numel: int
 
@@ -203,6 +233,17 @@ class _Made:
     """What a known class or function would return."""
 
     name: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Tensor(_Made):
+    """offset: of its first element in the storage, in elements."""
+
+    storage: str
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class _Machine:
@@ -329,7 +370,7 @@ class _Machine:
         nbytes = numel * dtype.itemsize
         if self.storages.setdefault(key, nbytes) != nbytes:
             raise _Damage(f"its storage {visible(key, 60)!r} has two sizes")
-        return _Storage(dtype, numel)
+        return _Storage(key, dtype, numel)
 
     def call(self, name: str, arguments: tuple) -> Any:
         """What a known function makes of these arguments. Raises _Damage for any that it should not get."""
@@ -339,10 +380,12 @@ class _Machine:
                 self.set_items(made, list(pair))
             return made
         if name in REBUILD:
-            self.check_tensor(name, *arguments[:4], kind=arguments[6] if name.endswith("_v3") else None)
-            return _Made(name)
+            of_v3 = name.endswith("_v3")
+            if any(arguments[7 if of_v3 else 6 :]):  # torch notes there what its bytes alone do not say
+                raise _Damage("a tensor in it is stored negated or conjugated")
+            return self.tensor(name, *arguments[:4], kind=arguments[6] if of_v3 else None)
         if name == REBUILD_PARAMETER and isinstance(arguments[0], _Made) and arguments[0].name in REBUILD:
-            return _Made(REBUILD_PARAMETER)
+            return replace(arguments[0], name=REBUILD_PARAMETER)
         if name in SETS and all(isinstance(one, list) and self.is_small(tuple(one)) for one in arguments):
             return _Made(name)
         if name in SMALL and all(self.is_small(one) for one in arguments):
@@ -355,7 +398,7 @@ class _Machine:
         return all(isinstance(one, (str, int)) for one in values)
 
     @staticmethod
-    def check_tensor(name: str, storage: Any, offset: Any, size: Any, stride: Any, kind: Any) -> None:
+    def tensor(name: str, storage: Any, offset: Any, size: Any, stride: Any, kind: Any) -> _Tensor:
         if not isinstance(storage, _Storage):
             raise _Damage("it has a tensor without a storage")
         try:
@@ -374,16 +417,38 @@ class _Machine:
         last = offset + sum((axis - 1) * step for axis, step in zip(shape, strides, strict=True))
         if numel > held or (numel and last >= held):
             raise _Damage(f"a tensor in it of shape {shape} is larger than its storage of {held} elements")
+        return _Tensor(name, storage.key, dtype, offset, shape, strides)
 
 
-def state_dict_of(path: Path, numbers: dict[str, float]) -> Mapping[str, torch.Tensor]:
-    """The tensors of a pickle; the numbers that a training program notes beside them go into `numbers`."""
-    state = load_pickle(path)
+def open_pickle(
+    path: Path, numbers: dict[str, float]
+) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, FromFile]]:
+    """(name, shape, dtype, function that reads it) of each tensor; the numbers that a training program notes
+    beside them go into `numbers`. Raises ValueError as `load_pickle`."""
+    contents = _follow(path, ())
+    stored = _stored(path, contents, numbers)
+    mapped = _inner(_load(path, True, [CALLBACK]), {}) if contents.can_be_mapped else {}
+    for name, place in stored.items():
+        read = FromFile(place, mapped[name].detach if name in mapped else None)
+        yield name, place.shape, place.dtype, read
+
+
+def _stored(path: Path, contents: _Contents, numbers: dict[str, float]) -> dict[str, StoredTensor]:
+    state = _inner(contents.value, numbers)
+    if not isinstance(state, Mapping) or not all(isinstance(value, _Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict (names to tensors)")
+    stored = {}
+    for key, one in state.items():
+        start = contents.starts[one.storage] + one.offset * one.dtype.itemsize
+        stored[check_name(path, key)] = StoredTensor(path, start, one.dtype, one.shape, one.strides)
+    return stored
+
+
+def _inner(state: Any, numbers: dict[str, float]) -> Any:
+    """The state dict in what training programs write around it."""
     for wrapper in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             beside = {key: value for key, value in state.items() if isinstance(key, str)}
             numbers.update({key: value for key, value in beside.items() if isinstance(value, (int, float))})
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no state dict (names to tensors)")
     return state

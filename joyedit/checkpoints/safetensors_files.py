@@ -8,6 +8,7 @@ Source: huggingface/safetensors, the format in its README.md.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from joyedit.checkpoints.json_files import parse_json
 from joyedit.checkpoints.plain_text import shown, visible
+from joyedit.checkpoints.stored_tensors import FromFile, StoredTensor, row_major
 
 LARGEST_HEADER = 2**24  # bytes; published networks have 300 thousand, adapters up to 5 million
 MOST_TENSORS = 50_000
@@ -79,12 +81,18 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: __metadata__ of its header must hold texts by name, not {shown(metadata)}")
     if len(header) > MOST_TENSORS:
         raise ValueError(f"{path} lists {len(header):,} tensors, more than {MOST_TENSORS:,}")
-    ends = [_check_entry(path, name, entry) for name, entry in header.items()]
-    if 8 + length + max(ends, default=0) != size:
+    places = sorted((*_check_entry(path, name, entry), name) for name, entry in header.items())
+    end = max((end for _, end, _ in places), default=0)
+    if 8 + length + end != size:
         raise ValueError(
-            f"{path} was cut off or damaged: {size} bytes, its header promises "
-            f"{8 + length + max(ends, default=0)}"
+            f"{path} was cut off or damaged: {size} bytes, its header promises {8 + length + end}"
         )
+    for (_, before, _), (begin, _, name) in itertools.pairwise([(0, 0, ""), *places]):
+        if begin != before:
+            raise ValueError(
+                f"{path} is not a valid safetensors file: tensor {name!r} begins at {begin}, the one before "
+                f"it ends at {before}"
+            )
     return {**header, "__metadata__": metadata} if metadata else header
 
 
@@ -110,8 +118,8 @@ def check_shape(shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check_entry(path: Path, name: str, entry: Any) -> int:
-    """The end of a tensor's data. Raises ValueError for an entry that is none, or contradicts itself."""
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where its data begin and end. Raises ValueError for an entry that is none, or contradicts itself."""
     check_name(path, name)
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{path} is not a safetensors file: {name!r} in its header lists no tensors")
@@ -136,24 +144,30 @@ def _check_entry(path: Path, name: str, entry: Any) -> int:
             f"{path}: tensor {name!r} of shape {shape} has {wanted} bytes, its data_offsets {offsets} "
             f"{offsets[1] - offsets[0]}"
         )
-    return offsets[1]
+    return offsets[0], offsets[1]
 
 
-def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Any]]:
+def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, FromFile]]:
     """(name, shape, dtype, function that reads it) of each tensor. Raises ValueError as above."""
     header = safetensors_header(path)
-    try:
-        opened = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {visible(error)}") from None
+    with path.open("rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
 
-    def read(key: str, once: bool = False) -> Tensor:
-        # Pages of a mapping count as memory in use for as long as it lives: a copied tensor gets its own.
-        return (safe_open(path, framework="pt") if once else opened).get_tensor(key)
+    @functools.cache
+    def opened() -> Any:  # when the first tensor is read: a file larger than main memory may not be mapped
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a valid safetensors file: {visible(error)}") from None
 
-    for key, entry in header.items():
-        if key != "__metadata__":
-            yield key, tuple(entry["shape"]), DTYPES[entry["dtype"]], functools.partial(read, key)
+    def mapped(name: str) -> Tensor:
+        return opened().get_tensor(name)
+
+    for name, entry in header.items():
+        if name != "__metadata__":
+            shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+            stored = StoredTensor(path, data + entry["data_offsets"][0], dtype, shape, row_major(shape))
+            yield name, shape, dtype, FromFile(stored, functools.partial(mapped, name))
 
 
 def metadata_json(path: Path, key: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What the numbers of a weight file are, and which of them fill a network.
 
 Weights are of floating point. Plain fp8, one number for each weight, is read as bf16, which holds each of
-its values. Whatever needs a scale to be read, int8 and 4-bit formats and scaled fp8, is known by the tensors
-that stand beside the weights, and refused by its name.
+its values. What needs scales to be read is known by the tensors that stand beside the weights: ComfyUI's
+forms are read, see `quantised_files`, and all others are refused by their names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,10 +27,7 @@ QUANTISED = {
     ".qweight": "GPTQ or AWQ",
     ".weight_scale_2": "nvfp4",
     ".weight_scale_inv": "fp8 with a scale for each block",
-    ".comfy_quant": "quantised weights of ComfyUI",
     ".weight._scale": "quanto",
-    "scaled_fp8": "scaled fp8 of ComfyUI",
-    ".scale_weight": "scaled fp8 of ComfyUI",
     ".weight_scale": "fp8 or int8 with scales",
 }
 
@@ -43,7 +40,7 @@ def refuse_quantised(names: Iterable[str]) -> None:
         if found:
             raise ValueError(
                 f"this is {kind} ({found[0]}, {len(found)} such tensors), which is not read here: take the "
-                "file in bf16, fp16, fp32 or plain fp8"
+                "file in bf16, fp16, fp32, plain fp8, or ComfyUI's scaled fp8 or int8"
             )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import ask, devices, film, places, preview, rewrite, spatial
+from joyedit.command import ask, devices, estimate, film, places, preview, rewrite, spatial
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
@@ -99,8 +99,11 @@ def contradiction(args: argparse.Namespace) -> str | None:
         return wrong
     if args.graphs and args.device not in (None, "auto") and not args.device.startswith("cuda"):
         return f"--graphs needs a CUDA or ROCm device, and --device is {shown(args.device, 40)}"
-    if args.graphs and args.offload not in (None, "none"):
-        return f"--graphs reads weights where they are, and --offload {args.offload} moves them: give one"
+    if args.memory is not None and args.offload not in (None, "none"):
+        return f"--offload {args.offload} is a shorthand of --memory: give one"
+    moving = f"--offload {args.offload}" if args.memory is None else f"--memory {args.memory}"
+    if args.graphs and (args.memory is not None or args.offload not in (None, "none")):
+        return f"--graphs reads weights where they are, and {moving} moves them: give one"
     if args.lora_scale is not None and args.lora is None:
         return "--lora-scale is for the adapter that --lora names"
     if args.lora_scale is not None and len(args.lora_scale) not in (1, len(args.lora)):
@@ -157,6 +160,11 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
     made = command("ask", "answer a question about photographs, or about none", file_options())
     ask.add_options(made)
 
+    made = command(
+        "estimate", "what memory and time an edit will take, before anything is loaded", file_options()
+    )
+    estimate.add_options(made)
+
     made = command("demo", "edit drawn scenes with the built-in models, and show it in one picture")
     made.add_argument(
         "--out",
@@ -180,7 +188,24 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
         metavar="DTYPE",
         help=f"{', '.join(devices.DTYPES[:4])} (as stored)",
     )
+    made.add_argument(
+        "--quantize",
+        choices=("int8_convrot",),
+        metavar="FORM",
+        help="int8_convrot: JoyAI's transformer and text encoder in 8 bits, with --to comfyui",
+    )
     made.add_argument("--force", action="store_true", help="replace a checkpoint that is there already")
+
+    made = command("verify", "whether the files of a checkpoint are whole: nothing cut off, nothing missing")
+    made.add_argument(
+        "target", metavar="PATH", type=place, help="folder, weight file, or Hub name of what is in the cache"
+    )
+    made.add_argument(
+        "--full", action="store_true", help="read it all: hold it against the Hub's hashes, count NaN"
+    )
+    made.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    made.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
+    made.add_argument("--json", action="store_true", help="print JSON")
 
     made = command(
         "info",

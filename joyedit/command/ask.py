@@ -94,7 +94,7 @@ def open_reader(model: str, args: argparse.Namespace, where: Mapping[str, Any]) 
     """The part of a checkpoint that answers."""
     from joyedit.loading.layouts import load
 
-    options = said(args, ("device", "dtype", "offload"))
+    options = said(args, ("device", "dtype", "offload", "memory"))
     return load(model, pipeline="Qwen3VLPipeline", **options, **where)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `joyedit edit`, `generate`, `ask`, `demo`, `convert` and `info`.
+"""The command line: `joyedit edit`, `generate`, `ask`, `estimate`, `demo`, `convert`, `verify` and `info`.
 
 The paths of what was made, or the answer, are all that goes to standard output; log, progress and errors go
 to standard error. A run ends with 0, with 2 for arguments that are wrong in themselves, with 1 and one line
@@ -40,13 +40,14 @@ log = logging.getLogger("joyedit")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; wrong arguments raise SystemExit(2)."""
-    commands = {"edit": edit, "generate": edit, "ask": ask, "demo": demo, "convert": convert, "info": info}
+    commands = {"edit": edit, "generate": edit, "ask": ask, "estimate": estimate}
+    commands |= {"demo": demo, "convert": convert, "verify": verify, "info": info}
     args = parse(argv, commands)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the console has no letters for
     with log_to_stderr(args.verbosity), signals_raise():
         try:
-            args.run(args)
+            return args.run(args) or 0
         except KeyboardInterrupt:
             print("joyedit: interrupted", file=sys.stderr)
             return 128 + signal.SIGINT
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader of our output went away, as in `joyedit info | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
             message = known_error(error)
             if message is None:
                 raise
@@ -64,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(plain(traceback.format_exc()), end="", file=sys.stderr)
             print(f"joyedit: error: {message}", file=sys.stderr)
             return 1
-    return 0
 
 
 class Ended(BaseException):
@@ -101,7 +101,7 @@ def known_error(error: Exception) -> str | None:
     gpu_is_full = type(error).__name__ == "OutOfMemoryError"
     if gpu_is_full or "can't allocate memory" in line or isinstance(error, MemoryError):
         return f"out of memory: try --offload model, a smaller --basesize, fewer --num-images ({line[:200]})"
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) or (isinstance(error, ImportError) and "pip install" not in line):
         return None
     return line or type(error).__name__
 
@@ -156,6 +156,15 @@ def ask(args: argparse.Namespace) -> None:
     print("" if live else text, flush=True)
 
 
+def estimate(args: argparse.Namespace) -> None:
+    """Print what memory and time an edit will take."""
+    from joyedit.command import estimate as estimates
+    from joyedit.command.info import json_text
+
+    found = estimates.estimated(args)
+    print(json_text(found.to_dict()) if args.json else "\n".join(estimates.lines(found)))
+
+
 def demo(args: argparse.Namespace) -> None:
     """Write a picture of edits by the three built-in models, and the files behind it, to a folder."""
     from joyedit.command.demo import run
@@ -177,6 +186,20 @@ def free_folder(name: str) -> str:
 def convert(args: argparse.Namespace) -> None:
     """Write a checkpoint in another layout or dtype."""
     print(conversion.convert(args), flush=True)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Print whether the files of a checkpoint are whole; 1 where they are not."""
+    from joyedit.checkpoints.verify import verify
+    from joyedit.command.info import json_text
+    from joyedit.loading.layouts import place_of
+
+    disable = {-1: True, 0: None}.get(args.verbosity, False)
+    options = {"revision": args.revision, "cache_dir": args.cache_dir, "disable_progress": disable}
+    found = verify(place_of(args.target), full=args.full, **options)
+    text = json_text({**found.to_dict(), "name": args.target}) if args.json else "\n".join(found.lines())
+    print(text, flush=True)
+    return 0 if found.ok else 1
 
 
 def info(args: argparse.Namespace) -> None:

@@ -4,15 +4,12 @@ import argparse
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.command.calls import said, source_options
 from joyedit.command.results import existing_parent
-
-if TYPE_CHECKING:
-    from joyedit.command.info import Checkpoint
 
 
 def convert(args: argparse.Namespace) -> Path:
@@ -23,17 +20,21 @@ def convert(args: argparse.Namespace) -> Path:
     """
     from joyedit.checkpoints.replacing import replacing_folder
     from joyedit.command.info import describe
-    from joyedit.loading.layouts import load, save_checkpoint
+    from joyedit.loading.layouts import open_unread, save_checkpoint
 
     target = expanded(args.target)
     if target.is_dir():
         target = target.resolve()  # of a link to a folder, the folder is replaced
     refuse_target(target, expanded(args.source), args.force)
+    if args.quantize and args.to != "comfyui":
+        raise ValueError(f"--quantize {args.quantize} is written with --to comfyui, not --to {args.to}")
     options = source_options(args)
     checkpoint = describe(args.source, **options)
-    refuse_full_disk(target, checkpoint, args.dtype)
+    if not args.quantize:
+        refuse_full_disk(target, checkpoint.bytes_as(args.dtype))
     options |= said(args, ("dtype", "prediction_type"))
-    pipe = load(args.source, device="cpu", **options, **(args.parts or {}))
+    pipe = open_unread(args.source, components=args.parts, **options)
+    refuse_full_disk(target, bytes_to_write(pipe, args.quantize))
     local = expanded(args.source).exists()
     provenance = {
         "joyedit.version": __version__,
@@ -42,8 +43,18 @@ def convert(args: argparse.Namespace) -> Path:
         "license": checkpoint.licence,
     }
     with replacing_folder(target, refuse_other_than_checkpoint if args.force else None) as made:
-        save_checkpoint(pipe, made, args.to, metadata=provenance)
+        save_checkpoint(pipe, made, args.to, metadata=provenance, quantize=args.quantize)
     return target
+
+
+def bytes_to_write(pipe: Any, quantize: str | None) -> int:
+    from joyedit.loading.foreign_layouts import comfyui_tensors
+
+    if quantize and "processor" in pipe.components:  # others are refused when they are written
+        written = [comfyui_tensors(part, network, quantize) for part, network in pipe.networks.items()]
+    else:
+        written = [network.tensors() for network in pipe.networks.values()]
+    return sum(tensors.nbytes() for tensors in written)
 
 
 def refuse_target(target: Path, source: Path, force: bool) -> None:
@@ -77,9 +88,9 @@ def refuse_other_than_checkpoint(folder: Path) -> None:
     refuse_strangers(folder, layout)
 
 
-def refuse_full_disk(target: Path, checkpoint: "Checkpoint", dtype: str | None) -> None:
+def refuse_full_disk(target: Path, needed: int) -> None:
     from joyedit.command.info import size
 
-    needed, free = checkpoint.bytes_as(dtype), shutil.disk_usage(existing_parent(target)).free
+    free = shutil.disk_usage(existing_parent(target)).free
     if needed > free:
         raise OSError(f"{target} needs {size(needed)}, and the disk has {size(free)} free")

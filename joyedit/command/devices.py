@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from joyedit.command.values import memory_size
+
 DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 
 
@@ -16,4 +18,11 @@ def add_options(add: Callable[..., Any]) -> None:
         "--offload",
         choices=("none", "model", "sequential"),
         help="keep the networks in main memory and bring one, or one block, at a time to the accelerator",
+    )
+    add(
+        "--memory",
+        metavar="SIZE",
+        type=memory_size,
+        help="hold no more than this where the model computes, as 12G: GPU memory, or without a GPU the "
+        "process's; what does not fit comes block by block",
     )

@@ -27,10 +27,11 @@ from joyedit.checkpoints.network import AUTO_BF16_BYTES, Network, build_on_meta
 from joyedit.checkpoints.options import parse_dtype
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
+from joyedit.checkpoints.quantised_files import read_forms
 from joyedit.checkpoints.tensor_files import TensorFiles, safetensors_header
 from joyedit.convert.table import plan_conversion
+from joyedit.loading.comfyui import COMFYUI_FOLDERS, comfyui_files
 from joyedit.loading.layouts import (
-    COMFYUI_FOLDERS,
     ORIGINAL_TEXT_ENCODER,
     PIPELINES,
     WEIGHT_SUFFIXES,
@@ -164,6 +165,8 @@ def describe(
     for part, (class_name, folder) in places(layout, pipeline, index).items():
         kind = known_class(pipeline, part, class_name)
         inside = [file for file in listing if posixpath.dirname(file) == folder]
+        if layout == "comfyui":
+            inside = comfyui_files(listing).get(part, [])
         if issubclass(kind, Network):
             files = weight_files(origin, layout, folder, inside, kind, variant)
         else:
@@ -243,6 +246,7 @@ def describe_single_file(path: Path) -> Checkpoint:
 def fits(kind: type[Network], raw: Mapping[str, Any], files: TensorFiles) -> bool:
     """Whether a file holds this network."""
     try:
+        files, _ = read_forms(files)
         network = build_on_meta(kind, kind.Config.from_dict(raw))
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         plan_conversion(network.layouts(), files.shapes, wanted)

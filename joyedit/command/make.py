@@ -183,7 +183,9 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     from joyedit.media.images import buckets
 
     table = None if args.basesize is None else buckets(args.basesize)
-    options = said(args, ("device", "dtype", "offload", "reference_quirks", "prediction_type", "preset"))
+    options = said(
+        args, ("device", "dtype", "offload", "memory", "reference_quirks", "prediction_type", "preset")
+    )
     pipe = load(args.model, **options, **source_options(args), **(args.parts or {}))
     add_adapters(pipe, args)
     if args.graphs:

@@ -86,6 +86,7 @@ def facts_of_run(
         "scheduler": type(pipe.scheduler).__name__,
         "weights_dtype": str(pipe.dtype).removeprefix("torch."),
         "offload": args.offload,
+        "memory": args.memory,
         "graphs": args.graphs,
         "preview": None if args.preview is None else Path(args.preview).name,
         "version": __version__,
@@ -105,7 +106,7 @@ def fill_from_image(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
     Raises ValueError for a file without such a record, or with one that is damaged.
     """
     from joyedit.media.images import read_metadata
-    from joyedit.pipelines.pipeline import accelerator_device
+    from joyedit.pipelines.placement import accelerator_device
 
     recorded = read_metadata(args.config_from)
     kinds = kinds_taken_over(args, recorded)

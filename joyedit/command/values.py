@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from joyedit.checkpoints.bounds import MOST_OF, MOST_STEPS
 from joyedit.checkpoints.plain_text import shown, visible
+from joyedit.checkpoints.sizes import parse_size
 
 LARGEST_SEED = 2**63 - 1
 HUB_PAGE = re.compile(r"https?://(?:hf\.co|huggingface\.co)/([\w.-]+/[\w.-]+)/?", re.IGNORECASE)
@@ -64,6 +65,15 @@ def above_zero(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
+
+
+def memory_size(text: str) -> str:
+    """An amount of memory, which stays as it is written."""
+    try:
+        parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def pixels(text: str) -> int:

@@ -4,7 +4,7 @@ Layouts of whole checkpoints:
   diffusers   model_index.json and one folder per part
   original    transformer/transformer.pth, vae/<one file>, JoyAI-Image-Und/, infer_config.py
   comfyui     diffusion_models/, text_encoders/, vae/ and of ChronoEdit clip_vision/ with one file each, or a
-              file of the first alone
+              file of the first alone, see `comfyui.py`
   ldm         one file with all of Stable Diffusion, see `single_file.py`
   qwen3-vl    config.json, the weights, tokenizer and processor of a Qwen3-VL in one folder
 
@@ -27,20 +27,31 @@ import torch
 
 from joyedit.checkpoints.config import nearest
 from joyedit.checkpoints.hub import WEIGHT_SUFFIXES, Origin
-from joyedit.checkpoints.json_files import read_json, write_json
+from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.lora_files import family_of, is_lora
 from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
-from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network
+from joyedit.checkpoints.network import Network, PlannedNetwork, plan_folder, plan_network, putting_away
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
-from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.quantised_files import QUANTISE
+from joyedit.checkpoints.sizes import parse_size
 from joyedit.checkpoints.small_files import read_beginning, read_text
-from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
+from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.loading.comfyui import (
+    COMFYUI_FOLDERS,
+    choose_file,
+    comfyui_files,
+    is_called_plus,
+    is_comfyui,
+)
+from joyedit.loading.foreign_layouts import ORIGINAL_TEXT_ENCODER, write_comfyui, write_original
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
+from joyedit.memory import in_a_file
 from joyedit.pipelines.chronoedit_presets import preset_called
 from joyedit.pipelines.made_for import MadeFor
-from joyedit.pipelines.pipeline import Pipeline, accelerator_device, check_offload
+from joyedit.pipelines.pipeline import Pipeline
+from joyedit.pipelines.placement import accelerator_device, check_offload
 
 log = logging.getLogger("joyedit")
 
@@ -68,15 +79,8 @@ REFUSED = {
     "Wan": "of WAN's models only image-to-video of release 2.1 has the form of ChronoEdit",
 }
 
-ORIGINAL_TEXT_ENCODER = "JoyAI-Image-Und"
 ORIGINAL_SHIFT = 4.0  # of jd-opensource/JoyAI-Image where infer_config.py does not say
 PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json"}
-COMFYUI_FOLDERS = {  # part -> folder
-    "transformer": "diffusion_models",
-    "text_encoder": "text_encoders",
-    "vae": "vae",
-    "image_encoder": "clip_vision",
-}
 COMFYUI_SCHEDULERS = {  # JoyAI: as the published ComfyUI nodes use it; ChronoEdit: as its Diffusers folder
     **dict.fromkeys(("JoyImageEditPipeline", "JoyImageEditPlusPipeline"), {"shift": 1.5}),
     "ChronoEditPipeline": {
@@ -104,6 +108,7 @@ def load(
     local_files_only: bool = False,
     variant: str | None = None,
     offload: str = "none",
+    memory: int | str | None = None,
     reference_quirks: bool = False,
     prediction_type: str | None = None,
     ema: bool = False,
@@ -119,8 +124,10 @@ def load(
     dtype: "auto" keeps what is stored, except fp32 networks above 4 GB, which become bf16, and the VAE and
         vision tower of ChronoEdit, which become fp32. {"transformer": ..., "default": ...}: by part.
     torch_dtype: another name of dtype.
-    variant: where only some folders hold it, the usual files of the others are used.
+    variant: where only some folders hold it, the usual files of the others are used. Of ComfyUI's files side
+        by side: how the names of the wanted ones end, as "int8_convrot".
     offload: "none", "model" or "sequential".
+    memory: what the pipeline may hold where it computes, as "12G"; see `Pipeline.set_memory`.
     prediction_type, ema: of a single file of Stable Diffusion, which does not say it: "epsilon" or
         "v_prediction"; True takes the averaged UNet.
     preset: of ChronoEdit: "distill" for 8 steps, "upscale", or "paintbrush" to make sketches real, with the
@@ -135,6 +142,9 @@ def load(
     checkpoint is read.
     """
     check_offload(offload)
+    budget = None if memory is None else parse_size(memory)
+    if budget is not None and offload != "none":
+        raise ValueError(f"memory={memory!r} and offload={offload!r}: give one, offload is a shorthand")
     target = _device(device)
     source = {
         "revision": revision,
@@ -145,38 +155,77 @@ def load(
     dtypes = {} if dtype == "auto" and torch_dtype is not None else {"dtype": dtype}
     dtypes |= {} if torch_dtype is None else {"torch_dtype": torch_dtype}
     options = LoadOptions.parse({**dtypes, **source, "variant": variant, "new_parameters": new_parameters})
-    patterns = options.new_parameters
 
     found = find_checkpoint(name_or_path, pipeline, **source)
     loras = None if preset is None else _preset_loras(found, preset)
+    # On a CPU what is not a file's own bytes would stay in memory.
+    in_files = budget is not None and target.type == "cpu"
+    with putting_away(in_a_file) if in_files else contextlib.nullcontext():
+        pipe = _assembled(found, components, options, reference_quirks, prediction_type, ema)
+    _say(found, name_or_path)
+
+    if offload == "none" and budget is None:
+        pipe.to(target)
+    if preset is not None:
+        pipe.use_preset(preset, lora=loras)
+    if budget is not None:
+        pipe.set_memory(budget, target)
+    if offload != "none":
+        pipe.set_offload(offload, None if target.type == "cpu" else target)
+    return pipe
+
+
+def open_unread(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype | Mapping[str, Any] = "auto",
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    components: Mapping[str, Any] | None = None,
+    **source: Any,
+) -> Any:
+    """The pipeline that `load` returns, to be written elsewhere: its weights stay in their files, each tensor
+    until it is asked for. Arguments and errors as there."""
+    options = LoadOptions.parse({"dtype": dtype, "variant": variant, **source})
+    options = dataclasses.replace(options, unread=True)
+    found = find_checkpoint(name_or_path, **source)
+    pipe = _assembled(found, components or {}, options, False, prediction_type, False)
+    _say(found, name_or_path)
+    return pipe
+
+
+def _assembled(
+    found: "Checkpoint",
+    components: Mapping[str, Any],
+    options: LoadOptions,
+    quirks: bool,
+    prediction_type: str | None,
+    ema: bool,
+) -> Any:
+    """The pipeline of a checkpoint that was found, with its networks where they were read."""
     if found.layout != "ldm" and (prediction_type is not None or ema):
         raise ValueError(
             f"prediction_type and ema are for single files of Stable Diffusion, not {found.origin.name}"
         )
     options.check_parts(found.pipeline.parts)
     passed = _open_passed(found.pipeline, components, options)
-
     if found.layout == "diffusers":
-        pipe: Any = found.pipeline.from_origin(found.origin, options, passed, reference_quirks)
+        pipe: Any = found.pipeline.from_origin(found.origin, options, passed, quirks)
     else:
         if found.layout == "ldm":
             parts = open_single_file(Path(found.origin.name), options, passed, prediction_type, ema)
         else:
             open_parts = {"original": _open_original, "qwen3-vl": _open_qwen}.get(found.layout, _open_comfyui)
             parts = open_parts(found, options, passed)
-        patterns.check()
-        pipe = found.pipeline(**{**_read(parts), **passed}, reference_quirks=reference_quirks)
+        options.new_parameters.check()
+        pipe = found.pipeline(**{**_read(parts, options.unread), **passed}, reference_quirks=quirks)
+    return pipe
+
+
+def _say(found: "Checkpoint", name: str | Path) -> None:
     licence = licence_of(found.origin, found.listing)
     what = "%s from %s (%s layout); licence of the weights: %s"
-    log.info(what, found.class_name, name_or_path, found.layout, licence)
-
-    if offload == "none":
-        pipe.to(target)
-    if preset is not None:
-        pipe.use_preset(preset, lora=loras)
-    if offload != "none":
-        pipe.set_offload(offload, None if target.type == "cpu" else target)
-    return pipe
+    log.info(what, found.class_name, name, found.layout, licence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +313,7 @@ def layout_of(name: str, listing: list[str]) -> str:
     folders = {PurePosixPath(file).parts[0] for file in listing if "/" in file}
     if ORIGINAL_TEXT_ENCODER in folders and "transformer" in folders:
         return "original"
-    if COMFYUI_FOLDERS["transformer"] in folders:
+    if is_comfyui(listing):
         return "comfyui"
     if "config.json" in listing and PROCESSOR_FILES & set(listing):  # what only models that see have
         return "qwen3-vl"
@@ -333,21 +382,15 @@ def _is_chronoedit(origin: Origin) -> bool:
                 "then call load_lora_weights with this file"
             )
         return any(name.endswith(READS_IMAGES) for name in files)
-    folder = COMFYUI_FOLDERS["image_encoder"]
-    return any(name.startswith(f"{folder}/") for name in origin.listing())
+    return "image_encoder" in comfyui_files(origin.listing())
 
 
 def _is_plus(origin: Origin) -> bool:
     """Whether ComfyUI's file of the transformer, or each of several, is called Edit-Plus's."""
-    folder, files = COMFYUI_FOLDERS["transformer"], [origin.name]
+    files = [origin.name]
     if not Path(origin.name).is_file():
-        files = [file for file in origin.listing() if file.startswith(f"{folder}/")]
-        files = [file for file in files if file.endswith(WEIGHT_SUFFIXES)]
+        files = comfyui_files(origin.listing()).get("transformer", [])
     return bool(files) and all(map(is_called_plus, files))
-
-
-def is_called_plus(file: str) -> bool:
-    return "plus" in Path(file).name.lower()
 
 
 def pipeline_for(class_name: str) -> str | None:
@@ -414,12 +457,12 @@ def _open_part(cls: type[Pipeline], part: str, value: Any, options: LoadOptions)
         return kind.from_pretrained(str(value), subfolder=inside, **options.origin)  # type: ignore[attr-defined]
     options = _with_dtype(cls, part, options)
     if not path.is_file():
-        return plan_folder(kind, Origin(str(value), **options.origin), inside, options).read()
+        return plan_folder(kind, Origin(str(value), **options.origin), inside, options).opened(options.unread)
     if is_single_file(path):
         whole = read_single_file(path)
         if part in whole.networks and whole.networks[part][0] is kind:
-            return whole.plan(part, options).read()
-    return plan_file(kind, path, options).read()
+            return whole.plan(part, options).opened(options.unread)
+    return plan_file(kind, path, options).opened(options.unread)
 
 
 def _with_dtype(cls: type[Pipeline], part: str, options: LoadOptions) -> LoadOptions:
@@ -437,16 +480,13 @@ def plan_file(kind: type[Network], path: Path, options: LoadOptions) -> PlannedN
     return plan_network(kind, config, TensorFiles([path]), options.dtype, options.new_parameters)
 
 
-def _read(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts, with the networks among them read."""
-    return {name: part.read() if isinstance(part, PlannedNetwork) else part for name, part in parts.items()}
+def _read(parts: Mapping[str, Any], unread: bool) -> dict[str, Any]:
+    """The parts, with the networks among them read, or left `unread`."""
+    return {n: part.opened(unread) if isinstance(part, PlannedNetwork) else part for n, part in parts.items()}
 
 
 def _only_file(found: Checkpoint, folder: str) -> str:
     files = [f for f in found.listing if f.startswith(f"{folder}/") and f.endswith(WEIGHT_SUFFIXES)]
-    if len(files) > 1 and found.class_name in ALIKE:  # files of both, side by side
-        plus = found.class_name == "JoyImageEditPlusPipeline"
-        files = [file for file in files if is_called_plus(file) == plus] or files
     if len(files) != 1:
         raise FileNotFoundError(
             f"{found.origin.name}/{folder}: wanted exactly one weight file, found {files or 'none'}"
@@ -559,8 +599,7 @@ def _open_comfyui(found: Checkpoint, options: LoadOptions, passed: Mapping[str, 
     if "image_processor" in kinds:
         parts["image_processor"] = kinds["image_processor"]()
 
-    folders = {name: folder for name, folder in COMFYUI_FOLDERS.items() if name in kinds}
-    held = folders if found.listing else ("transformer",)
+    held = [name for name in COMFYUI_FOLDERS if name in kinds] if found.listing else ["transformer"]
     lacking = [name for name in kinds if name not in parts and name not in held]
     if "processor" in lacking:  # it brings the tokenizer
         lacking = [name for name in lacking if name != "tokenizer"]
@@ -569,14 +608,19 @@ def _open_comfyui(found: Checkpoint, options: LoadOptions, passed: Mapping[str, 
         raise ValueError(
             f"{origin.name} holds no {' and no '.join(lacking)}: pass {lacking[0]}= ({example}), ..."
         )
-    paths = {name: Path(origin.name) for name in folders}
+    paths = {name: Path(origin.name) for name in held if name in kinds}
     if found.listing:
-        single = {name: _only_file(found, folder) for name, folder in folders.items()}
+        files, plus = comfyui_files(found.listing), None
+        if found.class_name in ALIKE:
+            plus = found.class_name == "JoyImageEditPlusPipeline"
+        single = {
+            name: choose_file(origin.name, name, files.get(name, ()), plus, options.variant) for name in paths
+        }
         _warn_of_two_models(
             found, [single[name] for name in ("transformer", "text_encoder") if name in single]
         )
-        configs = [f"{folder}/config.json" for folder in folders.values()]
-        root = origin.fetch([*single.values(), *(name for name in configs if name in found.listing)])
+        configs = {str(PurePosixPath(file).with_name("config.json")) for file in single.values()}
+        root = origin.fetch([*single.values(), *sorted(configs & set(found.listing))])
         paths = {name: root / file for name, file in single.items()}
     for name, path in paths.items():
         parts[name] = plan_file(kinds[name], path, _with_dtype(cls, name, options))
@@ -591,16 +635,24 @@ def _warn_of_two_models(found: Checkpoint, files: Sequence[str]) -> None:
 
 
 def save_checkpoint(
-    pipe: Any, folder: Path, to: str = "diffusers", metadata: Mapping[str, str] | None = None
+    pipe: Any,
+    folder: Path,
+    to: str = "diffusers",
+    metadata: Mapping[str, str] | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Write a pipeline as "diffusers", "original" (JoyAI) or "comfyui" files. Raises FileExistsError for a
     folder that holds something, ValueError for what is not JoyAI-Image in another layout than "diffusers".
 
-    `metadata` goes into the header of every safetensors file. In the foreign layouts, too, a network of
-    another size than the released one gets a config.json beside its file.
+    `metadata` goes into the header of every safetensors file. quantize: "int8_convrot", of "comfyui" files;
+    without it, quantised weights are written as what they mean, in the dtype that their network computes in.
+    In the foreign layouts, too, a network of another size than the released one gets a config.json beside
+    its file.
     """
     if to not in ("diffusers", "original", "comfyui"):
         raise ValueError(f"to={to!r}: must be 'diffusers', 'original' or 'comfyui'")
+    if quantize is not None and (quantize not in QUANTISE or to != "comfyui"):
+        raise ValueError(f"quantize={quantize!r}, to={to!r}: 'int8_convrot' is written as 'comfyui' files")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty")
     if to == "diffusers":
@@ -619,48 +671,6 @@ def save_checkpoint(
     if lost:
         log.warning("the %s layout has no place for %s: the released ones will be used", to, ", ".join(lost))
     if to == "comfyui":
-        for part, network in pipe.networks.items():
-            place = COMFYUI_FOLDERS[part]
-            layout = _layout(network, "comfyui")
-            state = layout.invert(network.state_dict())
-            stem = f"{part}_joyimage{'_plus' * plus}"
-            save_tensors(folder / place, stem, state, 10**15, metadata=metadata)
-            _save_unreleased_config(network, folder / place)
+        write_comfyui(pipe.networks, folder, plus, quantize, metadata)
     else:
-        _save_original(pipe, folder, metadata)
-
-
-def _save_unreleased_config(network: Network, folder: Path) -> None:
-    if network.config != type(network).Config():
-        write_json(folder / "config.json", network.config_to_save())
-
-
-def _save_original(pipe: Any, folder: Path, metadata: Mapping[str, str] | None) -> None:
-    for part, name in (("transformer", "transformer.pth"), ("vae", "Wan2.1_VAE.pth")):
-        network = pipe.components[part]
-        with replacing(folder / part / name) as temporary:
-            torch.save(_layout(network, "original").invert(network.state_dict()), temporary)
-    _save_unreleased_config(pipe.vae, folder / "vae")
-    pipe.text_encoder.save_pretrained(folder / ORIGINAL_TEXT_ENCODER, metadata=metadata)
-    pipe.processor.save_pretrained(folder / ORIGINAL_TEXT_ENCODER)
-    config = pipe.transformer.config
-    names = {
-        "num_attention_heads": "heads_num",
-        "num_layers": "mm_double_blocks_depth",
-        "text_dim": "text_states_dim",
-    }
-    params = {names.get(key, key): value for key, value in config.to_dict().items()}
-    with replacing(folder / "infer_config.py") as temporary:
-        temporary.write_text(
-            "class JoyAIImageInferConfig:\n"
-            f"    dit_arch_config = {{'params': {params!r}}}\n"
-            f"    scheduler_arch_config = {{'params': {{'num_train_timesteps': "
-            f"{pipe.scheduler.config.num_train_timesteps}, 'shift': {pipe.scheduler.config.shift}}}}}\n",
-            encoding="utf-8",
-        )
-
-
-def _layout(network: Network, name: str) -> Any:
-    """The network's layout of that name; networks that have none keep their own names there."""
-    layouts = network.layouts()
-    return next((layout for layout in layouts if layout.name == name), layouts[0])
+        write_original(pipe, folder, metadata)

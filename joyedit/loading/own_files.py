@@ -12,7 +12,9 @@ from pathlib import Path
 
 from joyedit.checkpoints.hub import GENERATION_FILE, WEIGHT_SUFFIXES
 from joyedit.checkpoints.network import Network
-from joyedit.loading.layouts import COMFYUI_FOLDERS, ORIGINAL_TEXT_ENCODER, PIPELINES
+from joyedit.checkpoints.quantised_files import QUANTISE
+from joyedit.loading.comfyui import COMFYUI_FOLDERS, PUBLISHED
+from joyedit.loading.layouts import ORIGINAL_TEXT_ENCODER, PIPELINES
 from joyedit.schedulers.scheduler import FILE as SCHEDULER_FILE
 from joyedit.schedulers.scheduler import Scheduler
 from joyedit.text.qwen3_vl_processor import IMAGE_FILES
@@ -40,7 +42,11 @@ def patterns(layout: str) -> list[str]:
     if layout == "comfyui":
         ends = ("", "_plus", "-?????-of-?????", "_plus-?????-of-?????")
         own = ["config.json", *(f"*_joyimage{end}.safetensors" for end in ends)]
-        return [f"{folder}/{name}" for folder in COMFYUI_FOLDERS.values() for name in own]
+        ours = [f"{folder}/{name}" for folder in COMFYUI_FOLDERS.values() for name in own]
+        for part, (name, _) in PUBLISHED.items():
+            called = (name.format(plus=plus, form=form) for plus in ("", "_plus") for form in QUANTISE)
+            ours += (f"{COMFYUI_FOLDERS[part]}/{stem}.safetensors" for stem in called)
+        return ours
     if layout == "qwen3-vl":
         return [*_of_network("model"), *SMALL_FILES]
     networks = [

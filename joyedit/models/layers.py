@@ -136,5 +136,5 @@ def layout_of_maps(weight: Tensor) -> torch.memory_format:
     C_in > 1: that of the weight, so that neither is copied. On a CPU channels come last: norms read along
     them, large convolutions are a sixth faster, frames and tokens are views, and weights may be either."""
     layout = CHANNELS_LAST[weight.ndim]
-    is_last = weight.device.type == "cpu" or weight.is_contiguous(memory_format=layout)
+    is_last = ops.kind_of(weight.device) == "cpu" or weight.is_contiguous(memory_format=layout)
     return layout if is_last else torch.contiguous_format

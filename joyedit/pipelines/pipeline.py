@@ -10,11 +10,10 @@ shallow copy of its pipeline (`for_one_call`), with schedulers, guidance and int
 import contextlib
 import copy
 import dataclasses
-import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
@@ -29,11 +28,10 @@ from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.summary import parts
-from joyedit.graphs import GraphedCalls
-from joyedit.memory import BlockStreaming, at_rest, visit
 from joyedit.pipelines.defaults import Unsaid, plain
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline_spellings import PipelineSpellings, move
+from joyedit.pipelines.placement import Placed, check_offload
 from joyedit.schedulers.scheduler import Scheduler
 
 log = logging.getLogger("joyedit")
@@ -57,7 +55,7 @@ STATE_OF_CALLS = frozenset(
 REGISTERING = threading.Lock()
 
 
-class Pipeline(PipelineSpellings):
+class Pipeline(Placed, PipelineSpellings):
     """Parts by name, and what users do with all of them at once.
 
     A subclass lists its parts in `parts`, and assigns each in `__init__`, which checks its class. All but
@@ -86,8 +84,6 @@ class Pipeline(PipelineSpellings):
         self._num_timesteps = 0
         self._current_timestep: Tensor | None = None
         self._progress: dict[str, Any] = {}
-        self._offload_device: torch.device | None = None
-        self._graphs: GraphedCalls | None = None
 
     _outer: "Pipeline | None" = None  # of the copy that a call runs on: whose copy it is
     _calls: "weakref.WeakSet[Pipeline]"  # the copies of this one, while their calls run
@@ -214,7 +210,7 @@ class Pipeline(PipelineSpellings):
         configs = {name: part.config for name, part in replacements.items() if isinstance(part, Network)}
         cls.check_configs(configs | {name: one.network.config for name, one in planned.items()})
         options.new_parameters.check()
-        loaded |= {name: one.read() for name, one in planned.items()}
+        loaded |= {name: one.opened(options.unread) for name, one in planned.items()}
         for denoiser in (loaded[name] for name in DENOISERS if name in planned):
             denoiser.came_with = {**settings, "made_for": made_for}
         pipe = cls(**loaded, **replacements, **settings, reference_quirks=quirks)
@@ -335,109 +331,14 @@ class Pipeline(PipelineSpellings):
         """A part a line, and what is set for all of them."""
         adapters = repr(self.adapters) if self.get_list_adapters() else ""
         facts = {"reference_quirks": ", ".join(sorted(self.quirks)), "adapters": adapters}
-        if self._offload_device is not None:
-            facts["offloaded from"] = str(self._offload_device)
-        if self._graphs is not None:
-            facts["graphs"] = f"{len(self._graphs)} recorded"
+        facts |= self.placement()
         return parts(type(self).__name__, self.components, facts)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pipeline computes."""
-        resting = (at_rest(network) for network in self.networks.values())
-        return self._offload_device or next(resting, torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the denoiser's weights; where there is none, that of the first network."""
         network = self.denoiser or next(iter(self.networks.values()), None)
         return torch.float32 if network is None else network.dtype
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`.
-
-        Raises ValueError while the pipeline is offloaded.
-        """
-        if self._offload_device is not None:
-            raise ValueError("the pipeline is offloaded: call disable_offload() before moving it")
-        if self._graphs is not None:
-            self._graphs.clear()
-        for network in self.networks.values():
-            network.to(*args, **kwargs)
-        return self
-
-    def set_offload(self, offload: str, device: torch.device | str | None = None) -> None:
-        """ "none", "model" (one network on the device at a time) or "sequential" (one block at a time).
-
-        Raises ValueError for another word, and for offloading with graphs.
-        """
-        check_offload(offload)
-        if offload != "none" and self._graphs is not None:
-            raise ValueError(
-                f"offload={offload!r} moves the weights that graphs read: call disable_graphs() first"
-            )
-        self.disable_offload()
-        if offload == "none":
-            return
-        accelerator = torch.device(device) if device is not None else accelerator_device()
-        if accelerator is None:
-            log.info("offload=%r has no effect without an accelerator", offload)
-            return
-        self._offload_device = accelerator
-        for network in self.networks.values():
-            network.to("cpu")
-            if offload == "sequential":
-                BlockStreaming.attach(network, accelerator)
-
-    def disable_offload(self) -> None:
-        """Keep the networks in main memory from now on, until they are moved."""
-        self._offload_device = None
-        for network in self.networks.values():
-            BlockStreaming.detach(network)
-
-    def enable_model_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """Keep the networks in main memory and bring one at a time to the accelerator."""
-        self.set_offload("model", device if device is not None else gpu_device(gpu_id))
-
-    def enable_sequential_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """Keep the networks in main memory and bring one block at a time to the accelerator: least memory,
-        slowest."""
-        self.set_offload("sequential", device if device is not None else gpu_device(gpu_id))
-
-    def enable_graphs(self) -> None:
-        """Record what a step of the denoiser launches, the first time with such arguments, and replay it from
-        then on: for networks whose steps take Python longer to launch than the GPU to compute.
-
-        The results are those without. Adapters, weights and settings may change at any time: what a graph was
-        not recorded with is recorded anew. The graphs keep the memory of a step, and of its inputs. Raises
-        ValueError where the pipeline does not compute on a CUDA or ROCm device, or is offloaded.
-        """
-        if self._offload_device is not None or any(map(BlockStreaming.is_attached, self.networks.values())):
-            word = "sequential" if any(map(BlockStreaming.is_attached, self.networks.values())) else "model"
-            raise ValueError(
-                f"enable_graphs: graphs need weights that stay where they are, and offload={word!r} moves "
-                "them: call disable_offload() first"
-            )
-        if self.device.type != "cuda":
-            raise ValueError(
-                f"enable_graphs: graphs need a CUDA or ROCm device, and this pipeline is on {self.device}"
-            )
-        if self._graphs is None:
-            self._graphs = GraphedCalls()
-
-    def disable_graphs(self) -> None:
-        """Launch every step by itself again, and free the graphs' memory."""
-        if self._graphs is not None:
-            self._graphs.clear()
-        self._graphs = None
-
-    def graphed(self, network: Network, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        """A function of the network, replayed from graphs if these are enabled; see `GraphedCalls`."""
-        return function if self._graphs is None else functools.partial(self._graphs, network, function)
 
     def enable_vae_slicing(self) -> None:
         """Encode and decode a batch one image at a time."""
@@ -452,14 +353,6 @@ class Pipeline(PipelineSpellings):
 
     def disable_vae_tiling(self) -> None:
         self.components["vae"].disable_tiling()
-
-    @contextlib.contextmanager
-    def on_device(self, network: Part) -> Iterator[Part]:
-        """The network, on the device that computes while the block runs. Other calls may run it meanwhile."""
-        if network is None:  # what needs a part has said so by its name
-            raise ValueError("this needs a network that the pipeline does not have")
-        with visit(network, None if BlockStreaming.is_attached(network) else self._offload_device):
-            yield network
 
     def adapters_scaled(self, scale: float | None) -> contextlib.AbstractContextManager[None]:
         """See `Adapters.scaled`; None leaves them alone."""
@@ -620,23 +513,6 @@ class MultiPipelineCallbacks:
         for callback in self.callbacks:
             callback_kwargs = callback(pipeline, step_index, timestep, callback_kwargs)
         return callback_kwargs
-
-
-def check_offload(offload: str) -> None:
-    if offload not in ("none", "model", "sequential"):
-        raise ValueError(f"offload={offload!r}: must be 'none', 'model' or 'sequential'")
-
-
-def accelerator_device() -> torch.device | None:
-    """The first CUDA or ROCm device, else Apple's, else none."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps") if torch.backends.mps.is_available() else None
-
-
-def gpu_device(gpu_id: int | None) -> torch.device | None:
-    device = accelerator_device()
-    return device if device is None or gpu_id is None else torch.device(device.type, gpu_id)
 
 
 def is_called(kind: type, class_name: str) -> bool:

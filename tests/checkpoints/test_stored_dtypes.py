@@ -96,7 +96,6 @@ def test_integers_where_weights_belong_are_refused_by_name(tmp_path, stored, dty
 
 
 FORMATS = {
-    "scaled fp8 of ComfyUI": {"scaled_fp8": (2,), "conv_in.scale_weight": (1,)},
     "fp8 with a scale for each block": {"conv_in.weight_scale_inv": (1, 1)},
     "fp8 or int8 with scales": {"conv_in.weight_scale": (1,)},
     "NF4 of bitsandbytes": {"a.weight.absmax": (4,), "a.weight.quant_state.bitsandbytes__nf4": (9,)},

@@ -168,6 +168,11 @@ HEADERS = {
     "huge axis": ({"a": {**ENTRY, "shape": [2**62, 0]}}, "is larger than any file"),
     "axes": ({"a": {**ENTRY, "shape": [1] * 1000}}, "no list of at most 16 integers"),
     "bytes": ({"a": {**ENTRY, "shape": [3]}}, r"of shape \(3,\) has 12 bytes, its data_offsets \[0, 8\] 8"),
+    "twice": ({"a": ENTRY, "b": ENTRY}, "'b' begins at 0, the one before it ends at 8"),
+    "a gap": (
+        {"a": {**ENTRY, "shape": [1], "data_offsets": [4, 8]}},
+        "tensor 'a' begins at 4, the one before it ends at 0",
+    ),
     "metadata": ({"__metadata__": {"a": 1}, "a": ENTRY}, "__metadata__ of its header must hold texts"),
     "metadata list": ({"__metadata__": ["a"], "a": ENTRY}, "__metadata__ of its header must hold texts"),
     "escapes": ({"\x1b[31m": ENTRY}, r"name '\\\\x1b\[31m' is too long or holds control"),

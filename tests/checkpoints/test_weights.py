@@ -15,6 +15,7 @@ from joyedit.checkpoints.network import Network, load_network, open_weights
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.tensor_files import TensorFiles, parse_size, save_tensors
+from joyedit.checkpoints.writing import write_safetensors
 from joyedit.convert.table import (
     IDENTITY,
     Layout,
@@ -267,11 +268,11 @@ def test_an_interrupted_save_keeps_the_old_weights_whole(tmp_path, monkeypatch):
     saved = []
 
     def stop_at_the_second(*args):
-        saved.append(save_file(*args))
+        saved.append(write_safetensors(*args))
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("joyedit.checkpoints.tensor_files.save_file", stop_at_the_second)
+    monkeypatch.setattr("joyedit.checkpoints.tensor_files.write_safetensors", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         network.save_pretrained(tmp_path, max_shard_size=40)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,6 +1,7 @@
 """`joyedit convert` and `joyedit info`: equal tensors, nothing lost, facts without reading weights."""
 
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -17,6 +18,7 @@ from benchmarks.random_checkpoint import write_random_checkpoint
 from joyedit.checkpoints.tensor_files import TensorFiles, safetensors_header
 from joyedit.command import cli
 from joyedit.command import info as facts
+from joyedit.loading import layouts
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -140,6 +142,38 @@ def test_convert_asks_the_disk_first(checkpoint, run, no_work, tmp_path, monkeyp
     needed = facts.size(sum(path.stat().st_size for part in PARTS for path in (checkpoint / part).iterdir()))
     assert status == 1 and f"needs {needed}, and the disk has 1.00 MB free" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_asks_the_disk_for_what_parts_from_elsewhere_take(checkpoint, run, tmp_path, monkeypatch):
+    assert run("convert", checkpoint, tmp_path / "fp32", "--dtype", "fp32", "-q")[0] == 0
+    network = joyedit.JoyImageEditTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer")
+    more = sum(parameter.nbytes for parameter in network.parameters())
+    usage = shutil.disk_usage(tmp_path)._replace(free=facts.describe(str(checkpoint)).bytes + more // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert run("convert", checkpoint, tmp_path / "a", "-q")[0] == 0
+    status, _, err = run("convert", checkpoint, tmp_path / "b", "--part", f"transformer={tmp_path / 'fp32'}")
+    assert status == 1 and f"{tmp_path / 'b'} needs " in err and "and the disk has" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"fp32", "a"}
+
+
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+def test_convert_names_a_source_that_shrinks_while_it_is_read(converted, run, tmp_path, monkeypatch, to):
+    shutil.copytree(converted[to], tmp_path / "source")
+    (file,) = [
+        path
+        for path in (tmp_path / "source" / "transformer").iterdir()
+        if path.suffix in (".pth", ".safetensors")
+    ]
+    save = layouts.save_checkpoint
+
+    def shrink(*args, **options):
+        os.truncate(file, file.stat().st_size // 2)
+        save(*args, **options)
+
+    monkeypatch.setattr(layouts, "save_checkpoint", shrink)
+    status, out, err = run("convert", tmp_path / "source", tmp_path / "a", "-q")
+    assert (status, out) == (1, "") and f"{file} has become shorter while it was read" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -104,7 +104,10 @@ def made():
     def made(record, *words, photo="photo.png"):
         images.save_png(Image.new("RGB", (8, 8)), "made.png", metadata | record, force=True)
         words = ["edit", photo, *words, "--config-from", "made.png"]
-        args = arguments.parse(words, dict.fromkeys(("edit", "generate", "ask", "demo", "convert", "info")))
+        args = arguments.parse(
+            words,
+            dict.fromkeys(("edit", "generate", "ask", "estimate", "demo", "convert", "verify", "info")),
+        )
         photos = [read_photo(photo)]
         fill_from_image(args, photos)
         args.mask = places.open_mask(args, photos)

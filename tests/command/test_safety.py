@@ -202,6 +202,8 @@ number, step, first = getattr(signal, sys.argv[1]), int(sys.argv[2]), int(sys.ar
 left = [None]
 
 def hook(event, args):
+    if event == "open" and args[1] in ("r", "rb"):
+        return  # reading changes nothing
     if left[0] is not None and event.split(".")[0] in ("open", "os", "shutil", "tempfile"):
         left[0] -= 1
         if left[0] == 0:
@@ -255,3 +257,61 @@ def test_a_conversion_that_is_stopped_leaves_the_old_or_the_new(name):
 @pytest.mark.parametrize(("name", "step"), [("SIGTERM", 3), ("SIGKILL", 3), ("SIGINT", 10), ("SIGHUP", 11)])
 def test_a_conversion_that_is_stopped_at_any_event_leaves_the_old_or_the_new(name, step):
     at_events(name, step)
+
+
+LEFT_BY_A_KILLED_ONE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import joyedit
+from joyedit.command import cli
+
+to, step = sys.argv[1], int(sys.argv[2])
+left = [None]
+
+def hook(event, args):
+    if left[0] is not None and (event.startswith("os.") or event == "open" and args[1] not in ("r", "rb")):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def files(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+sys.addaudithook(hook)
+convert = ["convert", "tiny-joyimage", "ck", "--to", to, "-q"]
+assert cli.main([*convert[:2], "whole", *convert[3:]]) == 0
+whole, n = files(Path("whole")), step
+while True:
+    child = os.fork()
+    if child == 0:
+        left[0] = n
+        cli.main(convert)
+        os._exit(99)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 99:
+        break
+    n += step
+    if Path("ck").exists():
+        continue
+    for folder in Path().glob(".joyedit-*/made/ck"):
+        try:
+            joyedit.load(folder, device="cpu", **({"processor": "tiny-joyimage"} if to == "comfyui" else {}))
+        except (OSError, ValueError):
+            print("refused", len(files(folder)), flush=True)
+        else:
+            print("opened", files(folder) == whole, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["diffusers", "original", "comfyui"])
+def test_what_a_killed_conversion_leaves_does_not_open(to):
+    """Until all of it is there, even in its hidden place."""
+    command = [sys.executable, "-c", LEFT_BY_A_KILLED_ONE, to, "25"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert "opened False" not in lines and len({line for line in lines if line.startswith("refused")}) > 2
+    assert Path("ck").is_dir()

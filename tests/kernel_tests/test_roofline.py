@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from joyedit import ops
+from joyedit.estimates.machines import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -47,7 +48,7 @@ def test_expanded_tensors_and_views_cost_nothing():
 
 
 def test_floor_is_the_longer_of_memory_and_arithmetic():
-    gpu = roofline.GPU(bandwidth=1e12, matrix=1e15, vector=1e13)
+    gpu = Machine(bandwidth=1e12, matrix=1e15, vector=1e13)
     light, heavy = roofline.Traffic(10**9, 0, 0, 10**9), roofline.Traffic(10**6, 0, 0, 10**12)
     op = Op("", plain, (), op_cases.per_element(1))
     assert roofline.floor(light, op, gpu) == 1e-3

@@ -142,14 +142,14 @@ SLACK = 24 << 20  # headers, names and modules
 
 
 @pytest.mark.slow
-def test_casting_takes_the_result_and_one_tensor(tmp_path):
+def test_casting_takes_the_result_and_little_else(tmp_path):
     config = ChronoEditConfig(num_attention_heads=8, ffn_dim=6144, num_layers=4, added_kv_proj_dim=1024)
     shards = write_shards(tmp_path / "t", shapes_of(config), limit=5 * 10**7)
     assert len(shards) > 4
     (tmp_path / "t" / "config.json").write_text(json.dumps(config.to_dict()))
     found = in_process(LOAD + "print(json.dumps(found))", tmp_path / "t", 4, "bfloat16")
     assert found["stored"] > 3e8 and found["result"] < 0.51 * found["stored"]
-    assert found["result"] < found["used"] < found["result"] + found["largest"] + SLACK
+    assert 0.95 * found["result"] < found["used"] < found["result"] + SLACK
     as_stored = in_process(LOAD + "print(json.dumps(found))", tmp_path / "t", 4, "float32")
     assert as_stored["result"] == as_stored["stored"] and as_stored["used"] < SLACK  # mapped
     assert 0 < as_stored["mappings"] < 3 * len(shards)  # and once, where memory is promised to mappings
@@ -190,6 +190,7 @@ def no_tensors(monkeypatch):
 
     monkeypatch.setattr(TensorFiles, "__getitem__", read)
     monkeypatch.setattr(TensorFiles, "read_once", read)
+    monkeypatch.setattr(TensorFiles, "pieces", read)
 
 
 def test_damage_to_the_released_size_is_seen_before_memory_is_taken(published, no_tensors):
@@ -247,7 +248,7 @@ def test_two_shards_of_the_released_size(tmp_path):
     print(found)
     assert found["holes"] == ["proj_out.weight", "proj_out.bias"]
     assert found["stored"] > 8.5e9 and found["largest"] == 4 * 30720 * 5120
-    assert found["used"] < found["result"] + found["largest"] + SLACK
+    assert found["used"] < found["result"] + SLACK
     passed = in_process(
         """
         before = peak()
@@ -259,4 +260,4 @@ def test_two_shards_of_the_released_size(tmp_path):
     )
     print(passed)
     assert passed["written"] == 2 * (PARAMETERS - IN_FP32) + 4 * IN_FP32
-    assert passed["used"] < 1.5 * found["largest"] + SLACK  # a tensor, and what becomes of it
+    assert passed["used"] < 0.5 * found["largest"] + 2 * SLACK  # what becomes of the largest tensor

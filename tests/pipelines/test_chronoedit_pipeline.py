@@ -16,7 +16,7 @@ from joyedit import (
     FlowMatchEulerDiscreteScheduler,
     PipelineCallback,
 )
-from joyedit.memory import BlockStreaming
+from joyedit.memory.streaming import Transfers, blocks_of
 from joyedit.pipelines.chronoedit import ChronoEditPipelineOutput
 from joyedit.pipelines.chronoedit_frames import FrameCoder
 from tests.pipelines.tiny_chronoedit import (
@@ -423,13 +423,13 @@ def test_sequential_offload_brings_what_is_called_by_itself(loaded, monkeypatch)
     pipe = ChronoEditPipeline(**copy.deepcopy(loaded.components))
     wanted = [run(pipe, **call), run(pipe, only_last_frame=True), run(pipe, **reasoning(2))]
     pipe.set_offload("sequential", device="cpu")
-    monkeypatch.setattr(BlockStreaming, "copied", lambda streaming, data: -data)
+    monkeypatch.setattr(Transfers, "start", lambda self, target, source, after: target.copy_(-source))
     for network in pipe.networks.values():
-        for parameter in {p for block in network.block_streaming.blocks for p in block.parameters()}:
+        for parameter in {p for block in blocks_of(network) for p in block.parameters()}:
             parameter.data = -parameter.data
     found = [run(pipe, **call), run(pipe, only_last_frame=True), run(pipe, **reasoning(2))]
     assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert not pipe.vae.block_streaming.masters
+    assert not pipe.vae.block_streaming.passing.here
 
 
 def test_half_precision_networks_leave_latents_and_guidance_in_fp32(loaded, checkpoint):

@@ -473,7 +473,7 @@ def test_offload_gives_the_same_image(checkpoint, pipe, photo, offload):
 
 
 def test_offload_without_an_accelerator_does_nothing(pipe, photo, monkeypatch):
-    monkeypatch.setattr("joyedit.pipelines.pipeline.accelerator_device", lambda: None)
+    monkeypatch.setattr("joyedit.pipelines.placement.accelerator_device", lambda: None)
     pipe.enable_model_cpu_offload()
     pipe.enable_sequential_cpu_offload(gpu_id=0)
     assert pipe.device == torch.device("cpu")

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import joyedit
-from joyedit.memory import BlockStreaming, at_rest, visit
+from joyedit.memory import at_rest, visit
+from joyedit.memory.streaming import Transfers, blocks_of
 
 THREADS = 3
 SYSTEMS = ("tiny-joyimage", "tiny-diffedit", "tiny-chronoedit")
@@ -107,9 +108,9 @@ def test_offloaded_networks_stay_while_they_run(loaded, monkeypatch, offload):
         pipe._offload_device = torch.device("meta")  # told from "cpu" by its name alone
         monkeypatch.setattr(type(pipe), "device", torch.device("cpu"))
     else:
-        monkeypatch.setattr(BlockStreaming, "copied", lambda streaming, data: -data)
+        monkeypatch.setattr(Transfers, "start", lambda self, target, source, after: target.copy_(-source))
         for network in networks:
-            for parameter in {p for block in network.block_streaming.blocks for p in block.parameters()}:
+            for parameter in {p for block in blocks_of(network) for p in block.parameters()}:
                 parameter.data = -parameter.data
     found = at_once(lambda seed: call(pipe, seed), range(THREADS))
     assert same(found, wanted) and not away

@@ -1,0 +1,1 @@
+"""What a run will take, from configs and the headers of files alone: see `estimating.py`."""

@@ -1,0 +1,105 @@
+"""Pages of mapped files: which tensors are in some, giving back their memory, and fetching them ahead.
+
+The kernel keeps what was read of a file in its own cache, as long as there is memory for it. A process that
+gives a page back has it no longer in its resident set, and gets it again, from that cache or from the disk,
+when it looks there the next time.
+"""
+
+import ctypes
+import ctypes.util
+import functools
+import mmap
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from joyedit.memory.layout import laid_out
+
+PAGE = mmap.PAGESIZE
+
+
+@functools.cache
+def _madvise():
+    function = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True).madvise
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return function
+
+
+def give_back(tensors: Iterable[Tensor]) -> None:
+    """The pages that these tensors alone fill leave the resident set. All are in mapped files, or lost."""
+    for tensor in tensors:
+        start = -(-tensor.data_ptr() // PAGE) * PAGE
+        end = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
+        if end > start:
+            _madvise()(start, end - start, mmap.MADV_DONTNEED)
+
+
+def fetch_ahead(tensors: Iterable[Tensor]) -> None:
+    """Let the kernel read what of these tensors is not in its cache, while others compute."""
+    for tensor in tensors:
+        start = tensor.data_ptr() // PAGE * PAGE
+        _madvise()(start, tensor.data_ptr() + tensor.nbytes - start, mmap.MADV_WILLNEED)
+
+
+def mapped_ranges() -> list[tuple[int, int]]:
+    """Where this process has files mapped: addresses from, to."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0":
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            ranges.append((start, end))
+    return ranges
+
+
+def is_mapped(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> bool:
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    return any(start <= first and last <= end for start, end in ranges)
+
+
+def mapped_copies(tensors: Sequence[Tensor], folder: str | None = None) -> list[Tensor]:
+    """The same tensors in a file of their own, which has no name any more and goes when they do.
+
+    Raises OSError where the disk has no room.
+    """
+    places, nbytes = laid_out(tensors)
+    descriptor, name = tempfile.mkstemp(prefix="joyedit-", dir=folder)
+    try:
+        os.posix_fallocate(descriptor, 0, max(nbytes, 1))
+        row = torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8)
+    finally:
+        os.close(descriptor)
+        os.unlink(name)
+    for tensor, place in zip(tensors, places, strict=True):
+        place.of(row).copy_(tensor)
+    return [place.of(row) for place in places]
+
+
+def in_a_file(tensor: Tensor) -> Tensor:
+    """The same tensor in a file of its own, its pages given back."""
+    (copy,) = mapped_copies([tensor])
+    give_back([copy])
+    return copy
+
+
+def pinned(nbytes: int) -> Tensor | None:
+    """So many bytes of main memory that a CUDA device reads by itself; None where there are not as many.
+
+    PyTorch's own pinned memory comes in powers of two.
+    """
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    if available is None or nbytes > 0.9 * 1024 * int(available[1]):
+        return None
+    arena = torch.empty(nbytes, dtype=torch.uint8)
+    runtime: Any = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(arena.data_ptr(), nbytes, 0)) != 0:
+        return None
+    weakref.finalize(arena.untyped_storage(), runtime.cudaHostUnregister, arena.data_ptr())
+    return arena

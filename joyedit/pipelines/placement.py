@@ -1,0 +1,188 @@
+"""Where a pipeline's networks are: on a device, in main memory until they run, or within a budget; and what
+follows from it, such as graphs, which need them to stay.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, Self, TypeVar
+
+import torch
+
+from joyedit.checkpoints.network import Network
+from joyedit.checkpoints.sizes import parse_size
+from joyedit.graphs import GraphedCalls
+from joyedit.memory import BlockStreaming, at_rest, room_on, stream_blocks, visit
+
+log = logging.getLogger("joyedit")
+
+Part = TypeVar("Part", bound=Network)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class Placed:
+    """What pipelines do with all their networks at once, as far as it is about places."""
+
+    networks: dict[str, Network]
+    _offload_device: torch.device | None = None  # where networks come to when they run
+    _memory: int | None = None  # bytes, the budget
+    _graphs: GraphedCalls | None = None
+
+    def placement(self) -> dict[str, str]:
+        """What is set, in words."""
+        facts = {}
+        if self._offload_device is not None:
+            facts["offloaded from"] = str(self._offload_device)
+        if self._memory is not None:
+            facts["memory"] = f"{self._memory:,} bytes"
+        if self._graphs is not None:
+            facts["graphs"] = f"{len(self._graphs)} recorded"
+        return facts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes."""
+        resting = (at_rest(network) for network in self.networks.values())
+        return self._offload_device or next(resting, torch.device("cpu"))
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`.
+
+        Raises ValueError while the pipeline is offloaded.
+        """
+        if self._offload_device is not None:
+            raise ValueError("the pipeline is offloaded: call disable_offload() before moving it")
+        if self._graphs is not None:
+            self._graphs.clear()
+        for network in self.networks.values():
+            network.to(*args, **kwargs)
+        return self
+
+    def set_offload(self, offload: str, device: torch.device | str | None = None) -> None:
+        """ "none", "model" (one network on the device at a time) or "sequential" (one block at a time).
+
+        Raises ValueError for another word, and for offloading with graphs.
+        """
+        check_offload(offload)
+        if offload != "none" and self._graphs is not None:
+            raise ValueError(
+                f"offload={offload!r} moves the weights that graphs read: call disable_graphs() first"
+            )
+        self.disable_offload()
+        if offload == "none":
+            return
+        accelerator = torch.device(device) if device is not None else accelerator_device()
+        if accelerator is None:
+            log.info("offload=%r has no effect without an accelerator", offload)
+            return
+        self._offload_device = accelerator
+        for network in self.networks.values():
+            network.to("cpu")
+        if offload == "sequential":
+            stream_blocks(self.networks.values(), accelerator)
+
+    def set_memory(self, memory: int | str, device: torch.device | str | None = None) -> None:
+        """Hold at most `memory` where the pipeline computes: bytes, "12G" (12 * 1024**3) or "12GB"
+        (12 * 1000**3). None ends that.
+
+        Of a GPU it is the memory that PyTorch takes there; of a CPU the process's resident set, mapped files
+        included. The networks wait in main memory, on a CPU in their files, and come block by block; as many
+        blocks as there is room for stay while their network runs. The results are those without.
+        device: an accelerator if there is one, unless this names another or the pipeline is on one.
+
+        Raises ValueError for other sizes, and with graphs.
+        """
+        total = None if memory is None else parse_size(memory)
+        if total is not None and self._graphs is not None:
+            raise ValueError(
+                f"memory={memory!r} moves the weights that graphs read: call disable_graphs() first"
+            )
+        where = self.device if device is None else torch.device(device)
+        self.disable_offload()
+        if total is None:
+            return
+        if where.type == "cpu" and device is None:
+            where = accelerator_device() or where
+        if where.type != "cpu":
+            for network in self.networks.values():
+                network.to("cpu")
+            self._offload_device = where
+        self._memory = total
+        stream_blocks(self.networks.values(), where, room_on(where, total))
+
+    def disable_offload(self) -> None:
+        """Keep the networks in main memory from now on, until they are moved."""
+        self._offload_device = self._memory = None
+        for network in self.networks.values():
+            BlockStreaming.detach(network)
+
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep the networks in main memory and bring one at a time to the accelerator."""
+        self.set_offload("model", device if device is not None else gpu_device(gpu_id))
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep the networks in main memory and bring one block at a time to the accelerator: least memory,
+        slowest."""
+        self.set_offload("sequential", device if device is not None else gpu_device(gpu_id))
+
+    def enable_graphs(self) -> None:
+        """Record what a step of the denoiser launches, the first time with such arguments, and replay it from
+        then on: for networks whose steps take Python longer to launch than the GPU to compute.
+
+        The results are those without. Adapters, weights and settings may change at any time: what a graph was
+        not recorded with is recorded anew. The graphs keep the memory of a step, and of its inputs. Raises
+        ValueError where the pipeline does not compute on a CUDA or ROCm device, or is offloaded.
+        """
+        if self._offload_device is not None or any(map(BlockStreaming.is_attached, self.networks.values())):
+            word = "sequential" if any(map(BlockStreaming.is_attached, self.networks.values())) else "model"
+            raise ValueError(
+                f"enable_graphs: graphs need weights that stay where they are, and offload={word!r} moves "
+                "them: call disable_offload() first"
+            )
+        if self.device.type != "cuda":
+            raise ValueError(
+                f"enable_graphs: graphs need a CUDA or ROCm device, and this pipeline is on {self.device}"
+            )
+        if self._graphs is None:
+            self._graphs = GraphedCalls()
+
+    def disable_graphs(self) -> None:
+        """Launch every step by itself again, and free the graphs' memory."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._graphs = None
+
+    def graphed(self, network: Network, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        """A function of the network, replayed from graphs if these are enabled; see `GraphedCalls`."""
+        return function if self._graphs is None else functools.partial(self._graphs, network, function)
+
+    @contextlib.contextmanager
+    def on_device(self, network: Part) -> Iterator[Part]:
+        """The network, on the device that computes while the block runs. Other calls may run it meanwhile."""
+        if network is None:  # what needs a part has said so by its name
+            raise ValueError("this needs a network that the pipeline does not have")
+        with visit(network, None if BlockStreaming.is_attached(network) else self._offload_device):
+            yield network
+
+
+def check_offload(offload: str) -> None:
+    if offload not in ("none", "model", "sequential"):
+        raise ValueError(f"offload={offload!r}: must be 'none', 'model' or 'sequential'")
+
+
+def accelerator_device() -> torch.device | None:
+    """The first CUDA or ROCm device, else Apple's, else none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps") if torch.backends.mps.is_available() else None
+
+
+def gpu_device(gpu_id: int | None) -> torch.device | None:
+    device = accelerator_device()
+    return device if device is None or gpu_id is None else torch.device(device.type, gpu_id)
