@@ -14,6 +14,7 @@ from joyedit.checkpoints.network import Network
 from joyedit.checkpoints.sizes import parse_size
 from joyedit.graphs import GraphedCalls
 from joyedit.memory import BlockStreaming, at_rest, room_on, stream_blocks, visit
+from joyedit.pipelines import together
 
 log = logging.getLogger("joyedit")
 
@@ -41,6 +42,14 @@ class Placed:
             facts["graphs"] = f"{len(self._graphs)} recorded"
         return facts
 
+    def in_use(self) -> set[str]:
+        """Which settings of `together.py` are on."""
+        offloaded = self._offload_device is not None or any(
+            BlockStreaming.is_attached(network) for network in self.networks.values()
+        )
+        place = {"memory"} if self._memory is not None else {"offload"} if offloaded else set()
+        return place | ({"graphs"} if self._graphs is not None else set())
+
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes."""
@@ -66,10 +75,8 @@ class Placed:
         Raises ValueError for another word, and for offloading with graphs.
         """
         check_offload(offload)
-        if offload != "none" and self._graphs is not None:
-            raise ValueError(
-                f"offload={offload!r} moves the weights that graphs read: call disable_graphs() first"
-            )
+        if offload != "none":
+            together.check("offload", f"offload={offload!r}", self.in_use() - {"memory"})
         self.disable_offload()
         if offload == "none":
             return
@@ -95,10 +102,8 @@ class Placed:
         Raises ValueError for other sizes, and with graphs.
         """
         total = None if memory is None else parse_size(memory)
-        if total is not None and self._graphs is not None:
-            raise ValueError(
-                f"memory={memory!r} moves the weights that graphs read: call disable_graphs() first"
-            )
+        if total is not None:
+            together.check("memory", f"memory={memory!r}", self.in_use() - {"offload"})
         where = self.device if device is None else torch.device(device)
         self.disable_offload()
         if total is None:
@@ -139,12 +144,7 @@ class Placed:
         not recorded with is recorded anew. The graphs keep the memory of a step, and of its inputs. Raises
         ValueError where the pipeline does not compute on a CUDA or ROCm device, or is offloaded.
         """
-        if self._offload_device is not None or any(map(BlockStreaming.is_attached, self.networks.values())):
-            word = "sequential" if any(map(BlockStreaming.is_attached, self.networks.values())) else "model"
-            raise ValueError(
-                f"enable_graphs: graphs need weights that stay where they are, and offload={word!r} moves "
-                "them: call disable_offload() first"
-            )
+        together.check("graphs", "enable_graphs()", self.in_use())
         if self.device.type != "cuda":
             raise ValueError(
                 f"enable_graphs: graphs need a CUDA or ROCm device, and this pipeline is on {self.device}"
