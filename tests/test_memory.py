@@ -115,7 +115,9 @@ def test_copies_run_ahead_of_what_computes():
         if kind == "compute":
             blocks_before = (computed - 1) // 2
             assert started == blocks_before + 2, "of the next block the copy is under way, of no other"
+    assert transfers.open, "the first block, again"
     streaming.end()
+    assert not transfers.open, "what was on its way is waited for before its buffer is given up"
     assert not passing.here and not passing.buffers
 
 

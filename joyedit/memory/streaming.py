@@ -328,6 +328,7 @@ class TwoBuffers(Passing):
     def end(self) -> None:
         super().end()
         for i in self.here:
+            self.transfers.wait(self.arrived[i])  # a copy that nobody waits for would write into freed memory
             self.leave(i)
         self.here, self.arrived, self.buffers, self.in_buffer = {}, {}, [], [None, None]
 
