@@ -30,6 +30,7 @@ QUANTISED = {
     ".weight._scale": "quanto",
     ".weight_scale": "fp8 or int8 with scales",
 }
+PACKED = ".qweight"  # the one of them that stands for the weights themselves
 
 
 def refuse_quantised(names: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ import joyedit
 from joyedit.checkpoints import quantised_files
 from joyedit.checkpoints.network import build_on_meta, load_network, plan_network, putting_away
 from joyedit.checkpoints.quantised_files import as_int8_convrot
+from joyedit.checkpoints.summary import cells
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.eight_bits import quantise
 from joyedit.lora import Adapters
@@ -127,7 +128,8 @@ def test_its_dtype_is_that_of_computing_and_its_weights_stay_stored(joy, tmp_pat
         assert layer.weight_scale.dtype is torch.float32
         assert_means(network, meant)
     assert opened(tmp_path, state, dtype=torch.float16).dtype is torch.float16
-    assert network.num_parameters() == sum(t.numel() for t in joy.values())
+    count = sum(t.numel() for t in joy.values())
+    assert network.num_parameters() == count and f"{count:,} parameters" in cells(network)
 
 
 def test_the_weights_stay_parts_of_the_mapped_file(joy, tmp_path):

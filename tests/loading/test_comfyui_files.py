@@ -234,7 +234,11 @@ def test_info_knows_a_quantised_file(quantised, diffusers, tmp_path):
     path = quantised / QUANTISED[0]
     found = describe(str(path))
     assert found.parts["transformer"].class_name == "JoyImageEditTransformer3DModel"
+    plain = describe(str(diffusers)).parts["transformer"]
     assert found.parts["transformer"].dtypes["int8"] > 0
+    assert found.parts["transformer"].parameters == plain.parameters  # scales and marks are none
+    assert describe(str(quantised)).parts["transformer"].dtypes == found.parts["transformer"].dtypes
+    assert found.parts["transformer"].dtypes.keys() == {*plain.dtypes, "int8"}
     state = load_file(path)
     state = {name: t for name, t in state.items() if not name.endswith("img_mlp.net.2.weight_scale")}
     save_file(state, tmp_path / "x.safetensors")
