@@ -1,5 +1,6 @@
 """GGUF files, as ComfyUI-GGUF and llama.cpp write them: dequantised by their own package on loading."""
 
+import json
 import os
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import joyedit
 from joyedit.checkpoints import gguf_files
 from joyedit.checkpoints.network import build_on_meta, load_network, plan_network
 from joyedit.checkpoints.tensor_files import TensorFiles
@@ -88,6 +90,20 @@ def test_gguf_in_fp16_stays_so(joy, tmp_path):
     network = load_network(JoyImageEditTransformer3DModel, JOY, TensorFiles([tmp_path / "x.gguf"]))
     assert network.dtype is torch.float16
     assert all(torch.equal(network.state_dict()[name], half[name]) for name in PRODUCTS)
+
+
+@pytest.mark.parametrize("prefix", [pytest.param("", marks=pytest.mark.slow), "model.diffusion_model."])
+def test_load_takes_a_gguf_file_of_a_part(tmp_path, prefix):
+    network = joyedit.load("tiny-chronoedit", device="cpu").transformer
+    layout = next(one for one in network.layouts() if one.name == "original")  # WAN's names
+    state = {prefix + name: tensor.detach() for name, tensor in layout.invert(network.state_dict()).items()}
+    product = f"{prefix}blocks.0.ffn.0.weight"
+    meant = write_gguf(tmp_path / "x.gguf", state, {product: Q8_0})[product]
+    (tmp_path / "config.json").write_text(json.dumps(network.config_to_save()))
+    found = joyedit.load("tiny-chronoedit", device="cpu", transformer=str(tmp_path / "x.gguf")).transformer
+    for name, tensor in network.state_dict().items():
+        wanted = meant.to(found.dtype) if name == "blocks.0.ffn.net.0.proj.weight" else tensor
+        assert torch.equal(found.state_dict()[name], wanted.to(found.state_dict()[name].dtype)), name
 
 
 def test_gguf_of_the_text_encoder_has_names_of_llama_cpp(tmp_path):

@@ -179,13 +179,30 @@ def test_int8_without_a_rotation_and_its_scales(joy, tmp_path, shape):
     assert_means(opened(tmp_path, state), {f"{MLP}.weight": wanted})
 
 
+def wan_names(ours):
+    """Our name of each tensor of ChronoEdit's transformer -> ComfyUI's, which is WAN's own."""
+    layouts = {one.name: one for one in ChronoEditTransformer3DModel(CHRONO).layouts()}
+    return {name: theirs for theirs, name in layouts["comfyui"].renames(list(ours)).items()}
+
+
+def test_int8_convrot_under_the_names_of_wan(tmp_path):
+    ours = plain_state(ChronoEditTransformer3DModel, CHRONO)
+    names = wan_names(ours)
+    layers = {name: names[name].removesuffix(".weight") for name in ours if ".ffn.net." in name}
+    modules = [layer for name, layer in layers.items() if name.endswith(".weight")]
+    state, meant = as_int8({names[name]: tensor for name, tensor in ours.items()}, modules, 4)
+    back = {theirs: name for name, theirs in names.items()}
+    network = opened(tmp_path, state, ChronoEditTransformer3DModel, CHRONO)
+    assert len(meant) == 2 and "model.diffusion_model.blocks.0.ffn.2.weight" in meant
+    assert_means(network, {back[name]: weight for name, weight in meant.items()})
+
+
 @pytest.mark.parametrize("old", [True, False])
 def test_scaled_fp8_as_wan_files_have_it(tmp_path, old):
     """Under WAN's own names, with the scales of activations, which are not heeded; of both generations."""
     cls, config = ChronoEditTransformer3DModel, CHRONO
     ours = plain_state(cls, config)
-    layout = next(one for one in cls(config).layouts() if one.name == "comfyui")
-    names = {ours_: theirs for theirs, ours_ in layout.renames(list(ours)).items()}
+    names = wan_names(ours)
     state, meant = {names[name]: t.clone() for name, t in ours.items()}, {}
     for name, tensor in ours.items():
         if name.startswith("blocks") and tensor.ndim == 2 and name.endswith(".weight"):
@@ -262,7 +279,7 @@ REFUSED = {
         {f"{MLP}.weight_scale": torch.full((64, 1), torch.nan)},
         f"{MLP}.weight_scale holds scales that are negative, infinite or no numbers",
     ),
-    "no mark": ({f"{MLP}.comfy_quant": None}, f"{MLP}.weight_scale"),
+    "no mark": ({f"{MLP}.comfy_quant": None}, rf"no comfy_quant that says how \({MLP}.weight_scale"),
     "nothing beside": (
         {f"{MLP}.comfy_quant": None, f"{MLP}.weight_scale": None},
         rf"{MLP}.weight is quantised \(int8\), and its scales are missing",

@@ -207,6 +207,15 @@ def test_plus_is_written_under_its_own_names(tmp_path):
     ]
     again = joyedit.load(tmp_path / "out", device="cpu", processor=tmp_path / "plus")
     assert type(again).__name__ == "JoyImageEditPlusPipeline"
+    files = {
+        "transformer": tmp_path / "out" / "diffusion_models" / names[0],
+        "text_encoder": str(tmp_path / "out" / "text_encoders" / names[1]),
+    }
+    parts = joyedit.load(tmp_path / "plus", device="cpu", **files)
+    for part in files:
+        weights = quantised_weights(parts.components[part])
+        same = quantised_weights(again.components[part])
+        assert weights and all(torch.equal(same[name].stored, w.stored) for name, w in weights.items())
 
 
 def test_the_command_replaces_its_own_files_and_refuses_other_layouts(quantised, diffusers, capsys):
