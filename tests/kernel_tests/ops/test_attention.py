@@ -97,12 +97,16 @@ def check(compare, dtype, device):
     return check
 
 
-@pytest.mark.parametrize("width", [8, 12, 32, 40, 64, 72, 80, 96, 128, 160, 200])
+WIDTHS = [8, 12, 40, 64, 96, 160, *(pytest.param(n, marks=pytest.mark.slow) for n in (32, 72, 80, 128, 200))]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_head_widths(check, width):
     check(Shape(width=width))
 
 
-LENGTHS = [(1, 1), (1, 131), (2, 127), (131, 1), (65, 128), (64, 257), (129, 3)]
+LENGTHS = [(1, 1), (1, 131), (131, 1), (65, 128)]
+LENGTHS += [pytest.param(*lengths, marks=pytest.mark.slow) for lengths in ((2, 127), (64, 257), (129, 3))]
 
 
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS, ids=str)
@@ -110,7 +114,7 @@ def test_ragged_lengths(check, queries, keys):
     check(Shape((queries,), (keys,), batch=2, heads=1, groups=1))
 
 
-@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("groups", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6))])
 def test_grouped_queries(check, groups):
     check(Shape(heads=6, groups=groups, batch=2))
 
@@ -122,7 +126,8 @@ def causal(q, k, v):
 
 
 # The last two: the first key that the first query does not see begins a tile of keys.
-CAUSAL = [(1, 1), (1, 70), (33, 33), (131, 131), (3, 70), (70, 200), (40, 103), (5, 132)]
+CAUSAL = [(1, 70), (33, 33), (70, 200), (5, 132)]
+CAUSAL += [pytest.param(*n, marks=pytest.mark.slow) for n in ((1, 1), (131, 131), (3, 70), (40, 103))]
 
 
 @pytest.mark.parametrize(("queries", "keys"), CAUSAL, ids=str)
