@@ -136,7 +136,12 @@ class QuantisedLinear(nn.Linear):
 
 def is_stored(name: str, tensor: Tensor) -> bool:
     """Whether a parameter is one of a QuantisedLinear: it has its own dtype, whatever the network's is."""
-    return tensor.dtype in FP8 or tensor.dtype == torch.int8 or name.endswith(f".{SCALE}")
+    return tensor.dtype in FP8 or tensor.dtype == torch.int8 or is_scale(name)
+
+
+def is_scale(name: str) -> bool:
+    """Whether a parameter holds scales, which are no weights of their own."""
+    return name.endswith(f".{SCALE}")
 
 
 def quantised_weights(network: nn.Module) -> dict[str, QuantisedWeight]:

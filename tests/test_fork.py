@@ -156,7 +156,11 @@ def published() -> np.ndarray:
         return names["edited"](joyedit.load("tiny-joyimage", device="cpu"))
 
 
-@pytest.mark.parametrize("section", CHECKS)
+# The two sections on parameters are of one kind.
+SECTIONS = [pytest.param(s, marks=pytest.mark.slow) if s == "A gated MLP" else s for s in CHECKS]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
 def test_the_page_does_what_it_says(section, fork, published):
     for edits in blocks(section, "diff"):
         apply_edits(edits, fork)

@@ -159,8 +159,17 @@ def call(pipe):
     return pipe(image=PHOTO, prompt="Make the red circle blue.", **size, **steps)[0]
 
 
-@pytest.mark.parametrize("place", ["in files", "in buffers"])
-@pytest.mark.parametrize("share", [0, 0.5, 2], ids=["none stays", "some stay", "all stay"])
+@pytest.mark.parametrize(
+    ("place", "share"),
+    [
+        ("in files", 0.5),
+        ("in files", 2),
+        ("in buffers", 0),
+        pytest.param("in files", 0, marks=pytest.mark.slow),
+        pytest.param("in buffers", 0.5, marks=pytest.mark.slow),
+        pytest.param("in buffers", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_results_are_those_of_networks_that_are_all_there(pipe, place, share, monkeypatch):
     wanted = call(pipe)
     before = {name: n.state_dict() for name, n in pipe.networks.items()}

@@ -109,8 +109,15 @@ def test_names_import_by_statement():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork")
-def test_modules_import_by_their_short_names():
-    python(IMPORTS, json.dumps(MODULES))
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["joyedit.images", "joyedit.lora"], id="two"),
+        pytest.param([*MODULES], id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_modules_import_by_their_short_names(names):
+    python(IMPORTS, json.dumps({name: MODULES[name] for name in names}))
 
 
 def test_nothing_is_loaded_before_it_is_used():

@@ -1,9 +1,11 @@
 """Weights in eight bits with scales: what they mean, by the formula in float64, and layers that hold one."""
 
 import copy
+import hashlib
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,40 @@ def test_numbers_and_scales_are_those_of_comfy_kitchen():
     assert stored.dtype is torch.int8 and scale.dtype is torch.float32
     assert stored.flatten().tolist() == [int(number) for number in KITCHEN.split()]
     assert scale.flatten().tolist() == [float.fromhex(n) for n in KITCHEN_SCALES]
+
+
+# SHA-256 of comfy-kitchen's numbers and scales, one after the other, of the weight below: group -> digest.
+# And what it makes of those in groups of 256 (`dequantize_int8_convrot_weight`), of some rows and inputs.
+KITCHEN_DIGESTS = {
+    4: "69c39f5cb818da66e4afbe7f35a3b768412a6c01ba81f88ee7e7a281d98d1d98",
+    16: "32fa01dfb723eae651df8360782199218073a29b549f760a1555d065e10c708c",
+    64: "bf0273434d8b939aaea1edc37207b391bed7a4db59016b003a9b91dcaee643a6",
+    256: "3cf0d3bcc586613ac71fc7440a99f85144cbbe30d24dade7ca5fd2924aad069b",
+}
+KITCHEN_LARGEST = 7.56197
+KITCHEN_WEIGHTS = """
+ -0.329497576 0.290612966 -0.550527453  0.378615379 -0.278333485
+ -0.826456547 0.397155464 -0.872082949  0.315235436  0.103695929
+  0.29216224  0.477982134 -0.522757888  0.619026065 -0.807084441
+ -0.669036388 -0.0886908025 0.142676502 0.48105073   0.247755587
+ -0.233896375 -0.400818408 -0.913948178 0.367846131  0.759391129
+"""
+
+
+def test_a_large_weight_is_that_of_comfy_kitchen_too():
+    """Of whole numbers of 1/4096, whose sums are exact in any order, with an input that stands out."""
+    numbers = np.random.RandomState(0).randint(-4096, 4097, (24, 512))
+    weight = torch.from_numpy(numbers).float() / 4096
+    weight[:, 7] *= 8
+    for group, digest in KITCHEN_DIGESTS.items():
+        stored, scale = quantise(weight, group)
+        assert hashlib.sha256(stored.numpy().tobytes() + scale.numpy().tobytes()).hexdigest() == digest, group
+    theirs = torch.tensor([float(number) for number in KITCHEN_WEIGHTS.split()])
+    meant = QuantisedWeight(*quantise(weight, 256), 256, torch.float32)
+    wide, half = (meant.to(dtype)[::5, ::127].flatten() for dtype in (torch.float32, torch.bfloat16))
+    assert meant.to(torch.float32).abs().max() == pytest.approx(KITCHEN_LARGEST, rel=1e-5)
+    assert (wide - theirs).abs().max() <= 1e-6 * KITCHEN_LARGEST
+    assert (half.view(torch.int16).int() - theirs.bfloat16().view(torch.int16).int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("block", [1, 2**18])

@@ -78,11 +78,14 @@ class Case(NamedTuple):
 
 
 def made(args: tuple[Any, ...], device: torch.device | str, fill: bool = True) -> tuple[Any, ...]:
-    """Described arguments as tensors on a device: normal values, or memory as it is."""
+    """Described arguments as tensors on a device: normal values, of int8 all that have two signs, or memory
+    as it is."""
 
     def tensor(t: T) -> Tensor:
         whole = torch.empty(t.shape, dtype=t.dtype, device=device)
-        return t.view(whole.normal_() if fill else whole)
+        if fill:
+            whole = whole.normal_() if t.dtype.is_floating_point else whole.random_(-127, 128)
+        return t.view(whole)
 
     return tuple(
         tensor(a) if isinstance(a, T) else made(a, device, fill) if isinstance(a, tuple) else a for a in args

@@ -7,7 +7,7 @@ one is noted beside them by ComfyUI-GGUF's converter.
 Source: ggml-org/ggml docs/gguf.md; city96/ComfyUI-GGUF tools/convert.py.
 """
 
-import functools
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.safetensors_files import check_name, check_shape
+from joyedit.checkpoints.stored_tensors import PIECE, FromFile, StoredTensor, fill, opened, row_major
 
 TRUE_SHAPE = "comfy.gguf.orig_shape."
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -32,6 +33,8 @@ def open_gguf(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, A
         reader = gguf.GGUFReader(path)
     except Exception as error:  # a damaged file makes it raise half a dozen types
         raise ValueError(f"{path} is no readable GGUF file: {visible(error, 120)}") from None
+    if reader.byte_order == "S":
+        raise ValueError(f"{path} is a GGUF file of another byte order, which is not read here")
     readable: dict[Any, bool] = {}
     for tensor in reader.tensors:
         name, kind = check_name(path, tensor.name), tensor.tensor_type
@@ -45,8 +48,12 @@ def open_gguf(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, A
             shape = check_shape(noted.contents())
         if math.prod(shape) != tensor.n_elements:
             raise ValueError(f"{path}: {name} has {tensor.n_elements} numbers, and they do not fill {shape}")
-        dtype = PLAIN.get(kind.name, torch.bfloat16)
-        yield name, shape, dtype, functools.partial(_read, gguf, tensor, shape, dtype)
+        start, dtype = int(tensor.data_offset), PLAIN.get(kind.name, torch.bfloat16)
+        if kind.name in PLAIN:
+            read: Any = FromFile(StoredTensor(path, start, dtype, shape, row_major(shape)), None)
+        else:
+            read = _Packed(gguf, path, start, int(tensor.n_bytes), kind, shape)
+        yield name, shape, dtype, read
 
 
 def _package() -> Any:
@@ -67,7 +74,31 @@ def _can_read(gguf: Any, kind: Any) -> bool:
     return True
 
 
-def _read(gguf: Any, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, once: bool = False) -> Tensor:
-    if tensor.tensor_type.name in PLAIN:
-        return torch.from_numpy(tensor.data.copy()).view(dtype).view(shape)
-    return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).view(shape)
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """Reads a tensor that is stored in blocks of a type of GGUF, in fp32. start, nbytes: of the file."""
+
+    gguf: Any
+    path: Path
+    start: int
+    nbytes: int
+    kind: Any
+    shape: tuple[int, ...]
+
+    def __call__(self, once: bool = False) -> Tensor:
+        result, done = torch.empty(math.prod(self.shape)), 0
+        for piece in self.pieces():
+            result[done : done + len(piece)] = piece
+            done += len(piece)
+        return result.view(self.shape)
+
+    def pieces(self) -> Iterator[Tensor]:
+        block = self.gguf.GGML_QUANT_SIZES[self.kind][1]  # bytes
+        count = max(PIECE // block, 1) * block
+        content = torch.empty(min(count, self.nbytes), dtype=torch.uint8)
+        with opened(self.path, self.start) as file:
+            for done in range(0, self.nbytes, count):
+                blocks = content[: self.nbytes - done]
+                fill(file, blocks)
+                numbers = self.gguf.dequantize(blocks.view(-1, block).numpy(), self.kind)
+                yield torch.from_numpy(numbers).flatten()

@@ -15,7 +15,7 @@ from torch import nn
 from joyedit.checkpoints.config_spellings import ConfigSpellings
 from joyedit.checkpoints.missing import NETWORKS, lacking
 from joyedit.checkpoints.tensor_files import TensorFiles
-from joyedit.quantised import SCALE
+from joyedit.quantised import is_scale
 
 log = logging.getLogger("joyedit")
 
@@ -47,7 +47,7 @@ class NetworkSpellings(ConfigSpellings, nn.Module):
         """The count of weights."""
         tables = [module for module in self.modules() if isinstance(module, nn.Embedding)]
         left_out = {id(table.weight) for table in tables} if exclude_embeddings else set()
-        named = (p for name, p in self.named_parameters() if not name.endswith(f".{SCALE}"))
+        named = (p for name, p in self.named_parameters() if not is_scale(name))
         wanted = (p for p in named if p.requires_grad or not only_trainable)
         return sum(p.numel() for p in wanted if id(p) not in left_out)
 

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from joyedit.checkpoints.json_files import parse_json
 from joyedit.checkpoints.plain_text import shown
 from joyedit.checkpoints.safetensors_files import metadata_json
-from joyedit.checkpoints.stored_dtypes import refuse_quantised
+from joyedit.checkpoints.stored_dtypes import PACKED, QUANTISED, refuse_quantised
 from joyedit.checkpoints.tensor_files import Entry, TensorFiles
 from joyedit.convert.table import Plan, Step
 from joyedit.eight_bits import GROUP, largest_group, quantise
@@ -211,6 +211,12 @@ class _Quantised:
 
 def _is_beside(name: str) -> bool:
     return name == OLD_MARK or name.endswith((MARK, f".{OLD_MARK}", *UNUSED))
+
+
+def weights_among(names: Iterable[str]) -> list[str]:
+    """Names of tensors, those left out that say by their names how others are quantised, in any format."""
+    scales = (*(end for end in QUANTISED if end != PACKED), OLD_SCALE)
+    return [name for name in names if not _is_beside(name) and not name.endswith(scales)]
 
 
 def _marks(files: TensorFiles) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -28,8 +28,9 @@ QUANTISED = {
     ".weight_scale_2": "nvfp4",
     ".weight_scale_inv": "fp8 with a scale for each block",
     ".weight._scale": "quanto",
-    ".weight_scale": "fp8 or int8 with scales",
+    ".weight_scale": "fp8 or int8 with scales and no comfy_quant that says how",
 }
+PACKED = ".qweight"  # the one of them that stands for the weights themselves
 
 
 def refuse_quantised(names: Iterable[str]) -> None:

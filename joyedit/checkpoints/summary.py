@@ -26,8 +26,9 @@ def cells(part: Any) -> tuple[str, ...]:
     tensors = [tensor for _, tensor in part.named_parameters()]
     dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
     devices = dict.fromkeys(str(tensor.device) for tensor in tensors)
-    count = f"{sum(tensor.numel() for tensor in tensors):,} parameters"
-    return kind, count, " + ".join(dtypes), " + ".join(devices)
+    ours = hasattr(part, "num_parameters")  # it leaves out the scales of quantised weights
+    count = part.num_parameters() if ours else sum(tensor.numel() for tensor in tensors)
+    return kind, f"{count:,} parameters", " + ".join(dtypes), " + ".join(devices)
 
 
 def adapters(states: Mapping[str, Any]) -> str:

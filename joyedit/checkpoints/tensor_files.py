@@ -21,6 +21,7 @@ from joyedit.checkpoints.pickles import open_pickle
 from joyedit.checkpoints.replacing import replacing_all
 from joyedit.checkpoints.safetensors_files import open_safetensors
 from joyedit.checkpoints.safetensors_files import safetensors_header as safetensors_header
+from joyedit.checkpoints.sizes import parse_size
 from joyedit.checkpoints.stored_dtypes import widened
 from joyedit.checkpoints.stored_tensors import FromFile, InPieces, StoredTensor
 from joyedit.checkpoints.writing import write_safetensors
@@ -199,16 +200,6 @@ def _opened(path: Path, numbers: dict[str, float]) -> Iterator[tuple[str, tuple[
     return open_gguf(path) if path.suffix == ".gguf" else open_pickle(path, numbers)
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes from an integer or "5GB", "500MB" (powers of ten)."""
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(K|M|G)?B", size.strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"size {size!r}: write it like '5GB' or '500MB'")
-    return int(float(match[1]) * 10 ** {"": 0, "K": 3, "M": 6, "G": 9}[(match[2] or "").upper()])
-
-
 def save_tensors(
     folder: Path,
     stem: str,
@@ -219,7 +210,7 @@ def save_tensors(
 ) -> None:
     """Write tensors as one safetensors file, or as shards with an index; of TensorFiles one at a time is in
     memory. Shards of an older save with other names are removed only after the new ones are in place."""
-    limit = parse_size(max_shard_size)
+    limit = parse_size(max_shard_size, "max_shard_size")
     tensors = state if isinstance(state, TensorFiles) else TensorFiles.of(state)
     shards: list[list[str]] = [[]]
     size = 0

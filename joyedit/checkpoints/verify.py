@@ -3,8 +3,9 @@
 At once: what each header promises is held against the length of its file, an index against its shards, and
 `model_index.json` against the folders. `full` reads every byte, files side by side and each once: the content
 is held against the hash that the Hub gave it, where that is known, and numbers that are NaN or infinite are
-counted. The name of a blob in the cache is such a hash: SHA-256 of large files, git's SHA-1 of small ones; of
-a download into a folder, `.cache/huggingface/` notes it.
+counted; of blocks of GGUF, which are read again, what they mean. The name of a blob in the cache is such a
+hash: SHA-256 of large files, git's SHA-1 of small ones; of a download into a folder, `.cache/huggingface/`
+notes it.
 
 Source: the cache and the download folders of huggingface_hub; git's hash of a blob.
 """
@@ -28,6 +29,7 @@ from joyedit.checkpoints.json_files import parse_json, read_json
 from joyedit.checkpoints.mistaken import broken_off, refuse_pointers
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
+from joyedit.checkpoints.quantised_files import OLD_MARK
 from joyedit.checkpoints.shard_index import shards_of
 from joyedit.checkpoints.small_files import read_beginning, read_text
 from joyedit.checkpoints.stored_dtypes import widened
@@ -37,7 +39,8 @@ from joyedit.checkpoints.tensor_files import TensorFiles
 SIDE_BY_SIDE = 4  # files that are read at a time, each in pieces
 INDEX = ".index.json"
 LARGEST_JSON = 2**27  # bytes; vocabularies have up to 34 million
-MASK = "attn_mask"  # end of the names of tensors in which infinities are meant
+# Ends of the names of tensors in which infinities are meant, or that hold whatever was in memory.
+NO_NUMBERS = ("attn_mask", OLD_MARK)
 
 
 @dataclasses.dataclass
@@ -115,22 +118,22 @@ def verify(
         root = origin.fetch([])
         places = {name: root / name for name in sorted({*names, *_lost(root)})}
     reports: dict[str, FileReport] = {}
-    stored: dict[str, dict[str, StoredTensor]] = {}
+    tensors: dict[str, TensorFiles] = {}
     for name, place in places.items():
         if name.endswith((*WEIGHT_SUFFIXES, ".json")):
-            reports[name], stored[name] = _header(name, place)
+            reports[name], tensors[name] = _header(name, place)
     if not any(map(_is_weights, places)):
         raise FileNotFoundError(f"{name_or_path} holds no weights ({', '.join(WEIGHT_SUFFIXES)})")
     downloads = root.parents[1] if root.parent.name == "snapshots" else root
     for name in [name for name in reports if name.endswith(INDEX) and not reports[name].problems]:
-        _check_index(name, places[name], reports, stored, broken_off(downloads))
+        _check_index(name, places[name], reports, tensors, broken_off(downloads))
     if "model_index.json" in reports:
         _check_parts(places, reports)
     if full:
         hashes = {name: found for name, place in places.items() if (found := known_hash(root, name, place))}
         for name in {*hashes} - {*reports}:
             reports[name] = FileReport(places[name].stat().st_size)
-        _read_all(places, reports, stored, hashes, disable_progress)
+        _read_all(places, reports, tensors, hashes, disable_progress)
     return Verification(str(name_or_path), full, dict(sorted(reports.items())))
 
 
@@ -140,21 +143,21 @@ def _lost(root: Path) -> list[str]:
     return [one.as_posix() for one in dangling if not any(part.startswith(".") for part in one.parts)]
 
 
-def _header(name: str, path: Path) -> tuple[FileReport, dict[str, StoredTensor]]:
-    """What can be said of a file at once, and where its tensors are."""
-    report = FileReport()
+def _header(name: str, path: Path) -> tuple[FileReport, TensorFiles]:
+    """What can be said of a file at once, and its tensors."""
+    report, none = FileReport(), TensorFiles([])
     try:
         if path.is_symlink() and not path.exists():
             raise ValueError(f"it is a link to nothing: {os.readlink(path)}")
         report.bytes = path.stat().st_size
         if name.endswith(WEIGHT_SUFFIXES):
-            return report, TensorFiles([path]).stored
+            return report, TensorFiles([path])
         refuse_pointers([path])
         parse_json(read_text(path, LARGEST_JSON), "it")
-        return report, {}
+        return report, none
     except (OSError, ValueError) as error:
         report.problems.append(_said(error, path))
-        return report, {}
+        return report, none
 
 
 def _said(error: Exception, path: Path) -> str:
@@ -167,7 +170,7 @@ def _check_index(
     name: str,
     path: Path,
     reports: dict[str, FileReport],
-    stored: Mapping[str, Mapping[str, StoredTensor]],
+    tensors: Mapping[str, TensorFiles],
     hint: str,
 ) -> None:
     """An index names files that are there and hold what it says."""
@@ -179,12 +182,12 @@ def _check_index(
     promised: dict[str, list[str]] = {shard: [] for shard in shards}
     for tensor, shard in read_json(path)["weight_map"].items():
         promised[shard].append(tensor)
-    for shard, tensors in promised.items():
+    for shard, wanted in promised.items():
         place = (Path(name).parent / shard).as_posix()
         if place not in reports:
             reports[place] = FileReport(problems=[f"it is missing: {name} names it{hint}"])
         elif not reports[place].problems:
-            lost = [tensor for tensor in tensors if tensor not in stored[place]]
+            lost = [tensor for tensor in wanted if tensor not in tensors[place]]
             if lost:
                 more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
                 reports[place].problems.append(f"it lacks {visible(lost[0])}{more}, which {name} promises")
@@ -233,12 +236,12 @@ class _Stopped(Exception):
 def _read_all(
     places: Mapping[str, Path],
     reports: Mapping[str, FileReport],
-    stored: Mapping[str, Mapping[str, StoredTensor]],
+    tensors: Mapping[str, TensorFiles],
     hashes: Mapping[str, str],
     disable_progress: bool | None,
 ) -> None:
     """Read the files that hold tensors, or whose hash is known, and add what is wrong to their reports."""
-    chosen = [name for name in reports if name in hashes or stored.get(name)]
+    chosen = [name for name in reports if name in hashes or tensors.get(name)]
     chosen = sorted((name for name in chosen if reports[name].bytes), key=lambda n: -reports[n].bytes)
     total = sum(reports[name].bytes for name in chosen)
     lock, stop = threading.Lock(), threading.Event()
@@ -253,9 +256,8 @@ def _read_all(
     def read(name: str) -> None:
         report = reports[name]
         try:
-            report.hash, equal, counts = read_through(
-                places[name], stored.get(name, {}), hashes.get(name), tick
-            )
+            held = tensors.get(name, TensorFiles([]))
+            report.hash, equal, counts = read_through(places[name], held, hashes.get(name), tick)
         except _Stopped:
             return
         except (OSError, ValueError) as error:
@@ -279,10 +281,11 @@ def _read_all(
 
 
 def read_through(
-    path: Path, stored: Mapping[str, StoredTensor], wanted: str | None, tick: Callable[[int], None]
+    path: Path, tensors: TensorFiles, wanted: str | None, tick: Callable[[int], None]
 ) -> tuple[str | None, bool, dict[str, int]]:
-    """The kind of hash that `wanted` is, whether the file has it, and how many numbers of which tensors are
-    not finite. The file is read once, front to back; tick gets the bytes of each piece.
+    """The kind of hash that `wanted` is, whether the file has it, and how many numbers of which of its
+    tensors are not finite. The file is read once, front to back, and those tensors again that do not lie in
+    it as they are; tick gets the bytes of each piece.
 
     Raises OSError for what cannot be read, ValueError where the file is shorter than its tensors need.
     """
@@ -291,9 +294,11 @@ def read_through(
     digest = (
         hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     )
-    counts = dict.fromkeys(stored, 0)
+    counts: dict[str, int] = {}
     buffer = torch.empty(PIECE, dtype=torch.uint8)
+    stored = tensors.stored
     runs, others = _runs(stored)
+    others += [name for name in tensors if name not in stored]
     with opened(path) as file:
 
         def pieces(end: int) -> Iterable[Tensor]:
@@ -314,8 +319,11 @@ def read_through(
         for _ in pieces(size):
             pass
     for name in others:
-        counts[name] = count_not_finite(stored[name].read())
-    counts = {name: count for name, count in counts.items() if count and not name.endswith(MASK)}
+        counts[name] = 0
+        for piece in tensors.pieces(name):
+            counts[name] += count_not_finite(piece)
+            tick(0)
+    counts = {name: count for name, count in counts.items() if count and not name.endswith(NO_NUMBERS)}
     return kind, wanted is None or digest.hexdigest() == wanted, counts
 
 

@@ -27,7 +27,7 @@ from joyedit.checkpoints.network import AUTO_BF16_BYTES, Network, build_on_meta
 from joyedit.checkpoints.options import parse_dtype
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
-from joyedit.checkpoints.quantised_files import read_forms
+from joyedit.checkpoints.quantised_files import read_forms, weights_among
 from joyedit.checkpoints.tensor_files import TensorFiles, safetensors_header
 from joyedit.convert.table import plan_conversion
 from joyedit.loading.comfyui import COMFYUI_FOLDERS, comfyui_files
@@ -349,8 +349,9 @@ def count_dtypes(files: Sequence[Path]) -> dict[str, int]:
 
 def dtypes_of(files: TensorFiles) -> dict[str, int]:
     counted: Counter[str] = Counter()
-    for name, shape in files.shapes.items():
-        counted[str(files.dtypes[name]).removeprefix("torch.")] += torch.Size(shape).numel()
+    for name in weights_among(files):
+        dtype = str(files.dtypes[name]).removeprefix("torch.")
+        counted[dtype] += torch.Size(files.shapes[name]).numel()
     return dict(counted)
 
 

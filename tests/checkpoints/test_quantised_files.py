@@ -12,6 +12,7 @@ import joyedit
 from joyedit.checkpoints import quantised_files
 from joyedit.checkpoints.network import build_on_meta, load_network, plan_network, putting_away
 from joyedit.checkpoints.quantised_files import as_int8_convrot
+from joyedit.checkpoints.summary import cells
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.eight_bits import quantise
 from joyedit.lora import Adapters
@@ -127,7 +128,8 @@ def test_its_dtype_is_that_of_computing_and_its_weights_stay_stored(joy, tmp_pat
         assert layer.weight_scale.dtype is torch.float32
         assert_means(network, meant)
     assert opened(tmp_path, state, dtype=torch.float16).dtype is torch.float16
-    assert network.num_parameters() == sum(t.numel() for t in joy.values())
+    count = sum(t.numel() for t in joy.values())
+    assert network.num_parameters() == count and f"{count:,} parameters" in cells(network)
 
 
 def test_the_weights_stay_parts_of_the_mapped_file(joy, tmp_path):
@@ -177,13 +179,30 @@ def test_int8_without_a_rotation_and_its_scales(joy, tmp_path, shape):
     assert_means(opened(tmp_path, state), {f"{MLP}.weight": wanted})
 
 
+def wan_names(ours):
+    """Our name of each tensor of ChronoEdit's transformer -> ComfyUI's, which is WAN's own."""
+    layouts = {one.name: one for one in ChronoEditTransformer3DModel(CHRONO).layouts()}
+    return {name: theirs for theirs, name in layouts["comfyui"].renames(list(ours)).items()}
+
+
+def test_int8_convrot_under_the_names_of_wan(tmp_path):
+    ours = plain_state(ChronoEditTransformer3DModel, CHRONO)
+    names = wan_names(ours)
+    layers = {name: names[name].removesuffix(".weight") for name in ours if ".ffn.net." in name}
+    modules = [layer for name, layer in layers.items() if name.endswith(".weight")]
+    state, meant = as_int8({names[name]: tensor for name, tensor in ours.items()}, modules, 4)
+    back = {theirs: name for name, theirs in names.items()}
+    network = opened(tmp_path, state, ChronoEditTransformer3DModel, CHRONO)
+    assert len(meant) == 2 and "model.diffusion_model.blocks.0.ffn.2.weight" in meant
+    assert_means(network, {back[name]: weight for name, weight in meant.items()})
+
+
 @pytest.mark.parametrize("old", [True, False])
 def test_scaled_fp8_as_wan_files_have_it(tmp_path, old):
     """Under WAN's own names, with the scales of activations, which are not heeded; of both generations."""
     cls, config = ChronoEditTransformer3DModel, CHRONO
     ours = plain_state(cls, config)
-    layout = next(one for one in cls(config).layouts() if one.name == "comfyui")
-    names = {ours_: theirs for theirs, ours_ in layout.renames(list(ours)).items()}
+    names = wan_names(ours)
     state, meant = {names[name]: t.clone() for name, t in ours.items()}, {}
     for name, tensor in ours.items():
         if name.startswith("blocks") and tensor.ndim == 2 and name.endswith(".weight"):
@@ -260,7 +279,7 @@ REFUSED = {
         {f"{MLP}.weight_scale": torch.full((64, 1), torch.nan)},
         f"{MLP}.weight_scale holds scales that are negative, infinite or no numbers",
     ),
-    "no mark": ({f"{MLP}.comfy_quant": None}, f"{MLP}.weight_scale"),
+    "no mark": ({f"{MLP}.comfy_quant": None}, rf"no comfy_quant that says how \({MLP}.weight_scale"),
     "nothing beside": (
         {f"{MLP}.comfy_quant": None, f"{MLP}.weight_scale": None},
         rf"{MLP}.weight is quantised \(int8\), and its scales are missing",

@@ -311,7 +311,10 @@ while True:
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
+@pytest.mark.parametrize(
+    "name",
+    ["SIGINT", "SIGKILL", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGHUP"))],
+)
 def test_a_signal_at_any_moment_leaves_the_old_or_the_new(tmp_path, name):
     command = [sys.executable, "-c", AT_EVERY_EVENT, str(tmp_path), name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -163,6 +163,20 @@ def test_numbers_that_are_not_finite_are_counted(tmp_path, monkeypatch):
     assert verify(tmp_path, full=True).not_finite == {**wanted, "a": 5}
 
 
+def test_scales_and_numbers_of_quantised_files(tmp_path):
+    """A scale that is no number is one of its own tensor; the mark of scaled fp8 is none."""
+    scales = torch.rand(6, 1)
+    scales[2] = torch.nan
+    fp8, infinite = torch.zeros(6, 8).to(torch.float8_e4m3fn), torch.tensor(torch.inf)
+    state = {"a.weight": torch.ones(6, 8, dtype=torch.int8), "a.weight_scale": scales}
+    state |= {"b.weight": fp8, "b.scale_weight": infinite}
+    fp8.view(torch.uint8)[3, 1:4] = 0x7F  # NaN
+    state["scaled_fp8"] = torch.full((2,), torch.nan).to(torch.float8_e4m3fn)
+    save_file(state, tmp_path / "x.safetensors")
+    found = verify(tmp_path / "x.safetensors", full=True)
+    assert found.not_finite == {"a.weight_scale": 1, "b.weight": 3, "b.scale_weight": 1}
+
+
 # As `git hash-object` and `sha256sum` print them.
 GIT_SHA1 = {"config.json": ("{}\n", "0967ef424bce6791893e9a57bb952f80fd536e93")}
 SHA256_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

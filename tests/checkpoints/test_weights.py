@@ -14,7 +14,7 @@ from joyedit.checkpoints.hub import choose_weight_files
 from joyedit.checkpoints.network import Network, load_network, open_weights
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.replacing import replacing
-from joyedit.checkpoints.tensor_files import TensorFiles, parse_size, save_tensors
+from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.checkpoints.writing import write_safetensors
 from joyedit.convert.table import (
     IDENTITY,
@@ -313,10 +313,18 @@ def test_gradients_keep_the_dtype_of_their_parameters():
     assert network.time_embedder.weight.dtype is torch.float32
 
 
-def test_sizes():
-    assert (parse_size("5GB"), parse_size("1.5MB"), parse_size(7)) == (5 * 10**9, 1_500_000, 7)
-    with pytest.raises(ValueError, match="5 apples"):
-        parse_size("5 apples")
+@pytest.mark.parametrize("said", ["5 apples", 0, True])
+def test_a_shard_has_a_size(tmp_path, said):
+    with pytest.raises(ValueError, match=f"^max_shard_size={said!r}: must be "):
+        save_tensors(tmp_path, "model", {"a": torch.ones(2)}, max_shard_size=said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_of_shards_are_in_powers_of_ten(tmp_path):
+    state = {name: torch.zeros(250) for name in "abc"}  # 1000 bytes each; 2048 of them would be one file less
+    for size, count in (("2KB", 2), ("1.9KB", 3), (2000, 2)):
+        save_tensors(tmp_path, "model", state, max_shard_size=size)
+        assert len(list(tmp_path.glob("*.safetensors"))) == count
 
 
 def test_metadata_says_where_the_tensors_come_from(tmp_path):

@@ -208,7 +208,9 @@ def test_a_photograph_is_said_to_be_stretched_only_where_it_could_be_less_so(run
 # Pictures.
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp"])
+@pytest.mark.parametrize(
+    "suffix", [".png", ".jpg", *(pytest.param(s, marks=pytest.mark.slow) for s in (".jpeg", ".webp"))]
+)
 def test_results_keep_the_colour_profile(run, quick, suffix):
     Image.new("RGB", (96, 96), "red").save("photo.png", icc_profile=SRGB)
     assert run("edit", "photo.png", "x", "-o", f"out{suffix}")[0] == 0

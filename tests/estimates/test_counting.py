@@ -120,7 +120,10 @@ def network():
 # CPU without units for it computes in fp32.
 needs_bf16 = pytest.mark.skipif(not ops.CPU_HAS_BF16, reason="a CPU without bf16")
 CASES = [("decode", torch.float32), ("MMDiT", torch.float32)]
-CASES += [pytest.param(run, torch.bfloat16, marks=needs_bf16) for run in RUNS]
+CASES += [
+    pytest.param(run, torch.bfloat16, marks=[needs_bf16, *([] if run == "MMDiT" else [pytest.mark.slow])])
+    for run in RUNS
+]
 
 
 @pytest.mark.parametrize(("run", "dtype"), CASES)

@@ -62,7 +62,9 @@ def released(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["tiny-joyimage", "tiny-diffedit", "tiny-chronoedit"])
+@pytest.mark.parametrize(
+    "name", ["tiny-joyimage", pytest.param("tiny-diffedit", marks=pytest.mark.slow), "tiny-chronoedit"]
+)
 def test_weights_are_those_of_the_headers(name):
     found = joyedit.estimate(name, **SMALL)
     files = {path.parent.name: path for path in (ASSETS / name).glob("*/*.safetensors")}

@@ -207,6 +207,15 @@ def test_plus_is_written_under_its_own_names(tmp_path):
     ]
     again = joyedit.load(tmp_path / "out", device="cpu", processor=tmp_path / "plus")
     assert type(again).__name__ == "JoyImageEditPlusPipeline"
+    files = {
+        "transformer": tmp_path / "out" / "diffusion_models" / names[0],
+        "text_encoder": str(tmp_path / "out" / "text_encoders" / names[1]),
+    }
+    parts = joyedit.load(tmp_path / "plus", device="cpu", **files)
+    for part in files:
+        weights = quantised_weights(parts.components[part])
+        same = quantised_weights(again.components[part])
+        assert weights and all(torch.equal(same[name].stored, w.stored) for name, w in weights.items())
 
 
 def test_the_command_replaces_its_own_files_and_refuses_other_layouts(quantised, diffusers, capsys):
@@ -234,7 +243,11 @@ def test_info_knows_a_quantised_file(quantised, diffusers, tmp_path):
     path = quantised / QUANTISED[0]
     found = describe(str(path))
     assert found.parts["transformer"].class_name == "JoyImageEditTransformer3DModel"
+    plain = describe(str(diffusers)).parts["transformer"]
     assert found.parts["transformer"].dtypes["int8"] > 0
+    assert found.parts["transformer"].parameters == plain.parameters  # scales and marks are none
+    assert describe(str(quantised)).parts["transformer"].dtypes == found.parts["transformer"].dtypes
+    assert found.parts["transformer"].dtypes.keys() == {*plain.dtypes, "int8"}
     state = load_file(path)
     state = {name: t for name, t in state.items() if not name.endswith("img_mlp.net.2.weight_scale")}
     save_file(state, tmp_path / "x.safetensors")

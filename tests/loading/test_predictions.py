@@ -79,6 +79,24 @@ SAID = {
 
 
 @pytest.mark.parametrize("case", SAID)
+def test_what_a_file_says(tmp_path, case):
+    """As it is read; below it is heeded in whole files, which takes longer."""
+    what, kind, zero_signal = SAID[case]
+    state = {"x": torch.zeros(1), **what.get("added", {})}
+    save_file(state, tmp_path / "a.safetensors", what.get("header"))
+    if "yaml" in what:
+        (tmp_path / "a.yaml").write_text(what["yaml"])
+    found = Prediction.read(tmp_path / "a.safetensors", state)
+    assert {*found.said.values()} <= {kind} and (found.said or kind == "epsilon")
+    assert (found.zero_signal is not None) == (zero_signal or "end" in case)
+
+
+QUICK = ("nothing", "marks", "yaml", "sd-scripts, no signal")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in SAID]
+)
 def test_what_the_file_says_is_heeded(file_of, tokenizer, case):
     what, kind, zero_signal = SAID[case]
     config = config_of(file_of(**what), tokenizer)

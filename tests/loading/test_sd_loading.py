@@ -123,7 +123,10 @@ def test_older_names_in_index_scheduler_and_processor(folder, sd_states):
     assert_same(pipe, sd_states[1])
 
 
-@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"])
+KINDS = [pytest.param(f"{kind}Scheduler", marks=pytest.mark.slow) for kind in ("DPMSolverMultistep", "DDIM")]
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", *KINDS])
 def test_both_schedulers_come_from_whatever_file_is_there(folder, kind):
     import diffusers
 
@@ -139,7 +142,11 @@ def test_both_schedulers_come_from_whatever_file_is_there(folder, kind):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"steps_offset": 1}, {"steps_offset": 0}, {"timestep_spacing": "linspace"}]
+    "settings",
+    [
+        *(pytest.param({"steps_offset": offset}, marks=pytest.mark.slow) for offset in (0, 1)),
+        {"timestep_spacing": "linspace"},
+    ],
 )
 def test_a_scheduler_of_ones_own_stays_one(tiny, settings):
     """Also where its settings have no inverse, and it is built again with others."""
@@ -244,7 +251,7 @@ def test_order_of_preference_of_weight_files(folder, sd_states):
         factor(None, use_safetensors=True)
 
 
-@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("flat", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_old_names_of_vae_and_text_encoder(folder, sd_states, flat):
     """Pickles of 2022: other names in the VAE's attention, convolutions copied as they were, position ids."""
     words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -232,7 +232,7 @@ def test_the_reference_reads_the_files_of_this_test(sd_states):
         assert theirs.convert_ldm_vae_checkpoint(whole, vae).keys() == sd_states[release]["vae"].keys()
 
 
-@pytest.mark.parametrize("release", [1, 2])
+@pytest.mark.parametrize("release", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_single_file_gives_the_same_networks(single_files, sd_states, sd_reference, tokenizer, release):
     path = single_files / {1: "first.safetensors", 2: "second.safetensors"}[release]
     pipe = joyedit.load(path, device="cpu", tokenizer=tokenizer)
@@ -317,7 +317,7 @@ def pretended_lightning():
         yield callback
 
 
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpoints_as_the_training_wrote_them(sd_states, tokenizer, tmp_path, legacy):
     with pretended_lightning() as callback:
         whole = {
@@ -408,7 +408,12 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
+QUICK = ("inpainting", "unclip", "strange", "unet", "vae", "no text")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in BROKEN]
+)
 def test_files_that_do_not_serve_are_refused(sd_states, tokenizer, tmp_path, case):
     change, message = BROKEN[case]
     save_file(change(ldm_state(sd_states[1], clip_names)), tmp_path / "a.safetensors")

@@ -147,7 +147,12 @@ def check_equal(ours: CLIPTokenizer, theirs, texts: list[str]) -> None:
             assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), text
 
 
-@pytest.mark.parametrize("published", PUBLISHED)
+QUICK = ("Stable Diffusion 1", "map alone", "with added padding")
+
+
+@pytest.mark.parametrize(
+    "published", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED]
+)
 def test_every_published_set_of_files_equals_transformers(published, tmp_path):
     folder = write_folder(tmp_path / "given", *PUBLISHED[published])
     ours, theirs = CLIPTokenizer.from_pretrained(folder), Reference.from_pretrained(folder)

@@ -216,7 +216,13 @@ def kept_in_fp32(module):
 
 
 @pytest.mark.parametrize("bf16_units", [True, False])
-@pytest.mark.parametrize("name", ["edit, batch 2", "edit, released head", "joint, eight frames"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "edit, released head",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("edit, batch 2", "joint, eight frames")),
+    ],
+)
 def test_bf16_is_no_further_from_fp64_than_the_reference(name, bf16_units, tmp_path, monkeypatch):
     config, shape, length, tokens = CASES[name]
     reference_model(config).to(torch.bfloat16).save_pretrained(tmp_path)  # every weight rounded

@@ -218,7 +218,7 @@ def test_runs_equal_the_reference(ours, reference, name):
     assert_same(run(ours, **CALLS[name]), run(reference, **CALLS[name]))
 
 
-@pytest.mark.parametrize("frames", [0, 6, 7, 8])
+@pytest.mark.parametrize("frames", [0, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8))])
 def test_frame_counts_are_rounded_as_in_the_reference(ours, reference, frames, caplog):
     call = {"prompt": OTHER, "guidance_scale": 1.0, "num_inference_steps": 1, "output_type": "latent"}
     wanted = run(reference, **call, **reasoning(1, frames))[0]
@@ -233,7 +233,10 @@ def test_frame_counts_are_rounded_as_in_the_reference(ours, reference, frames, c
 
 @pytest.mark.parametrize(
     "call",
-    [dict(prompt=PROMPT), dict(prompt=PROMPT, guidance_scale=1.0, **reasoning(2, 13))],
+    [
+        pytest.param(dict(prompt=PROMPT), marks=pytest.mark.slow),
+        dict(prompt=PROMPT, guidance_scale=1.0, **reasoning(2, 13)),
+    ],
     ids=["edit", "pruned"],
 )
 def test_flow_match_euler(ours, reference, call):
@@ -289,7 +292,9 @@ def test_prompts_are_embedded_as_in_the_reference(ours, reference):
     assert distance(ours.encode_image(photo), reference.encode_image(photo)) <= 1e-5
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize(
+    "fused", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["unfused", "fused"]
+)
 def test_adapters(ours, reference, networks, fused, tmp_path):
     """peft factors, in the transformer that all tests share; so they are taken out again."""
     state = {}

@@ -227,7 +227,9 @@ def test_vision(name):
 
 
 @pytest.mark.parametrize("has_bf16", [True, False], ids=["bf16_units", "no_bf16_units"])
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "exact", "quick"])
+@pytest.mark.parametrize(
+    "kind", ["sd2", "quick", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd1", "exact"))]
+)
 def test_bf16_is_at_most_twice_as_far_from_float64_as_the_reference(monkeypatch, kind, has_bf16):
     monkeypatch.setattr(ops, "CPU_HAS_BF16", has_bf16)
     half = (their_text(kind) if kind in TEXT else their_vision(kind)).bfloat16()
@@ -323,7 +325,14 @@ def test_special_care_counts_for_the_following_concepts():
         assert network(x, torch.ones(1, 3))[1] == [(found.concepts > 0).any()] == [max(wanted) > 0]
 
 
-@pytest.mark.parametrize("form", ["tensor", "array", "list of arrays", "list of tensors"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "tensor",
+        "list of arrays",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("array", "list of tensors")),
+    ],
+)
 def test_flagged_pictures_are_black_copies(form, caplog):
     model = their_checker()
     network = ours(model)

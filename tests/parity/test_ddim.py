@@ -161,7 +161,7 @@ def test_steps_to_and_from_zero_signal(inverse):
         run_both(*both({**settings, "prediction_type": prediction}, 11, inverse))
 
 
-@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("eta", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_steps_with_fresh_noise(prediction, eta):
     for spacing, clip, table in itertools.product(SPACINGS, (True, False), ("Stable Diffusion", "cosine")):

@@ -139,6 +139,10 @@ def both(request, made):
     return reference, opened(folder)
 
 
+# For what goes through the parts of both alike; whole runs of the second are quick, too.
+BOTH = pytest.mark.parametrize("both", ["sd1", pytest.param("sd2", marks=pytest.mark.slow)], indirect=True)
+
+
 @pytest.fixture
 def pair(made):
     reference, folder = made["sd1"]
@@ -219,6 +223,7 @@ MASKS = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("case", MASKS)
 def test_masks_are_identical(both, case):
     reference, ours = both
@@ -286,6 +291,7 @@ INVERSIONS = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("case", INVERSIONS)
 def test_inversions_are_equal(both, case):
     seen = [], []
@@ -336,6 +342,7 @@ CALLS = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("case", CALLS)
 def test_edits_are_equal(both, case):
     results, seen = [], ([], [])

@@ -84,8 +84,8 @@ def test_configs_are_saved_and_loaded(pipe, theirs, folder, tmp_path):
 
 
 DTYPES = [
-    {"unet": torch.bfloat16, "default": torch.float32},
-    {"default": torch.bfloat16},
+    pytest.param({"unet": torch.bfloat16, "default": torch.float32}, marks=pytest.mark.slow),
+    pytest.param({"default": torch.bfloat16}, marks=pytest.mark.slow),
     {"text_encoder": torch.float16, "default": torch.bfloat16},
     torch.bfloat16,
 ]
@@ -116,7 +116,10 @@ def test_dtypes_that_do_not_fit(folder):
     assert (part.vae.dtype, part.unet.dtype) == (torch.bfloat16, DiffEdit.from_pretrained(folder).unet.dtype)
 
 
-@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, torch.device("cpu"), None])
+@pytest.mark.parametrize(
+    "device_map",
+    ["cpu", {"": "cpu"}, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.device("cpu"), None))],
+)
 def test_device_map(folder, device_map):
     pipe = DiffEdit.from_pretrained(folder, device_map=device_map)
     assert pipe.device.type == "cpu"

@@ -160,7 +160,9 @@ def test_draws(theirs, pipe, monkeypatch, options):
     assert ask_ours(monkeypatch, pipe, "image", **options)[0].tokens == tokens
 
 
-@pytest.mark.parametrize("penalty", [0.7, 1.3, 3.0])
+@pytest.mark.parametrize(
+    "penalty", [1.3, *(pytest.param(penalty, marks=pytest.mark.slow) for penalty in (0.7, 3.0))]
+)
 def test_repetition_penalty_without_a_draw(theirs, pipe, monkeypatch, penalty):
     plain, _ = ask_theirs(theirs, pipe, "images")
     tokens, _ = ask_theirs(theirs, pipe, "images", repetition_penalty=penalty)

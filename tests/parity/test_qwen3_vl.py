@@ -250,7 +250,7 @@ def test_vision_tower(ours, shape):
 
 @pytest.mark.parametrize("prompt", ["text", "images", "batch"])
 @pytest.mark.parametrize("narrow", ["computed", "upcast"])
-@pytest.mark.parametrize("shape", ["small", "heads"])
+@pytest.mark.parametrize("shape", [pytest.param("small", marks=pytest.mark.slow), "heads"])
 def test_bf16_is_as_close_as_the_reference(ours, shape, narrow, prompt, monkeypatch):
     """bf16 weights, computed in bf16 or upcast where they are used, against the float64 of those weights."""
     dtype = torch.bfloat16 if narrow == "computed" else torch.float32

@@ -75,8 +75,14 @@ def inputs(model: Reference, shape=(2, 8, 12), prompts: int | None = None):
     return torch.randn(b, c.in_channels, h, w), torch.randn(prompts or b, 7, width)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+# Each form in one size, and one form in all of them.
+FORMS = [(name, SHAPES[-1]) for name in CONFIGS] + [("text_enters_late", shape) for shape in SHAPES[:-1]]
+OTHERS = [(name, shape) for name in ("sd1", "sd2") for shape in SHAPES[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [*FORMS, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)], ids=str
+)
 def test_forward(name, shape):
     model = reference(name)
     network = ours(model)
@@ -135,7 +141,7 @@ def test_forms_of_the_call():
         network(x, 9, text[:1].expand(3, -1, -1))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "text_enters_late"])
 def test_pieces_equal_forward_and_compute_nothing_twice(name):
     model = reference(name)
     network = ours(model)
@@ -222,7 +228,7 @@ def test_feature_maps_keep_the_layout_of_the_weights(layout):
 
 
 @pytest.mark.parametrize("has_bf16", [True, False], ids=["bf16_units", "no_bf16_units"])
-@pytest.mark.parametrize("name", ["sd1", "sd2"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sd2", marks=pytest.mark.slow)])
 def test_bf16_is_at_most_twice_as_far_from_float64_as_the_reference(monkeypatch, name, has_bf16):
     monkeypatch.setattr(ops, "CPU_HAS_BF16", has_bf16)
     half = reference(name).to(torch.bfloat16)
@@ -439,8 +445,15 @@ def test_original_names_of_real_configs(shared_data, folder):
         plan_conversion(layouts(config), found, wanted)
 
 
-@pytest.mark.parametrize("prefix", ["", SINGLE_FILE_PREFIX])
-@pytest.mark.parametrize("name", ["sd1", "sd2"])
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("sd1", SINGLE_FILE_PREFIX),
+        ("sd2", ""),
+        pytest.param("sd1", "", marks=pytest.mark.slow),
+        pytest.param("sd2", SINGLE_FILE_PREFIX, marks=pytest.mark.slow),
+    ],
+)
 def test_loads_files_in_original_names(tmp_path, name, prefix):
     model = reference(name)
     state = model.state_dict()

@@ -96,8 +96,14 @@ def check_codes(network, model, x, z, tolerance=1e-5):
     assert difference(found, wanted) <= tolerance
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+# Each form in one size, and one form in all of them.
+FORMS = [(name, SHAPES[0]) for name in CONFIGS] + [("other_channels", shape) for shape in SHAPES[1:]]
+OTHERS = [(name, shape) for name in ("four_stages", "two_stages") for shape in SHAPES[1:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [*FORMS, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)], ids=str
+)
 def test_encode_and_decode(name, shape):
     model = reference(name)
     check_codes(ours(model), model, pixels(model, shape), latents(model, shape))
@@ -408,7 +414,10 @@ def test_layouts_of_the_real_config(layout, shared_data):
     assert {key: step.sources for key, step in plan.steps.items()} == {key: (names[key],) for key in wanted}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    ["four_stages", *(pytest.param(n, marks=pytest.mark.slow) for n in ("two_stages", "other_channels"))],
+)
 @pytest.mark.parametrize("form", ["ckpt", "single_file", "vae", "old", "old_convolutions"])
 def test_foreign_files_load_and_compute_the_same(tmp_path, name, form):
     model = reference(name)

@@ -46,6 +46,17 @@ def pipe(loaded, request):
     return made
 
 
+# Of what all of them have from their base.
+ONE = pytest.mark.parametrize(
+    "pipe",
+    [
+        "tiny-joyimage",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("tiny-diffedit", "tiny-chronoedit")),
+    ],
+    indirect=True,
+)
+
+
 @pytest.fixture(autouse=True)
 def one_thread_each():
     before = torch.get_num_threads()
@@ -71,8 +82,20 @@ def same(found, wanted):
     return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["one pipeline", "pipelines that share parts"])
+@pytest.mark.parametrize(
+    ("pipe", "own"),
+    [
+        ("tiny-joyimage", True),
+        ("tiny-diffedit", False),
+        ("tiny-chronoedit", False),
+        pytest.param("tiny-joyimage", False, marks=pytest.mark.slow),
+        pytest.param("tiny-diffedit", True, marks=pytest.mark.slow),
+        pytest.param("tiny-chronoedit", True, marks=pytest.mark.slow),
+    ],
+    indirect=["pipe"],
+)
 def test_calls_at_once_give_what_they_give_alone(pipe, own):
+    """own: of pipelines that share parts, and else of one."""
     wanted = [call(pipe, seed) for seed in range(THREADS)]
     assert not torch.equal(wanted[0], wanted[1])
 
@@ -210,6 +233,7 @@ def stopping(pipe, runs, stop):
     return taken
 
 
+@ONE
 def test_an_interrupt_stops_its_own_call_or_from_outside_all(pipe):
     def by_callback(outer, mine, number):
         mine.interrupt = mine.interrupt or number == 0

@@ -23,7 +23,11 @@ def plain_affine(x, y, gate, weight, bias, eps):
 
 
 # Six rows of 2100 are those of a program and a half: the next sample's are another's.
-SHAPES = [(2, 1, 1), (2, 7, 17), (2, 70, 192), (2, 6, 2100), (2, 1, 5120), (1, 0, 8)]
+SHAPES = [(2, 1, 1), (2, 7, 17), (2, 6, 2100), (1, 0, 8)]
+SHAPES += [pytest.param(shape, marks=pytest.mark.slow) for shape in ((2, 70, 192), (2, 1, 5120))]
+GATES = pytest.mark.parametrize(
+    "one_gate", [pytest.param(False, marks=pytest.mark.slow), True], ids=["gates", "gate"]
+)
 
 
 @pytest.mark.parametrize("one_gate", [False, True], ids=["gates", "gate"])
@@ -43,7 +47,7 @@ def test_gate_residual_norm(compare, randn, dtype, shape, gated):
     compare(ops.gate_residual_norm, plain_norm, x, y, gate, randn(b, 6, d)[:, 3], randn(1, d), 1e-6)
 
 
-@pytest.mark.parametrize("one_gate", [False, True], ids=["gates", "gate"])
+@GATES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gate_residual_layer_norm(compare, randn, dtype, shape, one_gate):
     b, n, d = shape

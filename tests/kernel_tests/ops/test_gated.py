@@ -26,7 +26,14 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
-SHAPES = [(1, 1, 1), (2, 7, 17), (2, 9, 320), (3, 1, 1280), (2, 0, 8), (40,)]
+SHAPES = [
+    (1, 1, 1),
+    (2, 7, 17),
+    (2, 9, 320),
+    (2, 0, 8),
+    (40,),
+    pytest.param((3, 1, 1280), marks=pytest.mark.slow),
+]
 PAIRS = [(ops.swiglu, swiglu), (ops.geglu_tanh, geglu_tanh)]
 pairs = pytest.mark.parametrize("op, plain", PAIRS, ids=["swiglu", "geglu_tanh"])
 

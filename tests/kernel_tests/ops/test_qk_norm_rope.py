@@ -27,6 +27,12 @@ def plain(q, k, q_weight, k_weight, rope, eps=1e-6, half_split=False, start=0):
     return one(q, q_weight, start), one(k, k_weight, 0)
 
 
+# Beside the pairing: that of neighbours is slow where the other stands for it.
+HALVES = pytest.mark.parametrize(
+    "half_split", [pytest.param(False, marks=pytest.mark.slow), True], ids=["neighbours", "halves"]
+)
+
+
 @pytest.fixture
 def projected(randn):
     """q (B, M, H, E), of the last M tokens, and k (B, N, G, E): views of one projection to q, k and v."""
@@ -58,7 +64,7 @@ def test_each_head_is_normed(compare, randn, projected, angles, dtype, shape, ha
     compare(ops.qk_norm_rope, plain, *given)
 
 
-@pytest.mark.parametrize("half_split", [False, True], ids=["neighbours", "halves"])
+@HALVES
 @pytest.mark.parametrize("shape", [(2, 2, 2, 3, 3, 10), (1, 1, 1, 40, 40, 6), (1, 2, 2, 1, 3, 4)], ids=str)
 def test_all_heads_are_normed_together(compare, randn, projected, angles, dtype, shape, half_split):
     _, _, n, h, g, e = shape
@@ -67,7 +73,7 @@ def test_all_heads_are_normed_together(compare, randn, projected, angles, dtype,
     compare(ops.qk_norm_rope, plain, *given)
 
 
-@pytest.mark.parametrize("half_split", [False, True], ids=["neighbours", "halves"])
+@HALVES
 def test_grouped_queries_that_start_late_and_a_table_for_each_sample(
     compare, randn, projected, angles, dtype, half_split
 ):
@@ -79,13 +85,13 @@ def test_first_tokens_ask(compare, randn, projected, angles, dtype):
     compare(ops.qk_norm_rope, plain, *projected(1, 2, 3, 2, 2, 8, dtype), randn(8), randn(8), angles(3, 4))
 
 
-@pytest.mark.parametrize("half_split", [False, True], ids=["neighbours", "halves"])
+@HALVES
 def test_without_a_norm(compare, projected, angles, dtype, half_split):
     given = *projected(1, 2, 2, 3, 3, 72, dtype), None, None, angles(1, 2, 36), 1e-6, half_split
     compare(ops.qk_norm_rope, plain, *given)
 
 
-@pytest.mark.parametrize("width", [1, 7, 32])
+@pytest.mark.parametrize("width", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 32))])
 def test_without_a_rotation(compare, randn, projected, dtype, width):
     q, _ = projected(2, 3, 3, 3, 1, width, dtype)
     _, k = projected(2, 1, 1, 1, 2, width, dtype)
@@ -125,8 +131,8 @@ def test_one_gradient_is_enough(randn, angles):
         torch.testing.assert_close(found, torch.autograd.grad(exact.square().sum(), wide), check_dtype=False)
 
 
-@pytest.mark.parametrize("half_split", [False, True], ids=["neighbours", "halves"])
-@pytest.mark.parametrize("queries", [0, 2, 3])
+@HALVES
+@pytest.mark.parametrize("queries", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_results_in_parts_of_larger_tensors(
     launches, randn, projected, angles, dtype, device, queries, half_split
 ):

@@ -17,7 +17,8 @@ def plain_sum(x, y, weight, eps):
 
 STRIDED = pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 # Six rows of 2100 are those of a program and a half.
-SHAPES = [(1, 1), (2, 7, 17), (1, 5120), (2, 3, 5, 64), (70, 192), (2, 6, 2100), (0, 8)]
+SHAPES = [(1, 1), (2, 7, 17), (2, 3, 5, 64), (2, 6, 2100), (0, 8)]
+SHAPES += [pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 5120), (70, 192))]
 
 
 @STRIDED
