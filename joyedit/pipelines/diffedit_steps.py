@@ -57,7 +57,7 @@ def denoiser(
                 output = ops.guide(cond, uncond, pipe.guidance_scale)
             else:
                 alone = alone or unet.embed_context(positive)
-                output = step(x, times[i], alone, **as_argument(caches[1:]))
+                output = step(x, times[i], alone, branches=1, **as_argument(caches[1:]))
             pipe._steps_computed = cache.computed
             return output
 
