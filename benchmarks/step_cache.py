@@ -5,7 +5,7 @@ there is nothing to leave out), exactly and at three thresholds. Of each: how ma
 picture against the exact one, and how many are right by the rules of `shapes/evaluate.py`. Of the released
 networks, how much of a step's operations is left, where the rest is reused.
 
-    python -m benchmarks.step_cache [--edits 40] [--out FILE]
+    python -m benchmarks.step_cache [--edits 20] [--out FILE]
 """
 
 import argparse
@@ -103,7 +103,7 @@ def measure(name: str, count: int) -> dict[str, Any]:
             "psnr": {"median": round(statistics.median(apart), 2), "least": round(min(apart), 2)},
             "right": right(found),
         }
-        print(name, threshold, json.dumps(row))
+        print(name, threshold, json.dumps(row), flush=True)
     return report
 
 
@@ -173,8 +173,8 @@ def left() -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cache", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "step_cache.json")
-    parser.add_argument("--edits", type=int, default=40, help="of each kind")
+    parser.add_argument("--out", type=Path, default=RESULTS / "step_cache" / "small_models.json")
+    parser.add_argument("--edits", type=int, default=20, help="of each kind")
     parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS))
     given = parser.parse_args(arguments)
     report: dict[str, Any] = {"machine": machine(), "left": left()}

@@ -14,7 +14,7 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   drifts        the same by model, in a table
   quantised     results/quantised/: what eight bits cost the small models
   released      the same file: bytes of the released networks
-  steps         results/step_cache.json: what a step cache leaves out, and what that costs the small models
+  steps         results/step_cache/: what a step cache leaves out, and what that costs the small models
 """
 
 import argparse
@@ -381,7 +381,7 @@ def released_table(results: Path = RESULTS) -> str:
 
 def steps_table(results: Path = RESULTS) -> str:
     """Markdown: edits of the small models at three thresholds of a step cache."""
-    found = json.loads((results / "step_cache.json").read_text(encoding="utf-8"))
+    found = json.loads((results / "step_cache" / "small_models.json").read_text(encoding="utf-8"))
     lines = [
         "| model | `step_cache` | steps computed, mean | PSNR of edits: median, least | right |",
         "| --- | ---: | ---: | ---: | ---: |",

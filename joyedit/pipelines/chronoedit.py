@@ -410,7 +410,8 @@ class ChronoEditPipeline(PipelineWithPresets):
         threshold of a `StepCache`.
         """
         steps = self.scheduler.timesteps
-        self._num_timesteps, cache = len(steps), StepCache(step_cache, len(steps))
+        self._num_timesteps, self._steps_computed = len(steps), 0
+        cache = StepCache(step_cache, len(steps))
         with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
             modulation = transformer.embed_time(steps)  # (S, 7, D)
             image = _context(transformer.embed_image, seen)

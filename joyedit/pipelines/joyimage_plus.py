@@ -313,7 +313,8 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
         """Target latents (B, 1, C, 1, h, w) from noise to image; guided when there is a negative prompt.
         step_cache: the threshold of a `StepCache`."""
         steps = self.scheduler.timesteps
-        self._num_timesteps, cache = len(steps), StepCache(step_cache, len(steps))
+        self._num_timesteps, self._steps_computed = len(steps), 0
+        cache = StepCache(step_cache, len(steps))
         with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
             layouts = self._layouts(latents, references)
             modulation = transformer.embed_time(steps)  # (S, 6, D)

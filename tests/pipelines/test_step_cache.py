@@ -154,6 +154,20 @@ def test_interrupted_runs_count_what_they_did(pipe):
     assert seen[2:] == [1, 2]
 
 
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_before_its_first_step_counts_none(pipe, monkeypatch):
+    call(pipe)
+    bar = type(pipe).progress_bar
+
+    def interrupted(self, *args):
+        self.interrupt = True
+        return bar(self, *args)
+
+    monkeypatch.setattr(type(pipe), "progress_bar", interrupted)
+    call(pipe)
+    assert pipe.steps_computed == 0
+
+
 @pytest.mark.parametrize("name", [SYSTEMS[0], SYSTEMS[1], SYSTEMS[3]])
 def test_other_prompts_are_computed_anew(name):
     """A callback that brings other words: the branch of these has nothing to reuse, and the other reuses."""
