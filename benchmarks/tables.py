@@ -14,6 +14,7 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   drifts        the same by model, in a table
   quantised     results/quantised/: what eight bits cost the small models
   released      the same file: bytes of the released networks
+  steps         results/step_cache/: what a step cache leaves out, and what that costs the small models
 """
 
 import argparse
@@ -378,6 +379,23 @@ def released_table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def steps_table(results: Path = RESULTS) -> str:
+    """Markdown: edits of the small models at three thresholds of a step cache."""
+    found = json.loads((results / "step_cache" / "small_models.json").read_text(encoding="utf-8"))
+    lines = [
+        "| model | `step_cache` | steps computed, mean | PSNR of edits: median, least | right |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, model in found["models"].items():
+        lines.append(
+            f"| `{name}` | - | {model['steps']} | - | {100 * model['right']:.1f} % of {model['edits']} |"
+        )
+        for threshold, row in model["thresholds"].items():
+            psnr = f"{row['psnr']['median']:.1f}, {row['psnr']['least']:.1f} dB"
+            lines.append(f"| | {threshold} | {row['computed']:.1f} | {psnr} | {100 * row['right']:.1f} % |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "edits": edits_table,
     "gpus": gpu_table,
@@ -390,6 +408,7 @@ TABLES = {
     "drifts": drift_table,
     "quantised": quantised_table,
     "released": released_table,
+    "steps": steps_table,
 }
 
 

@@ -43,6 +43,7 @@ MODULES = {
     "joyedit.clip_images": ("joyedit.media.clip_images", "CLIPImageConfig CLIPImageProcessor"),
     "joyedit.loading": ("joyedit.loading", "load read_made_for pipeline_name save_checkpoint"),
     "joyedit.lora": ("joyedit.lora", "AdapterState Adapters LoraReport"),
+    "joyedit.step_cache": ("joyedit.step_cache", "BranchCache StepCache"),
     "joyedit.ops": ("joyedit.ops", "attention backend rms_norm"),
 }
 

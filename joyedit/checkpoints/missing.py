@@ -111,7 +111,7 @@ NETWORKS: Mapping[str, str] = {
     "enable_group_offload": "pipe.enable_sequential_cpu_offload() brings one block at a time",
     "enable_parallelism": "a network runs on one device",
     **_all(
-        "enable_cache disable_cache is_cache_enabled cache_context", "no step is skipped or approximated here"
+        "enable_cache disable_cache is_cache_enabled cache_context", "the pipeline's call takes step_cache="
     ),
     "clear_cache": "encode and decode keep nothing between calls",
     **_all("tiled_encode tiled_decode", "enable_tiling(), then encode or decode"),

@@ -17,7 +17,7 @@ from joyedit.command import ask, devices, estimate, film, places, preview, rewri
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
-from joyedit.command.values import LIMITS, MOST_PIXELS, beyond, finite, pixels, place, whole
+from joyedit.command.values import LIMITS, MOST_PIXELS, beyond, finite, from_zero, pixels, place, whole
 
 DEMO_FOLDER = "joyedit-demo"
 MAKING = ("edit", "generate")  # the commands that make pictures
@@ -104,6 +104,10 @@ def contradiction(args: argparse.Namespace) -> str | None:
     moving = f"--offload {args.offload}" if args.memory is None else f"--memory {args.memory}"
     if args.graphs and (args.memory is not None or args.offload not in (None, "none")):
         return f"--graphs reads weights where they are, and {moving} moves them: give one"
+    if args.step_cache is not None and args.step_cache < 0:
+        return f"step_cache {args.step_cache:g} is below 0"
+    if args.graphs and args.step_cache:
+        return "--graphs repeats what a step did, and --step-cache leaves some of it out: give one"
     if args.lora_scale is not None and args.lora is None:
         return "--lora-scale is for the adapter that --lora names"
     if args.lora_scale is not None and len(args.lora_scale) not in (1, len(args.lora)):
@@ -257,6 +261,13 @@ def image_options() -> Parser:
         metavar="N",
         dest="num_inference_steps",
         help="denoising steps; default: what the model was made for",
+    )
+    add(
+        "--step-cache",
+        type=from_zero,
+        metavar="X",
+        help="faster and not quite equal: leave most blocks out of steps in which the first one changes by "
+        "less than this share, 0.1 for example; default 0, out of none",
     )
     add(
         "--guidance-scale",

@@ -6,13 +6,16 @@ defaults then hold.
 
 import argparse
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from joyedit.pipelines.defaults import plain
 
+log = logging.getLogger("joyedit")
+
 # What the call of every pipeline takes, whatever the system.
-EVERY_CALL = ("negative_prompt", "num_inference_steps", "guidance_scale")
+EVERY_CALL = ("negative_prompt", "num_inference_steps", "guidance_scale", "step_cache")
 
 
 def said(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -30,6 +33,12 @@ def in_effect(function: Callable[..., Any], call: Mapping[str, Any], names: Iter
     silent."""
     parameters = inspect.signature(function).parameters
     return {name: call.get(name, plain(parameters[name].default)) for name in names}
+
+
+def say_steps(pipe: Any, args: argparse.Namespace, steps: int) -> None:
+    """One line after a run of that many steps with a step cache: in how many the blocks were computed."""
+    if args.step_cache:
+        log.info("--step-cache %g: %d of %d steps were computed", args.step_cache, pipe.steps_computed, steps)
 
 
 def origin_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from joyedit.command.calls import EVERY_CALL, in_effect, said, spelt
+from joyedit.command.calls import EVERY_CALL, in_effect, said, say_steps, spelt
 from joyedit.command.photos import resized
 from joyedit.command.places import mask_at
 from joyedit.command.values import above_zero, finite, place, share, whole
@@ -144,6 +144,7 @@ class Captions:
         made = []
         for seed in seeds:
             (result,), _, mask, _ = pipe.edit(**call, generator=torch.Generator("cpu").manual_seed(seed))
+            say_steps(pipe, args, 2 * pipe.num_timesteps)  # of inversion and of denoising
             (white,) = to_mask_images(torch.from_numpy(mask))
             white = white.resize(result.size, 0)  # 0: the nearest pixel
             shown = [call["image"], mask_overlay(call["image"], white), result]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from joyedit.checkpoints.plain_text import shown
 from joyedit.command import places
-from joyedit.command.calls import EVERY_CALL, said, spelt
+from joyedit.command.calls import EVERY_CALL, said, say_steps, spelt
 from joyedit.command.captions import TEXTS as CAPTIONS
 from joyedit.command.instruction import UNTOLD
 from joyedit.command.photos import resized
@@ -217,6 +217,7 @@ class Film:
             output_type="pil",
             only_last_frame=not args.video,
         ).frames
+        say_steps(pipe, args, pipe.num_timesteps)
         fps = args.fps or FPS
         return [{"output": frames[-1], "video": Frames(frames, fps)} for frames in films]
 

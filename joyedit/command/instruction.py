@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from joyedit.command import places, spatial
-from joyedit.command.calls import EVERY_CALL, in_effect, said, spelt
+from joyedit.command.calls import EVERY_CALL, in_effect, said, say_steps, spelt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -109,6 +109,7 @@ class Instruction:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         torch.manual_seed(seeds[0])  # some of the reference's defects draw from the global generator
         images = pipe(**call, generator=generators, num_images_per_prompt=len(seeds)).images
+        say_steps(pipe, args, pipe.num_timesteps)
         return [{"output": image} for image in images]
 
     def guidance(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> float:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from joyedit.command.calls import EVERY_CALL, said
+from joyedit.command.calls import EVERY_CALL, said, say_steps
 from joyedit.command.captions import TEXTS as CAPTIONS
 from joyedit.command.instruction import Instruction
 from joyedit.command.photos import Photo, read_again
@@ -93,7 +93,9 @@ class References(Instruction):
         if "images" in call:
             several["images"] = [call["images"]] * len(seeds)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        return [{"output": image} for image in pipe(**several, generator=generators).images]
+        images = pipe(**several, generator=generators).images
+        say_steps(pipe, args, pipe.num_timesteps)
+        return [{"output": image} for image in images]
 
     def facts(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         references = [reference.facts for reference in args.references or ()]

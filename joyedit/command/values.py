@@ -60,6 +60,13 @@ def share(text: str) -> float:
     return value
 
 
+def from_zero(text: str) -> float:
+    value = finite(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def above_zero(text: str) -> float:
     value = finite(text)
     if not value > 0:

@@ -39,6 +39,7 @@ from joyedit.models.layers import (
     sinusoidal_embedding,
 )
 from joyedit.models.rope import axis_angles
+from joyedit.step_cache import BranchCache, finished
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (N, E / 2)
 Grid = tuple[int, int, int]  # frames, rows and columns of the token grid
@@ -182,25 +183,46 @@ class ChronoEditTransformer3DModel(Network):
         return self.predict_branches(latents, vec, [text], image, rope)[0]
 
     def predict_branches(
-        self, latents: Tensor, vec: Tensor, texts: Sequence[Context], image: Context | None, rope: Rope
+        self,
+        latents: Tensor,
+        vec: Tensor,
+        texts: Sequence[Context],
+        image: Context | None,
+        rope: Rope,
+        caches: Sequence[BranchCache] | None = None,
     ) -> list[Tensor]:
         """Velocity under each text, (B, out_channels, T, H, W) in the dtype of the latents: the part of
         `forward` that every step repeats. The branches go through the blocks together, so that each block is
         visited once.
 
         latents (B, in_channels, T, H, W); vec (7, D) or (B or 1, 7, D) from `embed_time`; texts and image
-        from `embed_text` and `embed_image`, of B samples or one for all; rope from `rope(token_grid)`. Raises
-        ValueError for latents that do not fit the network or the rotary table.
+        from `embed_text` and `embed_image`, of B samples or one for all; rope from `rope(token_grid)`;
+        caches: one for each text, of a run that reuses what blocks added in earlier steps. Raises ValueError
+        for latents that do not fit the network or the rotary table.
         """
         grid = self.token_grid(latents)
         if rope[0].shape[0] != math.prod(grid):
             raise ValueError(f"a rotary table of {rope[0].shape[0]} tokens does not fit the grid {grid}")
         vec = vec if vec.ndim == 3 else vec[None]
         img = self.patch_embedding(latents.to(self.activation_dtype(latents.device)))  # (B, N, D)
-        imgs = [img] * len(texts)
-        for i, block in enumerate(self.blocks):
-            seen = image[i] if image else None
-            imgs = [block(x, vec[:, :6], text[i], seen, rope) for x, text in zip(imgs, texts, strict=True)]
+
+        def through(imgs: list[Tensor], texts: Sequence[Context], numbers: range) -> list[Tensor]:
+            for i in numbers:
+                block, seen = self.blocks[i], image[i] if image else None
+                pairs = zip(imgs, texts, strict=True)
+                imgs = [block(x, vec[:, :6], text[i], seen, rope) for x, text in pairs]
+            return imgs
+
+        imgs, count = [img] * len(texts), len(self.blocks)
+        if caches is None:
+            imgs = through(imgs, texts, range(count))
+        else:
+            begun = through(imgs, texts, range(1))
+
+            def others(due: list[int]) -> list[Tensor]:
+                return through([begun[i] for i in due], [texts[i] for i in due], range(1, count))
+
+            imgs = finished(caches, imgs, begun, others)
         shift, scale = (self.scale_shift_table + vec[:, 6:]).unbind(1)
         patches = [self.proj_out(ops.ada_layer_norm(x, shift, scale, self.config.eps)) for x in imgs]
         return [self.unpatchify(x, grid).to(latents.dtype) for x in patches]

@@ -34,6 +34,7 @@ from joyedit.checkpoints.config import Config
 from joyedit.checkpoints.network import Network
 from joyedit.models.layers import FeedForward, Linear, RMSNorm, TimestepEmbedder, sinusoidal_embedding
 from joyedit.models.rope import grid_rope
+from joyedit.step_cache import BranchCache, finished
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (N, E / 2)
 Grid = tuple[int, int, int]  # frames (all items together), rows and columns of the token grid
@@ -177,6 +178,7 @@ class JoyImageEditTransformer3DModel(Network):
         vec: Tensor,
         rope: Rope,
         grid: Grids,
+        caches: Sequence[BranchCache] | None = None,
     ) -> list[Tensor]:
         """Velocity of the target alone under each text, (B, C, T, H, W) in the dtype of its tokens: its part
         of `forward`. The branches go through the blocks together, so that each block is visited once.
@@ -184,7 +186,8 @@ class JoyImageEditTransformer3DModel(Network):
         target (B, M, D) and references (B, N - M, D) or None, from `embed_image`: one for all texts, or one
         for each; texts (B, L, D) each, of any lengths, from `embed_text`; vec (6, D) or (B or 1, 6, D) from
         `embed_time`; rope from `rope(grid)`; grid: of target and references together, or the target's and
-        those of the references in a list. Raises ValueError when the tokens do not fill the grid.
+        those of the references in a list; caches: one for each text, of a run that reuses what blocks added
+        in earlier steps. Raises ValueError when the tokens do not fill the grid.
         """
         targets = one_for_each(target, len(texts))
         branches = []
@@ -193,10 +196,16 @@ class JoyImageEditTransformer3DModel(Network):
             if img.shape[1] != sum(map(math.prod, grids_of(grid))):
                 raise ValueError(f"{img.shape[1]} image tokens do not fill the grid {grid}")
             branches.append((img, txt))
-        return self.denoise(branches, targets[0].shape[1], vec, rope, grid) if branches else []
+        return self.denoise(branches, targets[0].shape[1], vec, rope, grid, caches) if branches else []
 
     def denoise(
-        self, branches: list[Streams], num_targets: int, vec: Tensor, rope: Rope, grid: Grids
+        self,
+        branches: list[Streams],
+        num_targets: int,
+        vec: Tensor,
+        rope: Rope,
+        grid: Grids,
+        caches: Sequence[BranchCache] | None = None,
     ) -> list[Tensor]:
         """The blocks and the head: of each branch the velocities of the first M = num_targets of N image
         tokens, unpatchified. Of several grids those tokens are of the first.
@@ -204,10 +213,19 @@ class JoyImageEditTransformer3DModel(Network):
         Of the last block and the head, only what those tokens need is computed.
         """
         vec = vec if vec.ndim == 3 else vec[None]
-        *blocks, last = self.double_blocks
-        for block in blocks:
-            branches = [block(img, txt, vec, rope) for img, txt in branches]
-        targets = [last(img, txt, vec, rope, num_targets)[0] for img, txt in branches]  # (B, M, D) each
+
+        def through(blocks: Sequence[nn.Module], branches: list[Streams]) -> list[Tensor]:
+            for block in blocks[:-1]:
+                branches = [block(img, txt, vec, rope) for img, txt in branches]
+            return [blocks[-1](img, txt, vec, rope, num_targets)[0] for img, txt in branches]  # (B, M, D)
+
+        first, *others = self.double_blocks
+        if caches is None or not others:
+            targets = through([first, *others], branches)
+        else:
+            begun = [first(img, txt, vec, rope) for img, txt in branches]
+            before, after = ([img[:, :num_targets] for img, _ in streams] for streams in (branches, begun))
+            targets = finished(caches, before, after, lambda due: through(others, [begun[i] for i in due]))
         return [self.unpatchify(self.proj_out(ops.layer_norm(x)), grids_of(grid)[0]) for x in targets]
 
     def embed_image(self, latents: Tensor) -> Tensor:

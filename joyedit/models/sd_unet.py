@@ -16,7 +16,7 @@ Source: diffusers `unet_2d_condition.py`; CompVis `openaimodel.py`; arXiv 2112.1
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -36,6 +36,7 @@ from joyedit.models.layers import (
     TimestepEmbedder,
     sinusoidal_embedding,
 )
+from joyedit.step_cache import BranchCache
 
 Context = dict[nn.Module, tuple[Tensor, Tensor]]  # cross-attention -> K and V, each (P, L, H, E)
 
@@ -259,13 +260,21 @@ class UNet2DConditionModel(Network):
         text = encoder_hidden_states.to(ops.compute_dtype(self.dtype, encoder_hidden_states.device))
         return {layer: layer.embed(text) for layer in self.modules() if isinstance(layer, CrossAttention)}
 
-    def predict(self, sample: Tensor, time: Tensor, context: Context, branches: int = 1) -> Tensor:
+    def predict(
+        self,
+        sample: Tensor,
+        time: Tensor,
+        context: Context,
+        branches: int = 1,
+        caches: Sequence[BranchCache] | None = None,
+    ) -> Tensor:
         """Noise or v, (branches * B, C, h, w) in the dtype of `sample`: the part of `forward` that every step
         repeats.
 
         sample (B, in_channels, h, w), taken `branches` times: [all samples, all samples, ...]; time: one row
         or (1 or B, width) of `embed_time`; context: P prompts from `embed_context`, each for
-        branches * B / P samples that follow one another. Raises ValueError for numbers that do not fit.
+        branches * B / P samples that follow one another; caches: one for each branch, of a run that reuses
+        what the inner levels gave in earlier steps. Raises ValueError for numbers that do not fit.
         """
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels or 0 in sample.shape:
             wanted = f"(batch, {self.config.in_channels}, height, width)"
@@ -287,12 +296,39 @@ class UNet2DConditionModel(Network):
 
         x = self.conv_in(sample.to(dtype).contiguous(memory_format=self.layout))
         skips = [x]
-        for block in self.down_blocks:
+        x = self.down_blocks[0](x, conditions, skips)
+        if caches is None:
+            x = self.inner(x, conditions, skips)
+        else:
+            x = self.cached_inner(x, conditions, skips, caches)
+        x = self.up_blocks[-1](x, conditions, skips)
+        return self.conv_out(self.conv_norm_out(x)).to(sample.dtype).contiguous()
+
+    def inner(self, x: Tensor, conditions: "Conditions", skips: list[Tensor]) -> Tensor:
+        """What the levels below the first make of it, for the last up block to begin with."""
+        for block in self.down_blocks[1:]:
             x = block(x, conditions, skips)
         x = self.mid_block(x, conditions)
-        for block in self.up_blocks:
+        for block in self.up_blocks[:-1]:
             x = block(x, conditions, skips)
-        return self.conv_out(self.conv_norm_out(x)).to(sample.dtype).contiguous()
+        return x
+
+    def cached_inner(
+        self, x: Tensor, conditions: "Conditions", skips: list[Tensor], caches: Sequence[BranchCache]
+    ) -> Tensor:
+        """As `inner`, of the branches that are due; of the others what it gave when they were. How much the
+        first level's resnets and transformers change tells which."""
+        count, own = len(caches), self.config.per_level("layers_per_block")[0]  # results of the first level
+        before, after, x = (repeat_to(each, conditions.batch) for each in (skips[0], skips[own], x))
+        changes = (after - before).chunk(count)
+        due = [i for i, cache in enumerate(caches) if cache.is_due(changes[i])]
+        if due:
+            x, after = branches_of(x, due, count), branches_of(after, due, count)
+            rest = self.inner(x, conditions.of(due, count), [after, x])
+            for i, part in zip(due, rest.chunk(len(due)), strict=True):
+                caches[i].rest = part
+        del skips[own + 1 :]  # the first level's result, which is no longer needed
+        return torch.cat([cache.rest for cache in caches])
 
     @property
     def layout(self) -> torch.memory_format:
@@ -311,6 +347,14 @@ class Conditions(NamedTuple):
     time: Mapping[nn.Module, Tensor]  # resnet -> (1 or B, C)
     context: Context
     batch: int  # samples from the first cross-attention on; before it, the branches are still one
+
+    def of(self, due: list[int], count: int) -> "Conditions":
+        """Those of the branches of these numbers, of `count` that the prompts are for in equal shares."""
+        context = {
+            layer: (branches_of(k, due, count), branches_of(v, due, count))
+            for layer, (k, v) in self.context.items()
+        }
+        return Conditions(self.time, context, self.batch // count * len(due))
 
 
 class DownBlock(nn.Module):
@@ -545,6 +589,11 @@ class TokenConv2d(nn.Conv2d):
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, D) -> a view (B, N, H, E)."""
     return rearrange(x, "b n (h e) -> b n h e", h=num_heads)
+
+
+def branches_of(x: Tensor, due: list[int], count: int) -> Tensor:
+    """Those of `count` equal parts of x (B, ...) that are due; x itself where all are."""
+    return x if len(due) == count else torch.cat([x.chunk(count)[i] for i in due])
 
 
 def repeat_to(x: Tensor, batch: int) -> Tensor:

@@ -114,6 +114,17 @@ def check_number(name: str, value: Any) -> float:
     return float(number)
 
 
+def check_step_cache(value: Any) -> float | None:
+    """The threshold of `step_cache`, None for what leaves nothing out. Raises ValueError unless it is None or
+    a finite number of at least 0."""
+    number = as_number(value)
+    if number is None or (is_number(number) and number == 0):
+        return None
+    if not is_number(number) or not 0 < number < math.inf:
+        raise ValueError(f"step_cache={shown(value)}: must be None, or a finite number of at least 0")
+    return float(number)
+
+
 def check_share(name: str, value: Any) -> float:
     """Raises ValueError unless `value` is a number in [0, 1]."""
     number = as_number(value)

@@ -69,6 +69,7 @@ from joyedit.pipelines.pipeline import DENOISED
 from joyedit.pipelines.places import Asked, Known, Places
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
+from joyedit.step_cache import StepCache, as_argument
 from joyedit.text.t5_tokenizer import T5TokenizerFast, clean_prompt
 
 log = logging.getLogger("joyedit")
@@ -211,6 +212,7 @@ class ChronoEditPipeline(PipelineWithPresets):
         mask: Any = None,
         size: str | tuple[int, int] | None = None,
         match_colors: bool = False,
+        step_cache: float | None = None,
     ) -> ChronoEditPipelineOutput | tuple:
         """Edit `image` as `prompt` says.
 
@@ -237,6 +239,7 @@ class ChronoEditPipeline(PipelineWithPresets):
         mask, match_colors: as in `JoyImageEditPipeline`, in every frame.
         size: "input" or (height, width) of the films, as there. Then nothing is stretched: the photograph is
             padded to a size of the preset's area, else of `made_for.basesize` squared, else of 1280 x 720.
+        step_cache: as in `JoyImageEditPipeline`. Where frames are dropped, the next step is computed.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
@@ -251,6 +254,7 @@ class ChronoEditPipeline(PipelineWithPresets):
         text.check()
         check_embedded(text, image_embeds, self.transformer.config)
         recipe = self._recipe(preset, num_inference_steps, guidance_scale)
+        threshold = self.check_step_cache(step_cache)
         max_sequence_length = check_count("max_sequence_length", max_sequence_length)
         check_output_type(output_type)
         scale = self._scale(attention_kwargs)
@@ -284,6 +288,7 @@ class ChronoEditPipeline(PipelineWithPresets):
                 seen,
                 cut=cut if enable_temporal_reasoning else None,
                 known=known,
+                step_cache=threshold,
                 callback=callback_on_step_end,
                 names=names,
             )
@@ -394,23 +399,26 @@ class ChronoEditPipeline(PipelineWithPresets):
         *,
         cut: int | None,
         known: Known | None = None,
+        step_cache: float | None = None,
         callback: Callable | None = None,
         names: Sequence[str] = (),
     ) -> Tensor:
         """Latents (B, C, T, h, w) from noise to film; guided when there is a negative prompt.
 
         condition (B, 4 + C, T, h, w); prompts (B, L, D); seen (B, M, D). Before step `cut`, all frames
-        but the first and the last are dropped. known: what is put back after every step.
+        but the first and the last are dropped. known: what is put back after every step. step_cache: the
+        threshold of a `StepCache`.
         """
         steps = self.scheduler.timesteps
-        self._num_timesteps = len(steps)
+        self._num_timesteps, self._steps_computed = len(steps), 0
+        cache = StepCache(step_cache, len(steps))
         with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
             modulation = transformer.embed_time(steps)  # (S, 7, D)
             image = _context(transformer.embed_image, seen)
             cond = _context(transformer.embed_text, positive)
             uncond = None if negative is None else _context(transformer.embed_text, negative)
             predict = self.graphed(transformer, transformer.predict_branches)
-            rope = None
+            rope, caches = None, [cache.branch(), cache.branch()]
             for i, timestep in enumerate(steps):
                 if self.interrupt:
                     break
@@ -419,12 +427,15 @@ class ChronoEditPipeline(PipelineWithPresets):
                     latents, condition = latents[:, :, ENDS], condition[:, :, ENDS]
                     self.scheduler.select_frames(ENDS)
                     known = known and known.frames(ENDS)
-                    rope = None
+                    rope, caches = None, [cache.branch(), cache.branch()]
                 x = torch.cat((latents, condition), dim=1)
                 rope = rope or transformer.rope(transformer.token_grid(x), x.device)
                 guided = uncond is not None and self.guidance_scale > 1  # a callback may have turned it off
                 texts = [cond, uncond] if guided else [cond]
-                velocity, *others = predict(x, modulation[i], texts, image, rope)
+                cache.begin(i)
+                own = as_argument(caches[: len(texts)])
+                velocity, *others = predict(x, modulation[i], texts, image, rope, **own)
+                self._steps_computed = cache.computed
                 for velocity_uncond in others:
                     velocity = ops.guide(velocity, velocity_uncond, self.guidance_scale)
                 asked = DENOISED in names
@@ -439,10 +450,10 @@ class ChronoEditPipeline(PipelineWithPresets):
                 returned = self.call_back(callback, names, i, timestep, tensors)
                 latents = returned["latents"]
                 if returned["prompt_embeds"] is not positive:
-                    positive = returned["prompt_embeds"]
+                    positive, caches[0] = returned["prompt_embeds"], cache.branch()
                     cond = _context(transformer.embed_text, positive)
                 if returned["negative_prompt_embeds"] is not negative:
-                    negative = returned["negative_prompt_embeds"]
+                    negative, caches[1] = returned["negative_prompt_embeds"], cache.branch()
                     uncond = None if negative is None else _context(transformer.embed_text, negative)
                 bar.update()
         self._current_timestep = None

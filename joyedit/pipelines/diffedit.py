@@ -32,7 +32,7 @@ from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.media import images as im
 from joyedit.media.clip_images import CLIPImageProcessor
-from joyedit.media.masks import LATENT_CHANNELS, paste_back, to_latent_mask, to_mask_images
+from joyedit.media.masks import LATENT_CHANNELS, to_latent_mask, to_mask_images
 from joyedit.models.clip import CLIPTextModel, StableDiffusionSafetyChecker
 from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.models.sd_vae import AutoencoderKL
@@ -63,7 +63,7 @@ from joyedit.pipelines.diffedit_results import (
     DiffEditInversionPipelineOutput,
     DiffEditOutput,
     StableDiffusionPipelineOutput,
-    screened,
+    finished,
 )
 from joyedit.pipelines.diffedit_steps import AfterStep, after_step, denoiser
 from joyedit.pipelines.made_for import words_of
@@ -213,6 +213,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         clip_skip: int | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        step_cache: float | None = None,
     ) -> DiffEditOutput:
         """Mask, inversion and denoising in one call: `generate_mask`, `invert` and `__call__`, which a
         subclass may have of its own. All prompts are read at once, and reach these as embeddings.
@@ -221,7 +222,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             that would be made. negative_prompt: the source prompt if not given.
         invert_guidance_scale: 1, which is none, reconstructs best.
         generator: one, or a list with one per image. callback_on_step_end: of the denoising, as `__call__`
-            has it.
+            has it. step_cache: of inversion and denoising, whose `steps_computed` are added up.
         What is not passed is, of a small checkpoint, as `made_for.call` says.
         The other arguments are those of the three methods, and so are the errors.
         """
@@ -247,9 +248,11 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
         for name, value in guidance.items():
             check_number(name, value)
+        threshold = self.check_step_cache(step_cache)
         check_share("eta", eta)
         check_mask_run(run["num_inference_steps"], **mask_settings)
         count, taken = steps_taken(**run)
+        run |= {} if threshold is None else {"step_cache": threshold}
         size = self.coder.size(pixels)
         mask = None if mask_image is None else to_latent_mask(mask_image, size, batch)  # (B, 1, h, w)
         self.scheduler.set_timesteps(count)  # refuses a number that is too large
@@ -283,6 +286,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         if self.interrupt:  # then the inversion is short: its noisiest level stands for those above it
             above = levels[:, :1].expand(-1, max(taken + 1 - levels.shape[1], 0), -1, -1, -1)
             levels = torch.cat((above, levels), dim=1)
+        computed = self.steps_computed
         images, flagged = self(
             mask_image=mask,
             image_latents=levels,
@@ -298,6 +302,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             **run,
             **shared,
         )
+        self._steps_computed += computed
         return DiffEditOutput(images, flagged, mask[:, 0].long().numpy(), heat)
 
     @torch.no_grad()
@@ -414,6 +419,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         clip_skip: int | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        step_cache: float | None = None,
     ) -> DiffEditInversionPipelineOutput | tuple:
         """The photograph's latents at every level up to `inpaint_strength`, by DDIM backwards.
 
@@ -421,6 +427,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         decode_latents: the pictures of all levels too, image by image, noisiest first.
         num_reg_steps: above 0, pull each prediction towards uncorrelated unit noise as pix2pix-zero does,
             with the weights lambda_auto_corr and lambda_kl; `generator` is for this.
+        step_cache: as `__call__` has it.
         A strength that leaves no step gives the clean latents alone.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
@@ -449,11 +456,12 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         pixels = self.coder.pixels(image, batch)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
         self._require_parts(pixels, decode_latents)
+        threshold = self.check_step_cache(step_cache)
         self.inverse_scheduler.set_timesteps(count)
         steps = self.inverse_scheduler.timesteps[:taken]
 
         (embeds,) = self._embed((text,), self.do_classifier_free_guidance, clip_skip, scale)
-        run = Run(steps, embeds, scale)
+        run = Run(steps, embeds, scale, threshold)
         levels = self._invert(pixels, run, generator, partial(regular, generator=generator), call_back)
         out = DiffEditInversionPipelineOutput(levels, None)
         if decode_latents:  # one by one: there are many
@@ -512,6 +520,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         image: Picture | list[Picture] | None = None,
         composite: bool = unsaid(False),
+        step_cache: float | None = None,
     ) -> StableDiffusionPipelineOutput | tuple:
         """Repaint what is white in the mask as `prompt` says, and keep the rest.
 
@@ -522,6 +531,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         latents: (B, C, h, w) to start from, instead of the noisiest of image_latents.
         image: the photograph. `composite=True` pastes its pixels back outside the mask; and image_latents
             that lack the clean latents, as the reference makes them, get them from it.
+        step_cache: above 0, reuse what the levels below the first gave, where that one changes by less than
+            this share; see `joyedit.step_cache`. None or 0: nothing is reused.
         A strength that leaves no step returns what it would start from, the photograph's reconstruction.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
@@ -548,6 +559,7 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         work = check_repaint(mask_image, image_latents, pixels, batch, taken, self.coder)
         check_start(latents, work.levels.shape[2:], batch, copies)
         scale = adapter_scale("cross_attention_kwargs", cross_attention_kwargs)
+        threshold = self.check_step_cache(step_cache)
         self.scheduler.set_timesteps(count)
         steps = self.scheduler.timesteps[count - taken :]
 
@@ -556,8 +568,8 @@ class StableDiffusionDiffEditPipeline(Pipeline):
         start = work.levels[:, 0]
         if latents is not None:
             start = latents.to(start).repeat_interleave(len(start) // len(latents), dim=0)
-        x = self._repaint(work, start, Run(steps, embeds, scale), eta, generator, call_back)
-        out = self._finish(x, work, output_type or "pil")
+        x = self._repaint(work, start, Run(steps, embeds, scale, threshold), eta, generator, call_back)
+        out = finished(self, self._decode, x, work, output_type or "pil")
         return out if return_dict else tuple(out)
 
     def _repaint(
@@ -594,16 +606,6 @@ class StableDiffusionDiffEditPipeline(Pipeline):
             photo = pixels.repeat(len(levels) // len(pixels), 1, 1, 1).repeat_interleave(copies, dim=0)
         levels, mask = (x.to(self.device).repeat_interleave(copies, dim=0) for x in (levels, mask > 0))
         return Repaint(levels, mask, photo)
-
-    def _finish(self, x: Tensor, work: Repaint, output_type: str) -> StableDiffusionPipelineOutput:
-        """Latents (B, C, h, w) to the output type."""
-        if output_type == "latent":
-            return StableDiffusionPipelineOutput(x, None)
-        pictures = self._decode(x)
-        if work.pixels is not None:
-            pictures = paste_back(pictures, work.pixels, work.mask)
-        pictures, flagged = screened(self, pictures)
-        return StableDiffusionPipelineOutput(im.to_output(pictures, output_type), flagged)
 
     def _require_parts(self, pixels: Tensor | None, decodes: bool = False) -> None:
         """Raises ValueError for a network that a call needs and the pipeline does not have. pixels: of the

@@ -20,6 +20,7 @@ class Run(NamedTuple):
     steps: Tensor  # timesteps, (T,)
     embeds: Embeds
     adapter_scale: float | None  # of the adapters that are not fused; None leaves them alone
+    step_cache: float | None = None  # threshold of a `StepCache`
 
 
 class MaskRun(NamedTuple):

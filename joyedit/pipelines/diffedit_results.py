@@ -3,6 +3,7 @@
 B images   C latent channels   T steps taken   H, W pixels   h, w latent size
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from joyedit.media import images as im
 from joyedit.media.clip_images import CLIPImageProcessor
+from joyedit.media.masks import paste_back
 from joyedit.models.clip import StableDiffusionSafetyChecker
+from joyedit.pipelines.diffedit_request import Repaint
 from joyedit.pipelines.pipeline import Pipeline
 
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -39,6 +42,20 @@ class DiffEditOutput(NamedTuple):
     nsfw_content_detected: list[bool] | None
     mask: np.ndarray
     heat_map: np.ndarray | None
+
+
+def finished(
+    pipe: Pipeline, decode: Callable[[Tensor], Tensor], x: Tensor, work: Repaint, output_type: str
+) -> StableDiffusionPipelineOutput:
+    """Latents x (B, C, h, w) to the output type, with the photograph's pixels outside the mask, if these are
+    to be pasted, and screened. decode: to pixels (B, 3, H, W)."""
+    if output_type == "latent":
+        return StableDiffusionPipelineOutput(x, None)
+    pictures = decode(x)
+    if work.pixels is not None:
+        pictures = paste_back(pictures, work.pixels, work.mask)
+    pictures, flagged = screened(pipe, pictures)
+    return StableDiffusionPipelineOutput(im.to_output(pictures, output_type), flagged)
 
 
 def screened(pipe: Pipeline, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:

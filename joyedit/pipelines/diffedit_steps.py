@@ -15,6 +15,7 @@ from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.pipelines.checks import check_count
 from joyedit.pipelines.diffedit_request import Repaint, Run
 from joyedit.pipelines.pipeline import DENOISED, Pipeline
+from joyedit.step_cache import StepCache, as_argument
 
 
 class AfterStep(Protocol):
@@ -33,7 +34,9 @@ def denoiser(
     as long as no callback ends it. A prompt serves B / P samples in a row."""
     positive, negative = run.embeds
     pair = None if negative is None or torch.equal(negative, positive) else (negative, positive)
-    pipe._num_timesteps = len(run.steps)
+    pipe._num_timesteps, pipe._steps_computed = len(run.steps), 0
+    cache = StepCache(run.step_cache, len(run.steps))
+    caches = [cache.branch(), cache.branch()]  # of the positive prompts alone, the second
     with (
         pipe.on_device(network) as unet,
         pipe.adapters_scaled(run.adapter_scale),
@@ -48,11 +51,15 @@ def denoiser(
             nonlocal alone
             bar.update()
             pipe._current_timestep = run.steps[i]
+            cache.begin(i)
             if both is not None and pipe.do_classifier_free_guidance:
-                uncond, cond = step(x, times[i], both, branches=2).chunk(2)
-                return ops.guide(cond, uncond, pipe.guidance_scale)
-            alone = alone or unet.embed_context(positive)
-            return step(x, times[i], alone)
+                uncond, cond = step(x, times[i], both, branches=2, **as_argument(caches)).chunk(2)
+                output = ops.guide(cond, uncond, pipe.guidance_scale)
+            else:
+                alone = alone or unet.embed_context(positive)
+                output = step(x, times[i], alone, branches=1, **as_argument(caches[1:]))
+            pipe._steps_computed = cache.computed
+            return output
 
         yield predict
     pipe._current_timestep = None

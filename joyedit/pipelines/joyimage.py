@@ -59,6 +59,7 @@ from joyedit.pipelines.pipeline import DENOISED, Pipeline
 from joyedit.pipelines.pipeline_spellings import ImageProcessor
 from joyedit.pipelines.places import Asked, Known, Places
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
+from joyedit.step_cache import BranchCache, StepCache, as_argument
 from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer
 from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor
 
@@ -97,6 +98,7 @@ class Group(NamedTuple):
     rows: Tensor  # (b,)
     txt: Tensor  # (b, L, D)
     references: Tensor | None  # (b, M, D)
+    cache: BranchCache | None = None  # of a run that reuses what blocks added
 
 
 Branch = list[Group]  # all samples, under the positive prompts or under the negative ones
@@ -211,6 +213,7 @@ class JoyImageEditPipeline(Pipeline):
         mask: Any = None,
         size: str | tuple[int, int] | None = None,
         match_colors: bool = False,
+        step_cache: float | None = None,
     ) -> JoyImageEditPipelineOutput | tuple:
         """Edit `image` as `prompt` says; without an image, make one from the prompt.
 
@@ -237,6 +240,9 @@ class JoyImageEditPipeline(Pipeline):
             way the photograph is padded to its bucket, not cut. None: the bucket's.
         match_colors: bring colours back to the photograph's, by what the edit leaves alone; with a mask, by
             what is outside, and only inside of it anything changes.
+        step_cache: above 0, leave blocks out of steps in which the first block's residual has changed by less
+            than this share since they were last computed (0.1 is a tenth); see `joyedit.step_cache`. None or
+            0: nothing is left out. `steps_computed` counts the others.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
@@ -244,6 +250,7 @@ class JoyImageEditPipeline(Pipeline):
         said = self.unless_said(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         num_inference_steps = check_count("num_inference_steps", said["num_inference_steps"])
         guidance_scale = check_number("guidance_scale", said["guidance_scale"])
+        threshold = self.check_step_cache(step_cache)
         if negative_prompt_embeds is None:
             negative_prompt = self.unless_said(negative_prompt=negative_prompt)["negative_prompt"]
         names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -280,9 +287,8 @@ class JoyImageEditPipeline(Pipeline):
         dtype = prompts[0].embeds.dtype
         target, references = self._start(request, latents, dtype, enable_denormalization)
         known = request.places.known(references, target)
-        target = self._denoise(
-            target, references, *prompts, known=known, callback=callback_on_step_end, names=names
-        )
+        watch = {"callback": callback_on_step_end, "names": names}
+        target = self._denoise(target, references, *prompts, known=known, step_cache=threshold, **watch)
         result = self._decode(target[:, 0], output_type or "pil", enable_denormalization, request.places)
         if not return_dict:
             return (result,)
@@ -365,21 +371,23 @@ class JoyImageEditPipeline(Pipeline):
         negative: Prompt | None = None,
         *,
         known: Known | None = None,
+        step_cache: float | None = None,
         callback: Callable | None = None,
         names: Sequence[str] = (),
     ) -> Tensor:
         """Target latents (B, 1, C, 1, h, w) from noise to image; guided when there is a negative prompt.
-        known: what is put back after every step."""
+        known: what is put back after every step. step_cache: the threshold of a `StepCache`."""
         steps = self.scheduler.timesteps
-        self._num_timesteps = len(steps)
+        self._num_timesteps, self._steps_computed = len(steps), 0
+        cache = StepCache(step_cache, len(steps))
         with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
             tokens = None if references is None else transformer.embed_image(references)
             frames, rows, columns = transformer.token_grid(latents)
             grid = (frames if references is None else 2 * frames, rows, columns)
             rope = transformer.rope(grid, latents.device)
             modulation = transformer.embed_time(steps)  # (S, 6, D)
-            cond = self._branch(positive, tokens)
-            uncond = None if negative is None else self._branch(negative, tokens)
+            cond = self._branch(positive, tokens, cache)
+            uncond = None if negative is None else self._branch(negative, tokens, cache)
 
             for i, timestep in enumerate(steps):
                 if self.interrupt:
@@ -388,7 +396,9 @@ class JoyImageEditPipeline(Pipeline):
                 target = transformer.embed_image(latents)  # (B, N, D)
                 guided = uncond is not None and self.guidance_scale > 1  # a callback may have turned it off
                 branches = [cond, uncond] if guided else [cond]
+                cache.begin(i)
                 velocities = self._velocities(target, branches, modulation[i], rope, grid)
+                self._steps_computed = cache.computed
                 denoised = self._denoised(timestep, latents, *velocities) if DENOISED in names else None
                 latents = self._step(timestep, latents, *velocities)
                 if known is not None:
@@ -402,10 +412,10 @@ class JoyImageEditPipeline(Pipeline):
                 latents = returned["latents"]
                 if returned["prompt_embeds"] is not positive.embeds:
                     positive = Prompt(returned["prompt_embeds"], positive.mask)
-                    cond = self._branch(positive, tokens)
+                    cond = self._branch(positive, tokens, cache)
                 if negative is not None and returned["negative_prompt_embeds"] is not negative.embeds:
                     negative = Prompt(returned["negative_prompt_embeds"], negative.mask)
-                    uncond = self._branch(negative, tokens)
+                    uncond = self._branch(negative, tokens, cache)
                 bar.update()
         self._current_timestep = None
         return latents
@@ -440,12 +450,14 @@ class JoyImageEditPipeline(Pipeline):
         targets = [target if len(group.rows) == len(target) else target[group.rows] for group in groups]
         references = [group.references for group in groups]
         texts = [group.txt for group in groups]
+        caches = as_argument(group.cache for group in groups)
         predict = self.graphed(self.transformer, self.transformer.predict_branches)
-        parts = iter(predict(targets, references, texts, vec, rope, grid))
+        parts = iter(predict(targets, references, texts, vec, rope, grid, **caches))
         return [in_order(branch, list(islice(parts, len(branch)))) for branch in branches]
 
-    def _branch(self, prompt: Prompt, references: Tensor | None) -> Branch:
-        """All samples under `prompt`, in groups whose prompts are of one length. references (B, M, D)."""
+    def _branch(self, prompt: Prompt, references: Tensor | None, cache: StepCache) -> Branch:
+        """All samples under `prompt`, in groups whose prompts are of one length. references (B, M, D).
+        cache: of the run."""
         mask = torch.ones_like(prompt.mask) if PADDED_PROMPTS in self.quirks else prompt.mask
         lengths = mask.sum(1)
         groups = []
@@ -453,7 +465,8 @@ class JoyImageEditPipeline(Pipeline):
             rows = (lengths == length).nonzero()[:, 0]
             kept = prompt.embeds[rows][mask[rows].bool()].unflatten(0, (len(rows), length))  # (b, L, D)
             txt = self.transformer.embed_text(kept)
-            groups.append(Group(rows, txt, None if references is None else references[rows]))
+            own = None if references is None else references[rows]
+            groups.append(Group(rows, txt, own, cache.branch()))
         return groups
 
     def _decode(

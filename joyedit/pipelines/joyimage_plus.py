@@ -44,6 +44,7 @@ from joyedit.pipelines.joyimage import Branch, Images, JoyImageEditPipeline, Pic
 from joyedit.pipelines.joyimage_prompts import IMAGE_MARK, USER, VISION, Prompt, PromptReader
 from joyedit.pipelines.joyimage_request import check_placeholders, references_of_each
 from joyedit.pipelines.pipeline import DENOISED
+from joyedit.step_cache import StepCache
 
 log = logging.getLogger("joyedit")
 
@@ -98,6 +99,7 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 4096,
+        step_cache: float | None = None,
     ) -> JoyImageEditPlusPipelineOutput | tuple:
         """Make a picture from `images` as `prompt` says; without images, from the prompt alone.
 
@@ -117,6 +119,7 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
         callback_on_step_end(pipe, step, timestep, tensors) may return replacements; its `latents`
             (B, 1, C, 1, h, w) are the target's, and `denoised`, if it asks for that, is the x0 of the step,
             to look at.
+        step_cache: as in `JoyImageEditPipeline`.
 
         Raises ValueError or TypeError before any work when an argument does not fit.
         """
@@ -124,6 +127,7 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
         said = self.unless_said(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         num_inference_steps = check_count("num_inference_steps", said["num_inference_steps"])
         guidance_scale = check_number("guidance_scale", said["guidance_scale"])
+        threshold = self.check_step_cache(step_cache)
         if negative_prompt_embeds is None:
             negative_prompt = self.unless_said(negative_prompt=negative_prompt)["negative_prompt"]
             negative_prompt = BLANK if negative_prompt is None else negative_prompt
@@ -171,7 +175,8 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
         target, references = self.prepare_latents(
             batch, channels, *size, dtype, self.device, generator, samples, latents
         )
-        target = self._denoise(target, references, *prompts, callback=callback_on_step_end, names=names)
+        watch = {"callback": callback_on_step_end, "names": names}
+        target = self._denoise(target, references, *prompts, step_cache=threshold, **watch)
         result = self._decode(target[:, 0], output_type or "pil", True)
         return JoyImageEditPlusPipelineOutput(result) if return_dict else (result,)
 
@@ -301,17 +306,20 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
         positive: Prompt,
         negative: Prompt | None = None,
         *,
+        step_cache: float | None = None,
         callback: Callable | None = None,
         names: Sequence[str] = (),
     ) -> Tensor:
-        """Target latents (B, 1, C, 1, h, w) from noise to image; guided when there is a negative prompt."""
+        """Target latents (B, 1, C, 1, h, w) from noise to image; guided when there is a negative prompt.
+        step_cache: the threshold of a `StepCache`."""
         steps = self.scheduler.timesteps
-        self._num_timesteps = len(steps)
+        self._num_timesteps, self._steps_computed = len(steps), 0
+        cache = StepCache(step_cache, len(steps))
         with self.on_device(self.transformer) as transformer, self.progress_bar(len(steps)) as bar:
             layouts = self._layouts(latents, references)
             modulation = transformer.embed_time(steps)  # (S, 6, D)
-            cond = self._branches(positive, layouts)
-            uncond = None if negative is None else self._branches(negative, layouts)
+            cond = self._branches(positive, layouts, cache)
+            uncond = None if negative is None else self._branches(negative, layouts, cache)
 
             for i, timestep in enumerate(steps):
                 if self.interrupt:
@@ -320,7 +328,9 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
                 target = transformer.embed_image(latents)  # (B, N, D)
                 guided = uncond is not None and self.guidance_scale > 1  # a callback may have turned it off
                 branches = [cond, uncond] if guided else [cond]
+                cache.begin(i)
                 velocities = self._predict(target, branches, modulation[i], layouts)
+                self._steps_computed = cache.computed
                 denoised = self._denoised(timestep, latents, *velocities) if DENOISED in names else None
                 latents = self._step(timestep, latents, *velocities)
 
@@ -331,10 +341,10 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
                 latents = returned["latents"]
                 if returned["prompt_embeds"] is not positive.embeds:
                     positive = Prompt(returned["prompt_embeds"], positive.mask)
-                    cond = self._branches(positive, layouts)
+                    cond = self._branches(positive, layouts, cache)
                 if negative is not None and returned["negative_prompt_embeds"] is not negative.embeds:
                     negative = Prompt(returned["negative_prompt_embeds"], negative.mask)
-                    uncond = self._branches(negative, layouts)
+                    uncond = self._branches(negative, layouts, cache)
                 bar.update()
         self._current_timestep = None
         return latents
@@ -358,10 +368,10 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
             )
         return layouts
 
-    def _branches(self, prompt: Prompt, layouts: list[Layout]) -> list[Branch]:
+    def _branches(self, prompt: Prompt, layouts: list[Layout], cache: StepCache) -> list[Branch]:
         """Of each layout all its samples under `prompt`."""
         return [
-            self._branch(Prompt(prompt.embeds[rows], prompt.mask[rows]), references)
+            self._branch(Prompt(prompt.embeds[rows], prompt.mask[rows]), references, cache)
             for rows, references, _, _ in layouts
         ]
 

@@ -28,6 +28,8 @@ from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.summary import parts
+from joyedit.pipelines import together
+from joyedit.pipelines.checks import check_step_cache
 from joyedit.pipelines.defaults import Unsaid, plain
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline_spellings import PipelineSpellings, move
@@ -82,6 +84,7 @@ class Pipeline(Placed, PipelineSpellings):
         self._guidance_scale: Any = 1.0
         self._interrupt = False
         self._num_timesteps = 0
+        self._steps_computed = 0
         self._current_timestep: Tensor | None = None
         self._progress: dict[str, Any] = {}
 
@@ -383,6 +386,19 @@ class Pipeline(Placed, PipelineSpellings):
     def num_timesteps(self) -> int:
         """How many steps the running call has, or the last one had."""
         return self._num_timesteps
+
+    @property
+    def steps_computed(self) -> int:
+        """In how many steps of the running call, or of the last one, the denoiser's blocks were computed, for
+        all branches of the guidance or for one: all of them without `step_cache`."""
+        return self._steps_computed
+
+    def check_step_cache(self, value: Any) -> float | None:
+        """The threshold that `step_cache=value` asks for, None where nothing is to be left out. Raises
+        ValueError for other values, and for one beside what excludes it."""
+        if (threshold := check_step_cache(value)) is not None:
+            together.check("step_cache", f"step_cache={value!r}", self.in_use())
+        return threshold
 
     @property
     def current_timestep(self) -> Tensor | None:
