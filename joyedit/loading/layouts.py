@@ -169,7 +169,7 @@ def load(
     if preset is not None:
         pipe.use_preset(preset, lora=loras)
     if budget is not None:
-        pipe.set_memory(budget, target)
+        pipe.set_memory(memory, target)
     if offload != "none":
         pipe.set_offload(offload, None if target.type == "cpu" else target)
     return pipe

@@ -28,6 +28,7 @@ from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.summary import parts
+from joyedit.memory import refuse_shrunk
 from joyedit.pipelines.defaults import Unsaid, plain
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline_spellings import PipelineSpellings, move
@@ -95,8 +96,10 @@ class Pipeline(Placed, PipelineSpellings):
 
     def for_one_call(self) -> Self:
         """What one call runs on, and its callbacks get: a copy with the same parts, but with schedulers and
-        progress of its own. A call within a call is interrupted with it."""
+        progress of its own. A call within a call is interrupted with it. Raises ValueError where a weight
+        file has become shorter since it was loaded."""
         if self._outer is None:
+            refuse_shrunk(self.networks.values())
             vars(self)["_interrupt"] = False  # of an earlier call; those that run have their own
         call = copy.copy(self)
         solvers = {name: part for name, part in self.components.items() if isinstance(part, Scheduler)}
@@ -308,7 +311,7 @@ class Pipeline(Placed, PipelineSpellings):
         made = cls(**{**parts, **settings, **changes})
         made.made_for = pipeline.made_for
         made._progress, made._offload_device = pipeline._progress, pipeline._offload_device
-        made._graphs = pipeline._graphs
+        made._graphs, made._room = pipeline._graphs, pipeline._room
         return made
 
     @property
