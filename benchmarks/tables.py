@@ -10,6 +10,7 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   measured      results/gpu/: blocks and steps on GPUs
   small         results/shapes/: the small models
   machines      results/estimates/: which memory the released models need, and how long an edit takes
+  together      joyedit/pipelines/together.py: which settings go with which
   drift         results/drift/: what the small models do to the rest of the picture, in a sentence
   drifts        the same by model, in a table
   quantised     results/quantised/: what eight bits cost the small models
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compiled_kernels, op_cases, roofline
+from joyedit.pipelines import together
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -344,6 +346,20 @@ def machine_table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def together_table(results: Path = RESULTS) -> str:
+    """Markdown of the settings of a pipeline that go together; a column for each, by its number."""
+    names = list(together.SETTINGS)
+    head = ["setting", *(str(i + 1) for i in range(len(names)))]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for i, name in enumerate(names):
+        cells = (
+            "" if name == other else "no" if frozenset({name, other}) in together.APART else "yes"
+            for other in names
+        )
+        lines.append(f"| {' | '.join([f'{i + 1}. {together.SETTINGS[name][0]}', *cells])} |")
+    return "\n".join(lines)
+
+
 def with_flags(said: str | None) -> str:
     """How an edit fits, where the row says itself which files it takes."""
     if said is None:
@@ -386,6 +402,7 @@ TABLES = {
     "measured": measured_table,
     "small": small_table,
     "machines": machine_table,
+    "together": together_table,
     "drift": drift_sentence,
     "drifts": drift_table,
     "quantised": quantised_table,

@@ -29,6 +29,7 @@ from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.summary import parts
 from joyedit.memory import refuse_shrunk
+from joyedit.pipelines import together
 from joyedit.pipelines.defaults import Unsaid, plain
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline_spellings import PipelineSpellings, move
@@ -97,8 +98,9 @@ class Pipeline(Placed, PipelineSpellings):
     def for_one_call(self) -> Self:
         """What one call runs on, and its callbacks get: a copy with the same parts, but with schedulers and
         progress of its own. A call within a call is interrupted with it. Raises ValueError where a weight
-        file has become shorter since it was loaded."""
+        file has become shorter since it was loaded, or settings exclude each other."""
         if self._outer is None:
+            together.check_call(self.in_use())
             refuse_shrunk(self.networks.values())
             vars(self)["_interrupt"] = False  # of an earlier call; those that run have their own
         call = copy.copy(self)

@@ -56,8 +56,14 @@ class Placed:
         offloaded = self._offload_device is not None or any(
             BlockStreaming.is_attached(network) for network in self.networks.values()
         )
-        place = {"memory"} if self._room is not None else {"offload"} if offloaded else set()
-        return place | ({"graphs"} if self._graphs is not None else set())
+        modules = (module for network in self.networks.values() for module in network.modules())
+        states = {
+            "memory": self._room is not None,
+            "offload": self._room is None and offloaded,
+            "graphs": self._graphs is not None,
+            "compile": any(module._compiled_call_impl is not None for module in modules),
+        }
+        return {name for name, on in states.items() if on}
 
     @property
     def device(self) -> torch.device:
