@@ -9,7 +9,9 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   problems      results/kernels/: what spills or does not compile, under each Triton
   measured      results/gpu/: blocks and steps on GPUs
   small         results/shapes/: the small models
-  machines      results/estimates/: which memory the released models need, and how long an edit takes
+  machines      results/estimates/: with which flags the released models fit into which memory
+  released-machines  the same with sizes, and how long an edit takes
+  estimates     results/estimates/: peaks that were estimated and measured
   together      joyedit/pipelines/together.py: which settings go with which
   drift         results/drift/: what the small models do to the rest of the picture, in a sentence
   drifts        the same by model, in a table
@@ -331,6 +333,33 @@ def figures(row: Mapping[str, Any]) -> str:
     return ", ".join(said)
 
 
+def flags_table(results: Path = RESULTS) -> str:
+    """Markdown of the flags with which `joyedit estimate` says that the released models fit."""
+    found = json.loads((results / "estimates" / "released.json").read_text(encoding="utf-8"))
+    cards = list(next(iter(found.values()))["fits"])
+    lines = [f"| an edit | {' | '.join(f'{card} GB' for card in cards)} |", f"|{' --- |' * (len(cards) + 1)}"]
+    for name, row in found.items():
+        lines.append(f"| {' | '.join([name, *map(with_flags, row['fits'].values())])} |")
+    return "\n".join(lines)
+
+
+def estimates_table(results: Path = RESULTS) -> str:
+    """Markdown of peaks on a CPU: estimated, measured, and how far apart; a row for each stage."""
+    found = json.loads((results / "estimates" / "measured.json").read_text(encoding="utf-8"))
+    lines = [
+        "| model with random weights | stage | `--memory` | estimated | measured | ratio |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for system, name in NAMES.items():
+        for budget, row in found.get(system, {}).items():
+            height, width = row["size"]
+            for stage, said in row["estimated"].items():
+                sizes = (f"{count / 2**20:.0f} MiB" for count in (said, row["measured"][stage]))
+                what = f"{name}, {height} x {width}", stage, "-" if budget == "0" else budget
+                lines.append(f"| {' | '.join([*what, *sizes, format(row['ratio'][stage], '.2f')])} |")
+    return "\n".join(lines)
+
+
 def machine_table(results: Path = RESULTS) -> str:
     """Markdown of what `joyedit estimate` says of the released models on GPUs."""
     found = json.loads((results / "estimates" / "released.json").read_text(encoding="utf-8"))
@@ -401,7 +430,9 @@ TABLES = {
     "problems": problem_table,
     "measured": measured_table,
     "small": small_table,
-    "machines": machine_table,
+    "machines": flags_table,
+    "released-machines": machine_table,
+    "estimates": estimates_table,
     "together": together_table,
     "drift": drift_sentence,
     "drifts": drift_table,

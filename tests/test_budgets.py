@@ -45,7 +45,9 @@ def test_what_is_too_little_is_refused_and_the_smallest_named(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     PHOTO.save("photo.png")
     assert main("edit photo.png red --memory 1M --device cpu -m tiny-joyimage".split()) == 1
-    assert re.search(f"^joyedit: error: memory='1M' is too little: .*{SMALLEST}", capsys.readouterr().err, re.M)
+    assert re.search(
+        f"^joyedit: error: memory='1M' is too little: .*{SMALLEST}", capsys.readouterr().err, re.M
+    )
 
 
 class Blocks(nn.Module):

@@ -23,7 +23,7 @@ from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import shown
 from joyedit.checkpoints.quantised_files import QUANTISE
-from joyedit.checkpoints.sizes import parse_size
+from joyedit.checkpoints.sizes import parse_size, written_size
 from joyedit.estimates.machines import MACHINES, Machine, machine_called, seconds_of
 from joyedit.estimates.parts import Part, open_parts
 from joyedit.estimates.stages import DECODE, DENOISE, TEXT, Size, Visit, run
@@ -113,7 +113,10 @@ def estimate(
     plan = Plan.make(found, options, (height, width, frames, steps), kind, quantize is not None)
     smallest = plan.smallest()
     if budget is not None and budget < smallest:
-        raise ValueError(f"memory={memory!r} is less than this edit takes at the least: memory='{smallest}'")
+        enough = f"memory={written_size(smallest)!r}"
+        raise ValueError(
+            f"memory={memory!r} is too little for this edit: the smallest that works is {enough}"
+        )
     fits = {str(size): plan.flags(size, quantize) for size in CARDS}
     if None in fits.values() and quantize is None and found.class_name in ALIKE:
         smaller = Plan.make(found, options, (height, width, frames, steps), kind, True)

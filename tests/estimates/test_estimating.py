@@ -17,6 +17,7 @@ import joyedit
 from benchmarks import estimates
 from benchmarks.random_checkpoint import write_random_checkpoint
 from joyedit.checkpoints.network import build_on_meta
+from joyedit.checkpoints.sizes import written_size
 from joyedit.command.cli import main
 from joyedit.estimates.counting import Tally, storage
 from joyedit.estimates.estimating import CARDS, RESERVED, Plan
@@ -150,11 +151,12 @@ def test_a_cpu_reads_what_it_needs(released):
 @pytest.mark.slow
 def test_a_budget_is_kept_and_the_smallest_is_named(released):
     size = {"device": "cuda", "height": 256, "width": 256}
-    with pytest.raises(ValueError, match=r"memory='\d+'$") as caught:
+    with pytest.raises(ValueError, match=r"memory='\d\.\dG'$") as caught:
         joyedit.estimate(released, memory="100MB", **size)
-    smallest = int(str(caught.value).split("'")[-2])
-    assert joyedit.estimate(released, memory=smallest, **size).smallest == smallest
-    with pytest.raises(ValueError, match=f"'{smallest}'"):
+    named = str(caught.value).split("'")[-2]
+    smallest = joyedit.estimate(released, memory=named, **size).smallest
+    assert written_size(smallest) == named
+    with pytest.raises(ValueError, match=f"'{named}'"):
         joyedit.estimate(released, memory=smallest - 1, **size)
     held = joyedit.estimate(released, memory="6G", **size)
     assert max(held.peak.values()) <= 6 * 2**30
