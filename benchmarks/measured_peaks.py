@@ -2,8 +2,8 @@
 
 Of each system a checkpoint with random weights, of some hundred MB, is written, and an edit is made on a CPU
 in a process of its own: with all weights where they are, and within budgets. The most of the resident set in
-each stage, less what the interpreter had after a small edit, goes to results/estimates/measured.json beside the
-estimate.
+each stage, less what the interpreter had after a small edit, goes to results/estimates/measured.json beside
+the estimate.
 """
 
 import argparse

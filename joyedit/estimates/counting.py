@@ -29,13 +29,18 @@ PRODUCT, ATTENTION, OTHER = "product", "attention", "other"
 class Tally:
     """What was done. bytes: read and written. operations: a multiplication and its addition are two.
     calls: (kind, operations, bytes) of one call -> how many there were; other operations are one entry.
-    peak: the most bytes that tensors took together. read: the storages of weights that were read whole."""
+    peak: the most bytes that tensors took together. read: the storages of weights that were read whole.
+    reading: the most of tensors and of the mapped weights that were read until then, by this visit or before.
+    passing: the most of tensors and of the block that ran. passes: how often a block was called."""
 
     bytes: int = 0
     operations: int = 0
     calls: Counter[tuple[str, int, int]] = dataclasses.field(default_factory=Counter)
     peak: int = 0
     read: set[int] = dataclasses.field(default_factory=set)
+    reading: int = 0
+    passing: int = 0
+    passes: int = 0
 
     def note(self, kind: str, operations: int, moved: int) -> None:
         self.bytes += moved
@@ -43,7 +48,7 @@ class Tally:
         self.calls[kind, operations, moved] += 1
 
     def add(self, other: "Tally") -> None:
-        """All but the peak."""
+        """All but what is the most of something."""
         self.bytes += other.bytes
         self.operations += other.operations
         self.calls.update(other.calls)
@@ -51,13 +56,17 @@ class Tally:
 
 
 class Counted(TorchDispatchMode):
-    """Counts while it is active. weights: those of the networks, which are no activations."""
+    """Counts while it is active. weights: those of the networks, which are no activations. mapped: those of
+    them that take memory when they are read."""
 
-    def __init__(self, weights: Iterable[Tensor] = ()):
+    def __init__(self, weights: Iterable[Tensor] = (), mapped: Iterable[Tensor] = ()):
         super().__init__()
         self.tally = Tally()
         self.live = 0
+        self.block = 0  # bytes of the block that runs
+        self.resident = 0  # bytes of mapped weights that were read so far
         self.weights = {storage(t) for t in weights}
+        self._unread = {storage(t): t.nbytes for t in mapped}
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
         self._attention = Attention(self)
 
@@ -78,14 +87,15 @@ class Counted(TorchDispatchMode):
         """What is done while the block runs. Its peak has in it what is there already."""
         outer, inner = self.tally, Tally()
         self.forget()
-        inner.peak = self.live
         self.tally = inner
+        self.mark(0)
         try:
             yield inner
         finally:
             self.tally = outer
             outer.add(inner)
-            outer.peak = max(outer.peak, inner.peak)
+            for most in ("peak", "reading", "passing", "passes"):
+                setattr(outer, most, max(getattr(outer, most), getattr(inner, most)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -97,7 +107,7 @@ class Counted(TorchDispatchMode):
             operations = multiplied(func, args, out)
             self.tally.note(PRODUCT if operations else OTHER, operations, moved_by(args, kwargs, out))
             if func._schema.name != "aten::embedding":  # of a table a few rows are read
-                self.tally.read |= self.weights & {storage(t) for t in tensors_in(args)}
+                self.read(self.weights & {storage(t) for t in tensors_in(args)})
         self.allocate(made, working_memory(func, args, kwargs, out))
         return out
 
@@ -109,9 +119,30 @@ class Counted(TorchDispatchMode):
                 own = tensor.untyped_storage()
                 self._made[number] = StorageWeakRef(own), own.nbytes()
                 self.live += own.nbytes()
-        if self.live + beside > self.tally.peak:
+        if self._is_more(beside):
             self.forget()
-            self.tally.peak = max(self.tally.peak, self.live + beside)
+            self.mark(beside)
+
+    def read(self, storages: Iterable[int]) -> None:
+        """Weights with these storages are read."""
+        for number in storages:
+            self.tally.read.add(number)
+            self.resident += self._unread.pop(number, 0)
+
+    def _is_more(self, beside: int) -> bool:
+        tally, held = self.tally, self.live + beside
+        return (
+            held > tally.peak
+            or held + self.resident > tally.reading
+            or held + self.block > tally.passing
+        )  # fmt: skip
+
+    def mark(self, beside: int) -> None:
+        """What is there now may be the most, with so many bytes for a moment."""
+        tally, held = self.tally, self.live + beside
+        tally.peak = max(tally.peak, held)
+        tally.reading = max(tally.reading, held + self.resident)
+        tally.passing = max(tally.passing, held + self.block)
 
     def forget(self) -> None:
         """What is not there any more does not count."""
