@@ -22,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from joyedit.estimates.shapes import multiplied, result, working_memory
 
 CREATES = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty")}
+LARGEST_KEPT = (
+    32 * 2**20
+)  # bytes; glibc keeps the memory of smaller pieces, and gives that of larger ones back
 PRODUCT, ATTENTION, OTHER = "product", "attention", "other"
 
 
@@ -30,8 +33,9 @@ class Tally:
     """What was done. bytes: read and written. operations: a multiplication and its addition are two.
     calls: (kind, operations, bytes) of one call -> how many there were; other operations are one entry.
     peak: the most bytes that tensors took together. read: the storages of weights that were read whole.
-    reading: the most of tensors and of the mapped weights that were read until then, by this visit or before.
-    passing: the most of tensors and of the block that ran. passes: how often a block was called."""
+    reading: the most that a CPU holds, of freed memory, too, with the mapped weights that were read until
+    then. passing: the same with the block that runs, and with what this visit alone has freed. passes: how
+    often a block was called."""
 
     bytes: int = 0
     operations: int = 0
@@ -63,6 +67,8 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.tally = Tally()
         self.live = 0
+        self.small = 0  # of `live` what glibc would keep
+        self.heap = self.heap_of_visit = 0  # the most of that so far
         self.block = 0  # bytes of the block that runs
         self.resident = 0  # bytes of mapped weights that were read so far
         self.weights = {storage(t) for t in weights}
@@ -119,6 +125,7 @@ class Counted(TorchDispatchMode):
                 own = tensor.untyped_storage()
                 self._made[number] = StorageWeakRef(own), own.nbytes()
                 self.live += own.nbytes()
+                self.small += own.nbytes() if own.nbytes() <= LARGEST_KEPT else 0
         if self._is_more(beside):
             self.forget()
             self.mark(beside)
@@ -129,26 +136,35 @@ class Counted(TorchDispatchMode):
             self.tally.read.add(number)
             self.resident += self._unread.pop(number, 0)
 
+    def _most(self, beside: int) -> tuple[dict[str, int], int, int]:
+        """What is held of each kind, with so many bytes beside, when the heap is as large as it was at most:
+        in this edit, and in this visit."""
+        small, large = self.small, self.live - self.small
+        if beside <= LARGEST_KEPT:
+            small += beside
+        else:
+            large += beside
+        heap, own = max(self.heap, small), max(self.heap_of_visit, small)
+        held = {"peak": small + large, "reading": heap + large + self.resident}
+        return held | {"passing": own + large + self.block}, heap, own
+
     def _is_more(self, beside: int) -> bool:
-        tally, held = self.tally, self.live + beside
-        return (
-            held > tally.peak
-            or held + self.resident > tally.reading
-            or held + self.block > tally.passing
-        )  # fmt: skip
+        held, heap, own = self._most(beside)
+        more = any(count > getattr(self.tally, name) for name, count in held.items())
+        return more or heap > self.heap or own > self.heap_of_visit
 
     def mark(self, beside: int) -> None:
         """What is there now may be the most, with so many bytes for a moment."""
-        tally, held = self.tally, self.live + beside
-        tally.peak = max(tally.peak, held)
-        tally.reading = max(tally.reading, held + self.resident)
-        tally.passing = max(tally.passing, held + self.block)
+        held, self.heap, self.heap_of_visit = self._most(beside)
+        for name, count in held.items():
+            setattr(self.tally, name, max(getattr(self.tally, name), count))
 
     def forget(self) -> None:
         """What is not there any more does not count."""
         for number, (made, nbytes) in list(self._made.items()):
             if made.expired():
                 self.live -= nbytes
+                self.small -= nbytes if nbytes <= LARGEST_KEPT else 0
                 del self._made[number]
 
 

@@ -37,7 +37,6 @@ STAGES = (TEXT, DENOISE, DECODE)
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 # Beside what is estimated: on a GPU what the driver's context takes, on a CPU Python with its libraries.
 RESERVED = {"cuda": 600 * 2**20, "cpu": 300 * 2**20}
-KEPT = 64 * 2**20  # of freed memory by glibc, of what the visits before have freed
 LARGEST_SIDE, MOST_FRAMES, MOST_STEPS = 8192, 257, 10_000
 
 
@@ -166,20 +165,20 @@ class Plan:
 
     @functools.cached_property
     def whole(self) -> list[int]:
-        """What each visit takes when nothing is moved: its work beside all weights; or, on a CPU, beside those
-        of mapped files that were read until then."""
+        """What each visit takes when nothing is moved: its work beside all weights; on a CPU, beside those
+        of mapped files that were read until then, and what was freed and kept."""
         if self.kind != "cpu":
             weights = sum(part.moved for part in self.parts.values())
             return [weights + visit.tally.peak for visit in self.visits]
         read, found = set(), []
         in_memory = sum(part.nbytes for part in self.parts.values() if not part.mapped)
-        for i, visit in enumerate(self.visits):
+        for visit in self.visits:
             read |= visit.tally.read
             most = visit.tally.reading
             if visit.times > 1:  # from the second time on all of it was read before
                 in_files = sum(part.read_of(read) for part in self.parts.values() if part.mapped)
                 most = max(most, in_files + visit.tally.peak)
-            found.append(in_memory + most + (KEPT if i else 0))
+            found.append(in_memory + most)
         return found
 
     @functools.cached_property

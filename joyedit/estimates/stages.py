@@ -72,6 +72,7 @@ class Stages:
 
     @contextlib.contextmanager
     def visit(self, stage: str, part: str, times: int = 1, is_step: bool = False) -> Iterator[Any]:
+        self.counted.heap_of_visit = 0
         with self.counted.measure() as tally:
             yield self.networks[part]
         self.visits.append(Visit(stage, part, tally, times, is_step))
