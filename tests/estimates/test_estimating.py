@@ -18,13 +18,15 @@ import joyedit
 from benchmarks import estimates
 from benchmarks.random_checkpoint import write_random_checkpoint
 from joyedit.checkpoints.network import build_on_meta
-from joyedit.checkpoints.sizes import written_size
+from joyedit.checkpoints.options import LoadOptions
+from joyedit.checkpoints.sizes import parse_size, written_size
 from joyedit.command.cli import main
 from joyedit.estimates.counting import Tally, storage
 from joyedit.estimates.estimating import CARDS, RESERVED, Plan
 from joyedit.estimates.parts import Part
 from joyedit.estimates.stages import Size, Visit
-from joyedit.loading.layouts import ASSETS, save_checkpoint
+from joyedit.loading.layouts import ASSETS, find_checkpoint, save_checkpoint
+from joyedit.memory import least_budget, smallest
 from joyedit.models.joyimage_mmdit import JoyImageEditConfig, JoyImageEditTransformer3DModel
 from joyedit.models.qwen3_vl import Qwen3VLConfig
 from joyedit.models.wan_vae import AutoencoderKLWanConfig
@@ -165,6 +167,23 @@ def test_a_budget_is_kept_and_the_smallest_is_named(released):
     assert held.seconds > joyedit.estimate(released, **size).seconds, "the others are fetched in every step"
     roomy = joyedit.estimate(released, memory="200G", **size)
     assert roomy.peak["denoise"] < 40 * 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_flags_are_accepted_where_they_are_used(released, place, monkeypatch):
+    """By what a pipeline refuses before it has computed anything."""
+    found = find_checkpoint(released)
+    made = Plan.make(found, LoadOptions.parse({}), (512, 512, None, None), place, False)
+    networks = {name: part.network for name, part in made.parts.items()}
+    monkeypatch.setattr(smallest, "is_mapped", lambda tensor, ranges: True)
+    monkeypatch.setattr(smallest, "give_back", lambda tensors: None)
+    monkeypatch.setattr(smallest, "resident_bytes", lambda: RESERVED["cpu"])
+    least, _ = least_budget(networks, torch.device("cpu" if place == "cpu" else "mps"))
+    flags = [made.flags(card, None) for card in CARDS]
+    budgets = [parse_size(said.split()[-1]) for said in flags if said and "--memory" in said]
+    assert least < made.smallest() <= min(budgets) and len(budgets) >= 3
+    assert least > 0.5 * made.smallest(), "that bound would refuse nearly nothing"
 
 
 def plan(kind="cuda", whole=16):
