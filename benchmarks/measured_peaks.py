@@ -105,7 +105,7 @@ GROWN: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
 }  # fmt: skip
 SIZES = {"joyimage": (512, 512), "chronoedit": (192, 320), "diffedit": (320, 256)}  # height, width
-BUDGETS = ("900M", "1.2G")
+BUDGETS = ("900M",)
 
 
 def write_grown(folder: Path, system: str, parts: Any = None) -> None:

@@ -10,7 +10,7 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   measured      results/gpu/: blocks and steps on GPUs
   small         results/shapes/: the small models
   machines      results/estimates/: with which flags the released models fit into which memory
-  released-machines  the same with sizes, and how long an edit takes
+  released_machines  the same with sizes, and how long an edit takes
   estimates     results/estimates/: peaks that were estimated and measured
   together      joyedit/pipelines/together.py: which settings go with which
   drift         results/drift/: what the small models do to the rest of the picture, in a sentence
@@ -431,7 +431,7 @@ TABLES = {
     "measured": measured_table,
     "small": small_table,
     "machines": flags_table,
-    "released-machines": machine_table,
+    "released_machines": machine_table,
     "estimates": estimates_table,
     "together": together_table,
     "drift": drift_sentence,

@@ -17,7 +17,7 @@ import joyedit
 from joyedit.checkpoints.sizes import parse_size, written_size
 from joyedit.command.cli import main
 from joyedit.memory import least_budget
-from joyedit.memory.budget import MARGIN, Watched
+from joyedit.memory.budget import MARGIN, Watched, resident_bytes
 from joyedit.memory.pages import mapped_copies
 from joyedit.pipelines.placement import Placed
 
@@ -72,10 +72,25 @@ def test_the_least_is_the_rest_and_two_blocks_or_one_of_a_file(monkeypatch):
     assert least == 2 * 256 + 80 + 20 and "the unet needs 612 at once" in why
     monkeypatch.setattr("joyedit.memory.smallest.resident_bytes", lambda: 10_000)
     monkeypatch.setattr("joyedit.memory.smallest.is_mapped", lambda tensor, ranges: True)
-    monkeypatch.setattr("joyedit.memory.smallest.give_back", lambda tensors: None)
-    assert least_budget(networks, torch.device("cpu"))[0] == 10_000 + 256 + 20
-    monkeypatch.setattr("joyedit.memory.smallest.is_mapped", lambda tensor, ranges: False)
+    monkeypatch.setattr("joyedit.memory.smallest._resident_of_files", lambda addresses: 1000)
+    assert least_budget(networks, torch.device("cpu"))[0] == 10_000 - 1000 + 256 + 20
+    monkeypatch.undo()
+    monkeypatch.setattr("joyedit.memory.smallest.resident_bytes", lambda: 10_000)
     assert least_budget(networks, torch.device("cpu"))[0] == 10_000 - (64 + 256 + 128) + 256
+
+
+def test_what_was_read_of_the_weights_does_not_count(tmp_path):
+    network = joyedit.JoyImageEditTransformer3DModel.from_config(
+        hidden_size=512, num_attention_heads=4, num_layers=4, text_dim=64
+    )
+    network.save_pretrained(tmp_path)
+    network = joyedit.JoyImageEditTransformer3DModel.from_pretrained(tmp_path)
+    before, _ = least_budget({"transformer": network}, torch.device("cpu"))
+    resident = resident_bytes()
+    total = sum(parameter.double().sum().item() for parameter in network.parameters())  # all of 100 MB
+    after, _ = least_budget({"transformer": network}, torch.device("cpu"))
+    assert np.isfinite(total) and resident_bytes() > resident + 80 * 10**6
+    assert abs(after - before) < 20 * 10**6
 
 
 class Told(Watched):

@@ -5,14 +5,12 @@ CPU the process's resident set, its own pages and those of mapped files together
 """
 
 import contextlib
-import ctypes
-import functools
 import logging
 import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -54,9 +52,6 @@ class Watched:
     def forget(self) -> None:
         raise NotImplementedError
 
-    def tidy(self) -> None:
-        """Give back what an allocator has kept of freed memory."""
-
     def begin(self) -> None:
         self.peak = max(self.peak, self.most())
         self.forget()
@@ -71,7 +66,6 @@ class Watched:
         with COUNTING:
             self._visits += 1
             if self._visits == 1:
-                self.tidy()
                 self.forget()
                 self.peak = 0
         try:
@@ -96,10 +90,6 @@ class ProcessRoom(Watched):
     def most(self) -> int:
         return resident_bytes("VmHWM")
 
-    def tidy(self) -> None:
-        if trim := _malloc_trim():
-            trim(0)
-
     def forget(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the largest VmRSS, counts from now on
 
@@ -116,13 +106,6 @@ class DeviceRoom(Watched):
 
     def forget(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
-
-
-@functools.cache
-def _malloc_trim() -> Any:
-    """That of glibc, which keeps up to 64 MB of freed memory, and what lies between pieces in use. None: of
-    another C library."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def resident_bytes(field: str = "VmRSS") -> int:

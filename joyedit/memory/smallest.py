@@ -4,14 +4,16 @@ What the work itself takes goes with the size of the picture. A budget that has 
 for the work is not refused here: a call says then how much it took, see `budget.py`.
 """
 
+from bisect import bisect
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from joyedit.checkpoints.network import Network
 from joyedit.memory.budget import MARGIN, resident_bytes
-from joyedit.memory.pages import give_back, is_mapped, mapped_ranges
+from joyedit.memory.pages import is_mapped, mapped_ranges
 from joyedit.memory.streaming import blocks_of, tensors_of
 
 # Room for the smallest work: what libraries take when they compute first, and pictures of 100 pixels.
@@ -20,11 +22,7 @@ WORK = 96 * 2**20
 
 def least_budget(networks: Mapping[str, Network], device: torch.device) -> tuple[int, str]:
     """Bytes below which `networks` cannot run one at a time, block by block, on a device; and the reason in
-    words. What is surely needed, no more: less than that works for nobody.
-
-    On a CPU the pages of blocks that are in mapped files leave the resident set, as they will when they are
-    streamed.
-    """
+    words. What is surely needed, no more: less than that works for nobody."""
     needs = {name: _of_one(network, device) for name, network in networks.items()}
     largest = max(needs, key=lambda name: needs[name], default="")
     need = needs.get(largest, 0)
@@ -58,15 +56,26 @@ def _of_one(network: Network, device: torch.device) -> int:
 
 
 def _held_by_process(networks: Iterable[Network]) -> int:
-    """The resident set without blocks."""
-    blocks = [t for network in networks for block in blocks_of(network) for t in tensors_of(block)]
-    ranges, alone = mapped_ranges(), 0
-    for tensor in set(blocks):
-        if is_mapped(tensor.data, ranges):
-            give_back([tensor.data])
-        else:
-            alone += tensor.nbytes  # goes to a file when it is streamed
-    return max(resident_bytes() - alone, 0)
+    """The resident set without blocks, which leave it when they are streamed."""
+    tensors = {t for network in networks for block in blocks_of(network) for t in tensors_of(block)}
+    ranges = mapped_ranges()
+    mapped = {t.data_ptr() for t in tensors if is_mapped(t.data, ranges)}
+    alone = sum(t.nbytes for t in tensors if t.data_ptr() not in mapped)
+    return max(resident_bytes() - alone - _resident_of_files(mapped), 0)
+
+
+def _resident_of_files(addresses: Iterable[int]) -> int:
+    """What is in memory of the mapped files that hold these addresses. Source: Linux
+    `Documentation/filesystems/proc.rst`."""
+    starts, total, holds = sorted(addresses), 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines() if starts else ():
+        first, *rest = line.split()
+        if first == "Rss:":
+            total += int(rest[0]) * 1024 * holds
+        elif not first.endswith(":"):
+            start, end = (int(address, 16) for address in first.split("-"))
+            holds = bisect(starts, end - 1) > bisect(starts, start - 1)
+    return total
 
 
 def _held_by_others(networks: Iterable[Network], device: torch.device) -> int:
