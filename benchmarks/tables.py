@@ -9,7 +9,10 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   problems      results/kernels/: what spills or does not compile, under each Triton
   measured      results/gpu/: blocks and steps on GPUs
   small         results/shapes/: the small models
-  machines      results/estimates/: which memory the released models need, and how long an edit takes
+  machines      results/estimates/: with which flags the released models fit into which memory
+  released_machines  the same with sizes, and how long an edit takes
+  estimates     results/estimates/: peaks that were estimated and measured
+  together      joyedit/pipelines/together.py: which settings go with which
   drift         results/drift/: what the small models do to the rest of the picture, in a sentence
   drifts        the same by model, in a table
   quantised     results/quantised/: what eight bits cost the small models
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compiled_kernels, op_cases, roofline
+from joyedit.pipelines import together
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -330,6 +334,33 @@ def figures(row: Mapping[str, Any]) -> str:
     return ", ".join(said)
 
 
+def flags_table(results: Path = RESULTS) -> str:
+    """Markdown of the flags with which `joyedit estimate` says that the released models fit."""
+    found = json.loads((results / "estimates" / "released.json").read_text(encoding="utf-8"))
+    cards = list(next(iter(found.values()))["fits"])
+    lines = [f"| an edit | {' | '.join(f'{card} GB' for card in cards)} |", f"|{' --- |' * (len(cards) + 1)}"]
+    for name, row in found.items():
+        lines.append(f"| {' | '.join([name, *map(with_flags, row['fits'].values())])} |")
+    return "\n".join(lines)
+
+
+def estimates_table(results: Path = RESULTS) -> str:
+    """Markdown of peaks on a CPU: estimated, measured, and how far apart; a row for each stage."""
+    found = json.loads((results / "estimates" / "measured.json").read_text(encoding="utf-8"))
+    lines = [
+        "| model with random weights | stage | `--memory` | estimated | measured | ratio |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for system, name in NAMES.items():
+        for budget, row in found.get(system, {}).items():
+            height, width = row["size"]
+            for stage, said in row["estimated"].items():
+                sizes = (f"{count / 2**20:.0f} MiB" for count in (said, row["measured"][stage]))
+                what = f"{name}, {height} x {width}", stage, "-" if budget == "0" else budget
+                lines.append(f"| {' | '.join([*what, *sizes, format(row['ratio'][stage], '.2f')])} |")
+    return "\n".join(lines)
+
+
 def machine_table(results: Path = RESULTS) -> str:
     """Markdown of what `joyedit estimate` says of the released models on GPUs."""
     found = json.loads((results / "estimates" / "released.json").read_text(encoding="utf-8"))
@@ -342,6 +373,20 @@ def machine_table(results: Path = RESULTS) -> str:
         flags = [with_flags(said) for said in row["fits"].values()]
         times = (f"{row['times'][machine]:.3g} s" for machine in machines)
         lines.append(f"| {' | '.join([name, *sizes, *flags, *times])} |")
+    return "\n".join(lines)
+
+
+def together_table(results: Path = RESULTS) -> str:
+    """Markdown of the settings of a pipeline that go together; a column for each, by its number."""
+    names = list(together.SETTINGS)
+    head = ["setting", *(str(i + 1) for i in range(len(names)))]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for i, name in enumerate(names):
+        cells = (
+            "" if name == other else "no" if frozenset({name, other}) in together.APART else "yes"
+            for other in names
+        )
+        lines.append(f"| {' | '.join([f'{i + 1}. {together.SETTINGS[name][0]}', *cells])} |")
     return "\n".join(lines)
 
 
@@ -403,7 +448,10 @@ TABLES = {
     "problems": problem_table,
     "measured": measured_table,
     "small": small_table,
-    "machines": machine_table,
+    "machines": flags_table,
+    "released_machines": machine_table,
+    "estimates": estimates_table,
+    "together": together_table,
     "drift": drift_sentence,
     "drifts": drift_table,
     "quantised": quantised_table,

@@ -10,9 +10,11 @@ Source: the Diffusers and transformers folder formats.
 import contextlib
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -53,6 +55,9 @@ class Network(NetworkSpellings):
 
     # The weights of a network that was opened unread, to be written elsewhere: it computes nothing.
     unread: TensorFiles | None = None
+
+    # The files whose bytes are its weights, or were when it was read, as `os.stat` had them then.
+    mapped_files: Mapping[Path, os.stat_result] = MappingProxyType({})
 
     def __init__(self, config: Any):
         super().__init__()
@@ -248,6 +253,8 @@ class PlannedNetwork:
 
     def read(self) -> Any:
         """The network, filled. To be called once."""
+        if any(self.files.is_mapped(source) for step in self.plan.steps.values() for source in step.sources):
+            self.network.mapped_files = {path: path.stat() for path in self.files.files}
         state = dict(read_planned(self.plan, self.files, self.dtypes)) | self._initial()
         self.network.load_state_dict(state, strict=True, assign=True)
         left = [name for name, tensor in self.network.state_dict().items() if tensor.is_meta]

@@ -1,5 +1,6 @@
 """Amounts of memory in words. Imports nothing heavy."""
 
+import math
 import re
 from typing import Any
 
@@ -28,3 +29,13 @@ def parse_size(size: Any, name: str = "memory") -> int:
     if size <= 0:
         raise ValueError(f"{name}={size}: must be positive, {wanted}")
     return size
+
+
+def written_size(nbytes: int) -> str:
+    """At least so many bytes, as people write it and `parse_size` reads it: "2.3G", "320M"."""
+    for unit, step in (("G", 0.1), ("M", 10), ("M", 1), ("K", 1)):
+        if nbytes >= UNITS[unit] * (1 if unit == "G" else 10 * step):
+            break
+    count = math.ceil(nbytes / UNITS[unit] / step)
+    texts = (f"{round((count + more) * step, 1):g}{unit}" for more in (0, 1))
+    return next(text for text in texts if parse_size(text) >= nbytes)

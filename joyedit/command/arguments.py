@@ -18,6 +18,7 @@ from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
 from joyedit.command.values import LIMITS, MOST_PIXELS, beyond, finite, from_zero, pixels, place, whole
+from joyedit.pipelines import together
 
 DEMO_FOLDER = "joyedit-demo"
 MAKING = ("edit", "generate")  # the commands that make pictures
@@ -99,21 +100,27 @@ def contradiction(args: argparse.Namespace) -> str | None:
         return wrong
     if args.graphs and args.device not in (None, "auto") and not args.device.startswith("cuda"):
         return f"--graphs needs a CUDA or ROCm device, and --device is {shown(args.device, 40)}"
-    if args.memory is not None and args.offload not in (None, "none"):
-        return f"--offload {args.offload} is a shorthand of --memory: give one"
-    moving = f"--offload {args.offload}" if args.memory is None else f"--memory {args.memory}"
-    if args.graphs and (args.memory is not None or args.offload not in (None, "none")):
-        return f"--graphs reads weights where they are, and {moving} moves them: give one"
     if args.step_cache is not None and args.step_cache < 0:
         return f"step_cache {args.step_cache:g} is below 0"
-    if args.graphs and args.step_cache:
-        return "--graphs repeats what a step did, and --step-cache leaves some of it out: give one"
+    if wrong := together.contradiction(asked_settings(args)):
+        return wrong
     if args.lora_scale is not None and args.lora is None:
         return "--lora-scale is for the adapter that --lora names"
     if args.lora_scale is not None and len(args.lora_scale) not in (1, len(args.lora)):
         counts = f"{len(args.lora_scale)} times --lora-scale for {len(args.lora)} times --lora"
         return f"{counts}: give one scale for all adapters, or one for each"
     return None
+
+
+def asked_settings(args: argparse.Namespace) -> dict[str, str]:
+    """Of the settings in `joyedit/pipelines/together.py` those that the arguments ask for, in their words."""
+    given = {
+        "memory": (args.memory is not None, f"--memory {args.memory}"),
+        "offload": (args.offload not in (None, "none"), f"--offload {args.offload}"),
+        "graphs": (args.graphs, "--graphs"),
+        "step_cache": (bool(args.step_cache), f"--step-cache {args.step_cache}"),
+    }
+    return {name: words for name, (asked, words) in given.items() if asked}
 
 
 def has_graphs() -> bool:

@@ -22,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from joyedit.estimates.shapes import multiplied, result, working_memory
 
 CREATES = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty")}
+LARGEST_KEPT = (
+    32 * 2**20
+)  # bytes; glibc keeps the memory of smaller pieces, and gives that of larger ones back
 PRODUCT, ATTENTION, OTHER = "product", "attention", "other"
 
 
@@ -29,13 +32,19 @@ PRODUCT, ATTENTION, OTHER = "product", "attention", "other"
 class Tally:
     """What was done. bytes: read and written. operations: a multiplication and its addition are two.
     calls: (kind, operations, bytes) of one call -> how many there were; other operations are one entry.
-    peak: the most bytes that tensors took together. read: the storages of weights that were read whole."""
+    peak: the most bytes that tensors took together. read: the storages of weights that were read whole.
+    reading: the most that a CPU holds, of freed memory, too, with the mapped weights that were read until
+    then. passing: the same with the block that runs, and with what this visit alone has freed. passes: how
+    often a block was called."""
 
     bytes: int = 0
     operations: int = 0
     calls: Counter[tuple[str, int, int]] = dataclasses.field(default_factory=Counter)
     peak: int = 0
     read: set[int] = dataclasses.field(default_factory=set)
+    reading: int = 0
+    passing: int = 0
+    passes: int = 0
 
     def note(self, kind: str, operations: int, moved: int) -> None:
         self.bytes += moved
@@ -43,7 +52,7 @@ class Tally:
         self.calls[kind, operations, moved] += 1
 
     def add(self, other: "Tally") -> None:
-        """All but the peak."""
+        """All but what is the most of something."""
         self.bytes += other.bytes
         self.operations += other.operations
         self.calls.update(other.calls)
@@ -51,13 +60,19 @@ class Tally:
 
 
 class Counted(TorchDispatchMode):
-    """Counts while it is active. weights: those of the networks, which are no activations."""
+    """Counts while it is active. weights: those of the networks, which are no activations. mapped: those of
+    them that take memory when they are read."""
 
-    def __init__(self, weights: Iterable[Tensor] = ()):
+    def __init__(self, weights: Iterable[Tensor] = (), mapped: Iterable[Tensor] = ()):
         super().__init__()
         self.tally = Tally()
         self.live = 0
+        self.small = 0  # of `live` what glibc would keep
+        self.heap = self.heap_of_visit = 0  # the most of that so far
+        self.block = 0  # bytes of the block that runs
+        self.resident = 0  # bytes of mapped weights that were read so far
         self.weights = {storage(t) for t in weights}
+        self._unread = {storage(t): t.nbytes for t in mapped}
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
         self._attention = Attention(self)
 
@@ -78,14 +93,15 @@ class Counted(TorchDispatchMode):
         """What is done while the block runs. Its peak has in it what is there already."""
         outer, inner = self.tally, Tally()
         self.forget()
-        inner.peak = self.live
         self.tally = inner
+        self.mark(0)
         try:
             yield inner
         finally:
             self.tally = outer
             outer.add(inner)
-            outer.peak = max(outer.peak, inner.peak)
+            for most in ("peak", "reading", "passing", "passes"):
+                setattr(outer, most, max(getattr(outer, most), getattr(inner, most)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -97,7 +113,7 @@ class Counted(TorchDispatchMode):
             operations = multiplied(func, args, out)
             self.tally.note(PRODUCT if operations else OTHER, operations, moved_by(args, kwargs, out))
             if func._schema.name != "aten::embedding":  # of a table a few rows are read
-                self.tally.read |= self.weights & {storage(t) for t in tensors_in(args)}
+                self.read(self.weights & {storage(t) for t in tensors_in(args)})
         self.allocate(made, working_memory(func, args, kwargs, out))
         return out
 
@@ -109,15 +125,46 @@ class Counted(TorchDispatchMode):
                 own = tensor.untyped_storage()
                 self._made[number] = StorageWeakRef(own), own.nbytes()
                 self.live += own.nbytes()
-        if self.live + beside > self.tally.peak:
+                self.small += own.nbytes() if own.nbytes() <= LARGEST_KEPT else 0
+        if self._is_more(beside):
             self.forget()
-            self.tally.peak = max(self.tally.peak, self.live + beside)
+            self.mark(beside)
+
+    def read(self, storages: Iterable[int]) -> None:
+        """Weights with these storages are read."""
+        for number in storages:
+            self.tally.read.add(number)
+            self.resident += self._unread.pop(number, 0)
+
+    def _most(self, beside: int) -> tuple[dict[str, int], int, int]:
+        """What is held of each kind, with so many bytes beside, when the heap is as large as it was at most:
+        in this edit, and in this visit."""
+        small, large = self.small, self.live - self.small
+        if beside <= LARGEST_KEPT:
+            small += beside
+        else:
+            large += beside
+        heap, own = max(self.heap, small), max(self.heap_of_visit, small)
+        held = {"peak": small + large, "reading": heap + large + self.resident}
+        return held | {"passing": own + large + self.block}, heap, own
+
+    def _is_more(self, beside: int) -> bool:
+        held, heap, own = self._most(beside)
+        more = any(count > getattr(self.tally, name) for name, count in held.items())
+        return more or heap > self.heap or own > self.heap_of_visit
+
+    def mark(self, beside: int) -> None:
+        """What is there now may be the most, with so many bytes for a moment."""
+        held, self.heap, self.heap_of_visit = self._most(beside)
+        for name, count in held.items():
+            setattr(self.tally, name, max(getattr(self.tally, name), count))
 
     def forget(self) -> None:
         """What is not there any more does not count."""
         for number, (made, nbytes) in list(self._made.items()):
             if made.expired():
                 self.live -= nbytes
+                self.small -= nbytes if nbytes <= LARGEST_KEPT else 0
                 del self._made[number]
 
 

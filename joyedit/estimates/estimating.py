@@ -23,7 +23,7 @@ from joyedit.checkpoints.json_files import read_json
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import shown
 from joyedit.checkpoints.quantised_files import QUANTISE
-from joyedit.checkpoints.sizes import parse_size
+from joyedit.checkpoints.sizes import parse_size, written_size
 from joyedit.estimates.machines import MACHINES, Machine, machine_called, seconds_of
 from joyedit.estimates.parts import Part, open_parts
 from joyedit.estimates.stages import DECODE, DENOISE, TEXT, Size, Visit, run
@@ -113,7 +113,10 @@ def estimate(
     plan = Plan.make(found, options, (height, width, frames, steps), kind, quantize is not None)
     smallest = plan.smallest()
     if budget is not None and budget < smallest:
-        raise ValueError(f"memory={memory!r} is less than this edit takes at the least: memory='{smallest}'")
+        enough = f"memory={written_size(smallest)!r}"
+        raise ValueError(
+            f"memory={memory!r} is too little for this edit: the smallest that works is {enough}"
+        )
     fits = {str(size): plan.flags(size, quantize) for size in CARDS}
     if None in fits.values() and quantize is None and found.class_name in ALIKE:
         smaller = Plan.make(found, options, (height, width, frames, steps), kind, True)
@@ -156,36 +159,47 @@ class Plan:
             if quantised:
                 parts = {name: part.quantised() for name, part in parts.items()}
             size = size_of(found, parts, *asked)
-            visits = run(found.class_name, {name: part.network for name, part in parts.items()}, size)
+            mapped = [name for name, part in parts.items() if part.mapped]
+            visits = run(found.class_name, {name: part.network for name, part in parts.items()}, size, mapped)
         return cls(parts, visits, size, kind)
 
     @functools.cached_property
-    def held(self) -> list[int]:
-        """What each visit finds where it computes, when nothing is moved: all weights; or, on a CPU, of
-        mapped files what was read until then."""
+    def whole(self) -> list[int]:
+        """What each visit takes when nothing is moved: its work beside all weights; on a CPU, beside those
+        of mapped files that were read until then, and what was freed and kept."""
         if self.kind != "cpu":
-            return [sum(part.moved for part in self.parts.values())] * len(self.visits)
+            weights = sum(part.moved for part in self.parts.values())
+            return [weights + visit.tally.peak for visit in self.visits]
         read, found = set(), []
+        in_memory = sum(part.nbytes for part in self.parts.values() if not part.mapped)
         for visit in self.visits:
             read |= visit.tally.read
-            parts = self.parts.values()
-            found.append(sum(part.read_of(read) if part.mapped else part.nbytes for part in parts))
+            most = visit.tally.reading
+            if visit.times > 1:  # from the second time on all of it was read before
+                in_files = sum(part.read_of(read) for part in self.parts.values() if part.mapped)
+                most = max(most, in_files + visit.tally.peak)
+            found.append(in_memory + most)
         return found
 
     @functools.cached_property
     def streamed(self) -> list[tuple[int, int]]:
-        """What each visit takes when blocks come one after the other, at the least, with two of them, and at
-        the most, with all. What is read of a mapped file beside its blocks stays on a CPU."""
+        """What each visit takes when blocks come one after the other, at the least, and at the most, with all
+        of them: on a CPU beside the one that runs, on a GPU beside two buffers. In a visit that passes them
+        once none stays. What is read of a mapped file beside its blocks stays on a CPU."""
         rests: dict[str, int] = {}
         found = []
         for visit in self.visits:
-            part = self.parts[visit.part]
-            own = part.read_of(visit.tally.read) if self.kind == "cpu" else part.moved
+            part, tally = self.parts[visit.part], visit.tally
+            own = part.read_of(tally.read) if self.kind == "cpu" else part.moved
             rests = rests if self.kind == "cpu" else {}
             rests[visit.part] = max(rests.get(visit.part, 0), own - sum(part.blocks), 0)
-            two = 2 * max(part.blocks, default=0)
-            least = sum(rests.values()) + two + visit.tally.peak
-            found.append((least, max(least, least + sum(part.blocks) - two * (self.kind == "cpu"))))
+            held = sum(rests.values())
+            if self.kind == "cpu":
+                least, most = held + tally.passing, held + tally.peak + sum(part.blocks)
+            else:
+                least = held + tally.peak + 2 * max(part.blocks, default=0)
+                most = least + sum(part.blocks)
+            found.append((least, max(least, most) if visit.times * tally.passes > 1 else least))
         return found
 
     def smallest(self) -> int:
@@ -201,7 +215,7 @@ class Plan:
         """The most that is held in a stage."""
         mine = [(i, visit) for i, visit in enumerate(self.visits) if visit.stage == stage]
         if budget is None:
-            return max((self.held[i] + visit.tally.peak for i, visit in mine), default=0)
+            return max((self.whole[i] for i, _ in mine), default=0)
         room = self.room(budget)
         bounds = [self.streamed[i] for i, _ in mine]
         return max((min(max(least, room), most) for least, most in bounds), default=0)

@@ -38,7 +38,24 @@ class Repeats:
     def watch(self, blocks: Iterable[nn.Module]) -> None:
         """From now on these blocks run only where none did the same before."""
         for block in blocks:
-            block.forward = self._remembering(block, block.forward)
+            block.forward = self._in_place(block, self._remembering(block, block.forward))
+
+    def _in_place(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, while which the block is the one that runs."""
+        nbytes = sum(tensor.nbytes for tensor in block.parameters())
+        called: dict[int, int] = {}  # visit -> how often
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            counted = self.counted
+            called[id(counted.tally)] = count = called.get(id(counted.tally), 0) + 1
+            counted.tally.passes = max(counted.tally.passes, count)
+            before, counted.block = counted.block, nbytes
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                counted.block = before
+
+        return run
 
     def _remembering(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         form = type(block), tuple((name, p.shape, p.dtype) for name, p in block.named_parameters())
@@ -73,9 +90,9 @@ class Repeats:
     def _repeat(self, known: Known, block: nn.Module, leaves: list[Any]) -> Any:
         with self.counted.measure() as tally:
             tally.add(known.tally)
-            tally.peak = self.counted.live + known.rise
             weights = dict(block.named_parameters())
-            tally.read = {storage(weights[name]) for name in known.read}
+            self.counted.read(storage(weights[name]) for name in known.read)
+            self.counted.mark(known.rise)
             new = {
                 number: torch.empty(nbytes, dtype=torch.uint8, device="meta")
                 for number, nbytes in known.sizes.items()

@@ -31,7 +31,9 @@ def result(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def working_memory(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
     """Bytes that an operation takes for itself and gives back, as far as that is known: of tensors of several
-    dtypes, and for norms in a wider one, a CPU makes copies that are alike."""
+    dtypes, and for norms in a wider one, a CPU makes copies that are alike; see also `convolved`."""
+    if func.overloadpacket is aten.convolution:
+        return convolved(args[0], out) if kind_of(out.device) == "cpu" else 0
     widens = func.overloadpacket is aten.linalg_vector_norm
     if not isinstance(out, Tensor) or kind_of(out.device) != "cpu":
         return 0
@@ -39,6 +41,16 @@ def working_memory(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> 
         return 0
     others = [x for x in args if isinstance(x, Tensor) and x.ndim and x.dtype != out.dtype]
     return sum(x.numel() * out.element_size() for x in others if x.dtype != torch.bool)
+
+
+def convolved(x: Tensor, out: Tensor) -> int:
+    """What oneDNN takes beside the result: unless channels come last, it works on copies in which they are in
+    groups of 16, of what comes in and of what goes out, one after the other."""
+    layout = LAYOUTS.get(x.ndim)
+    if layout is None or x.is_contiguous(memory_format=layout):
+        return 0
+    padded = ((t.numel() // t.shape[1] * -(-t.shape[1] // 16) * 16, t.element_size()) for t in (x, out))
+    return max(count * size for count, size in padded)
 
 
 def multiplied(func: Any, args: tuple, out: Any) -> int:

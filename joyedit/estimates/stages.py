@@ -8,7 +8,8 @@ h, w latent height and width   L text tokens   D width
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,24 +60,30 @@ class Visit:
 class Stages:
     """Runs networks that have no memory, and notes what each visit takes."""
 
-    def __init__(self, networks: Mapping[str, Network]):
+    def __init__(self, networks: Mapping[str, Network], mapped: Collection[str] = ()):
         self.networks = networks
         self.visits: list[Visit] = []
-        self.counted = Counted(t for network in networks.values() for t in tensors_of(network))
+        weights = {name: tensors_of(network) for name, network in networks.items()}
+        in_files = (t for name in mapped for t in weights[name])
+        self.counted = Counted(itertools.chain.from_iterable(weights.values()), in_files)
         repeats = Repeats(self.counted)
         for network in networks.values():
             repeats.watch(blocks_of(network))
 
     @contextlib.contextmanager
     def visit(self, stage: str, part: str, times: int = 1, is_step: bool = False) -> Iterator[Any]:
+        self.counted.heap_of_visit = 0
         with self.counted.measure() as tally:
             yield self.networks[part]
         self.visits.append(Visit(stage, part, tally, times, is_step))
 
 
-def run(class_name: str, networks: Mapping[str, Network], size: Size) -> list[Visit]:
-    """The visits of an edit by a pipeline of this class. Networks that it does not have are not visited."""
-    stages = Stages(networks)
+def run(
+    class_name: str, networks: Mapping[str, Network], size: Size, mapped: Collection[str] = ()
+) -> list[Visit]:
+    """The visits of an edit by a pipeline of this class. Networks that it does not have are not visited.
+    mapped: names of those whose weights take memory when they are read."""
+    stages = Stages(networks, mapped)
     with torch.no_grad(), stages.counted:
         SYSTEMS[class_name](stages, size)
     return stages.visits

@@ -48,6 +48,7 @@ from joyedit.loading.comfyui import (
 from joyedit.loading.foreign_layouts import ORIGINAL_TEXT_ENCODER, write_comfyui, write_original
 from joyedit.loading.single_file import is_single_file, open_single_file, read_single_file
 from joyedit.memory import in_a_file
+from joyedit.pipelines import together
 from joyedit.pipelines.chronoedit_presets import preset_called
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.pipelines.pipeline import Pipeline
@@ -144,7 +145,8 @@ def load(
     check_offload(offload)
     budget = None if memory is None else parse_size(memory)
     if budget is not None and offload != "none":
-        raise ValueError(f"memory={memory!r} and offload={offload!r}: give one, offload is a shorthand")
+        asked = {"memory": f"memory={memory!r}", "offload": f"offload={offload!r}"}
+        raise ValueError(together.contradiction(asked))
     target = _device(device)
     source = {
         "revision": revision,
@@ -169,7 +171,7 @@ def load(
     if preset is not None:
         pipe.use_preset(preset, lora=loras)
     if budget is not None:
-        pipe.set_memory(budget, target)
+        pipe.set_memory(memory, target)
     if offload != "none":
         pipe.set_offload(offload, None if target.type == "cpu" else target)
     return pipe

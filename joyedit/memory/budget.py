@@ -4,12 +4,24 @@ A budget bounds what a pipeline holds where it computes: of a GPU the memory tha
 CPU the process's resident set, its own pages and those of mapped files together.
 """
 
+import contextlib
+import logging
+import math
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from joyedit.checkpoints.sizes import written_size
+
+log = logging.getLogger("joyedit")
+
 MARGIN = 0.02  # of a budget, which is not given away: what allocators and threads take beside
+
+
+COUNTING = threading.Lock()  # over the visits of all rooms: one that had a lock could not be pickled
 
 
 class Room(Protocol):
@@ -24,30 +36,76 @@ class Room(Protocol):
         ...
 
 
-class ProcessRoom:
-    """Of `total` bytes of resident set, on Linux."""
+class Watched:
+    """Of `total` bytes of a device: what is left of them, and the most that visits of networks took."""
 
     def __init__(self, total: int):
         self.total = total
+        self.peak = 0  # in the visits that run now
+        self.enough = total  # what would have been enough for all visits so far
+        self._visits = 0
+
+    def most(self) -> int:
+        """The most that was held since `forget`."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        raise NotImplementedError
 
     def begin(self) -> None:
+        self.peak = max(self.peak, self.most())
+        self.forget()
+
+    def left(self) -> int:
+        return int(self.total * (1 - MARGIN)) - self.most()
+
+    @contextlib.contextmanager
+    def visit(self, name: str) -> Iterator[None]:
+        """Around the work of a network of that name. Warns of more than all earlier visits needed, when that
+        is more than there may be."""
+        with COUNTING:
+            self._visits += 1
+            if self._visits == 1:
+                self.forget()
+                self.peak = 0
+        try:
+            yield
+        finally:
+            with COUNTING:
+                self._visits -= 1
+                self.begin()
+                needed = math.ceil(self.peak / (1 - MARGIN))
+                if self.peak > self.total and needed > self.enough:
+                    self.enough = needed
+                    log.warning(
+                        "memory=%r was not enough for this call: %s bytes were held while the %s ran; "
+                        "as much as that takes memory=%r",
+                        written_size(self.total), f"{self.peak:,}", name, written_size(needed),
+                    )  # fmt: skip
+
+
+class ProcessRoom(Watched):
+    """Of the resident set of this process, on Linux."""
+
+    def most(self) -> int:
+        return resident_bytes("VmHWM")
+
+    def forget(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the largest VmRSS, counts from now on
 
-    def left(self) -> int:
-        return int(self.total * (1 - MARGIN)) - resident_bytes("VmHWM")
 
-
-class DeviceRoom:
-    """Of `total` bytes of a CUDA or ROCm device."""
+class DeviceRoom(Watched):
+    """Of what PyTorch takes of a CUDA or ROCm device."""
 
     def __init__(self, total: int, device: torch.device):
-        self.total, self.device = total, device
+        super().__init__(total)
+        self.device = device
 
-    def begin(self) -> None:
+    def most(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device)
+
+    def forget(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
-
-    def left(self) -> int:
-        return int(self.total * (1 - MARGIN)) - torch.cuda.max_memory_reserved(self.device)
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
@@ -58,5 +116,5 @@ def resident_bytes(field: str = "VmRSS") -> int:
     raise OSError(f"/proc/self/status does not say {field}")
 
 
-def room_on(device: torch.device, total: int) -> Room:
+def room_on(device: torch.device, total: int) -> Watched:
     return ProcessRoom(total) if device.type == "cpu" else DeviceRoom(total, device)

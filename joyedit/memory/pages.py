@@ -7,10 +7,12 @@ when it looks there the next time.
 
 import ctypes
 import ctypes.util
+import errno
 import functools
 import mmap
 import os
 import re
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
@@ -48,12 +50,12 @@ def fetch_ahead(tensors: Iterable[Tensor]) -> None:
         _madvise()(start, tensor.data_ptr() + tensor.nbytes - start, mmap.MADV_WILLNEED)
 
 
-def mapped_ranges() -> list[tuple[int, int]]:
-    """Where this process has files mapped: addresses from, to."""
+def mapped_ranges(of: int | None = None) -> list[tuple[int, int]]:
+    """Where this process has files mapped: addresses from, to. of: the number (inode) of one file."""
     ranges = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
-        if inode != "0":
+        if inode != "0" and of in (None, int(inode)):
             start, end = (int(address, 16) for address in addresses.split("-"))
             ranges.append((start, end))
     return ranges
@@ -67,12 +69,12 @@ def is_mapped(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> bool:
 def mapped_copies(tensors: Sequence[Tensor], folder: str | None = None) -> list[Tensor]:
     """The same tensors in a file of their own, which has no name any more and goes when they do.
 
-    Raises OSError where the disk has no room.
+    Raises OSError naming the folder where the disk has no room.
     """
     places, nbytes = laid_out(tensors)
     descriptor, name = tempfile.mkstemp(prefix="joyedit-", dir=folder)
     try:
-        os.posix_fallocate(descriptor, 0, max(nbytes, 1))
+        _take_room(descriptor, name, nbytes)
         row = torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8)
     finally:
         os.close(descriptor)
@@ -80,6 +82,22 @@ def mapped_copies(tensors: Sequence[Tensor], folder: str | None = None) -> list[
     for tensor, place in zip(tensors, places, strict=True):
         place.of(row).copy_(tensor)
     return [place.of(row) for place in places]
+
+
+def _take_room(descriptor: int, name: str, nbytes: int) -> None:
+    """Where a disk had no room for a page when it is written to, the system would end the process."""
+    try:
+        os.posix_fallocate(descriptor, 0, max(nbytes, 1))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        folder = os.path.dirname(name)
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            error.errno,
+            f"{folder} has no room for {nbytes:,} bytes of weights that are in no file as they are held "
+            f"({free:,} are free): name another folder in the variable TMPDIR, or convert the weights first",
+        ) from None
 
 
 def in_a_file(tensor: Tensor) -> Tensor:

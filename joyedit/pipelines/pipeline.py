@@ -28,6 +28,7 @@ from joyedit.checkpoints.option_spellings import check_saving
 from joyedit.checkpoints.options import LoadOptions
 from joyedit.checkpoints.plain_text import visible
 from joyedit.checkpoints.summary import parts
+from joyedit.memory import refuse_shrunk
 from joyedit.pipelines import together
 from joyedit.pipelines.checks import check_step_cache
 from joyedit.pipelines.defaults import Unsaid, plain
@@ -98,8 +99,11 @@ class Pipeline(Placed, PipelineSpellings):
 
     def for_one_call(self) -> Self:
         """What one call runs on, and its callbacks get: a copy with the same parts, but with schedulers and
-        progress of its own. A call within a call is interrupted with it."""
+        progress of its own. A call within a call is interrupted with it. Raises ValueError where a weight
+        file has become shorter since it was loaded, or settings exclude each other."""
         if self._outer is None:
+            together.check_call(self.in_use())
+            refuse_shrunk(self.networks.values())
             vars(self)["_interrupt"] = False  # of an earlier call; those that run have their own
         call = copy.copy(self)
         solvers = {name: part for name, part in self.components.items() if isinstance(part, Scheduler)}
@@ -311,7 +315,7 @@ class Pipeline(Placed, PipelineSpellings):
         made = cls(**{**parts, **settings, **changes})
         made.made_for = pipeline.made_for
         made._progress, made._offload_device = pipeline._progress, pipeline._offload_device
-        made._graphs = pipeline._graphs
+        made._graphs, made._room = pipeline._graphs, pipeline._room
         return made
 
     @property

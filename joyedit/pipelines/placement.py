@@ -11,9 +11,18 @@ from typing import Any, ParamSpec, Self, TypeVar
 import torch
 
 from joyedit.checkpoints.network import Network
-from joyedit.checkpoints.sizes import parse_size
+from joyedit.checkpoints.sizes import parse_size, written_size
 from joyedit.graphs import GraphedCalls
-from joyedit.memory import BlockStreaming, at_rest, room_on, stream_blocks, visit
+from joyedit.memory import (
+    BlockStreaming,
+    Watched,
+    at_rest,
+    enough_for_work,
+    least_budget,
+    room_on,
+    stream_blocks,
+    visit,
+)
 from joyedit.pipelines import together
 
 log = logging.getLogger("joyedit")
@@ -28,7 +37,7 @@ class Placed:
 
     networks: dict[str, Network]
     _offload_device: torch.device | None = None  # where networks come to when they run
-    _memory: int | None = None  # bytes, the budget
+    _room: Watched | None = None  # within the budget
     _graphs: GraphedCalls | None = None
 
     def placement(self) -> dict[str, str]:
@@ -36,8 +45,8 @@ class Placed:
         facts = {}
         if self._offload_device is not None:
             facts["offloaded from"] = str(self._offload_device)
-        if self._memory is not None:
-            facts["memory"] = f"{self._memory:,} bytes"
+        if self._room is not None:
+            facts["memory"] = f"{self._room.total:,} bytes"
         if self._graphs is not None:
             facts["graphs"] = f"{len(self._graphs)} recorded"
         return facts
@@ -47,8 +56,14 @@ class Placed:
         offloaded = self._offload_device is not None or any(
             BlockStreaming.is_attached(network) for network in self.networks.values()
         )
-        place = {"memory"} if self._memory is not None else {"offload"} if offloaded else set()
-        return place | ({"graphs"} if self._graphs is not None else set())
+        modules = (module for network in self.networks.values() for module in network.modules())
+        states = {
+            "memory": self._room is not None,
+            "offload": self._room is None and offloaded,
+            "graphs": self._graphs is not None,
+            "compile": any(module._compiled_call_impl is not None for module in modules),
+        }
+        return {name for name, on in states.items() if on}
 
     @property
     def device(self) -> torch.device:
@@ -99,27 +114,38 @@ class Placed:
         blocks as there is room for stay while their network runs. The results are those without.
         device: an accelerator if there is one, unless this names another or the pipeline is on one.
 
-        Raises ValueError for other sizes, and with graphs.
+        Raises ValueError for other sizes, for less than the networks need block by block, naming what is
+        enough for a small picture, and with graphs. A call that takes more than the budget warns of it.
         """
         total = None if memory is None else parse_size(memory)
         if total is not None:
             together.check("memory", f"memory={memory!r}", self.in_use() - {"offload"})
         where = self.device if device is None else torch.device(device)
+        if where.type == "cpu" and device is None:
+            where = accelerator_device() or where
+        if total is not None:
+            self._refuse_too_little(memory, total, where)
         self.disable_offload()
         if total is None:
             return
-        if where.type == "cpu" and device is None:
-            where = accelerator_device() or where
         if where.type != "cpu":
             for network in self.networks.values():
                 network.to("cpu")
             self._offload_device = where
-        self._memory = total
-        stream_blocks(self.networks.values(), where, room_on(where, total))
+        self._room = room_on(where, total)
+        stream_blocks(self.networks.values(), where, self._room)
+
+    def _refuse_too_little(self, memory: Any, total: int, where: torch.device) -> None:
+        least, why = least_budget(self.networks, where)
+        if total < least:
+            enough = written_size(enough_for_work(least))
+            raise ValueError(
+                f"memory={memory!r} is too little: {why}; the smallest that works is memory={enough!r}"
+            )
 
     def disable_offload(self) -> None:
         """Keep the networks in main memory from now on, until they are moved."""
-        self._offload_device = self._memory = None
+        self._offload_device = self._room = None
         for network in self.networks.values():
             BlockStreaming.detach(network)
 
@@ -167,7 +193,9 @@ class Placed:
         """The network, on the device that computes while the block runs. Other calls may run it meanwhile."""
         if network is None:  # what needs a part has said so by its name
             raise ValueError("this needs a network that the pipeline does not have")
-        with visit(network, None if BlockStreaming.is_attached(network) else self._offload_device):
+        visited = visit(network, None if BlockStreaming.is_attached(network) else self._offload_device)
+        room = self._room
+        with visited, contextlib.nullcontext() if room is None else room.visit(type(network).__name__):
             yield network
 
 

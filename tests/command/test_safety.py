@@ -280,7 +280,9 @@ def files(folder):
     return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 sys.addaudithook(hook)
-convert = ["convert", "tiny-joyimage", "ck", "--to", to, "-q"]
+quantised = to == "int8_convrot"
+to = "comfyui" if quantised else to
+convert = ["convert", "tiny-joyimage", "ck", "--to", to, "-q", *["--quantize", "int8_convrot"] * quantised]
 assert cli.main([*convert[:2], "whole", *convert[3:]]) == 0
 whole, n = files(Path("whole")), step
 while True:
@@ -305,7 +307,7 @@ while True:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["diffusers", "original", "comfyui"])
+@pytest.mark.parametrize("to", ["diffusers", "original", "comfyui", "int8_convrot"])
 def test_what_a_killed_conversion_leaves_does_not_open(to):
     """Until all of it is there, even in its hidden place."""
     command = [sys.executable, "-c", LEFT_BY_A_KILLED_ONE, to, "25"]

@@ -58,7 +58,7 @@ def test_several_seeds_and_generate(photo, run):
         ("--step-cache often", "--step-cache: 'often' is not a number"),
         (
             "--step-cache 0.1 --graphs",
-            "--graphs repeats what a step did, and --step-cache leaves some of it out",
+            "--graphs does not go with --step-cache 0.1: a graph repeats what it recorded",
         ),
     ],
 )

@@ -1,6 +1,9 @@
 """What is counted on tensors without memory: against sums by hand, closed forms, and PyTorch's own record of
 allocations in real runs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -37,6 +40,54 @@ def test_a_chain_by_hand():
     assert len(counted.tally.read) == 1
     counted.forget()
     assert counted.live == 4000 + 2000
+
+
+MB = 2**20
+
+
+def test_what_is_freed_in_small_pieces_is_kept_and_weights_count_when_they_are_read():
+    first, second, elsewhere = meta(3 * MB), meta(5 * MB), meta(7 * MB)
+    with torch.no_grad(), Counted([first, second, elsewhere], mapped=[first, second]) as counted:
+        counted.block = 11
+        x = first + 1  # 12 MB, and 12 of weights
+        x = meta(5 * MB)
+        x += second  # 20, and 32 of weights; there was a moment with 32
+        del x
+        y = meta(10 * MB)  # 40 in one piece, beside 32 that are kept
+        y = None
+        elsewhere * 2  # 28 of what is kept
+    tally = counted.tally
+    assert y is None and tally.peak == 40 * MB and tally.passing == (32 + 40) * MB + 11
+    assert tally.reading == (32 + 32 + 40) * MB
+
+
+def test_a_convolution_copies_what_has_no_channels_last():
+    x, out = meta(1, 96, 50, 40), meta(1, 3, 50, 40)
+    assert shapes.convolved(x, out) == 4 * 96 * 2000
+    assert shapes.convolved(out, meta(1, 8, 50, 40)) == 4 * 16 * 2000
+    assert shapes.convolved(x.contiguous(memory_format=torch.channels_last), out) == 0
+
+
+CONVOLUTION = """
+import torch
+from pathlib import Path
+from joyedit.memory.budget import resident_bytes
+layer = torch.nn.Conv2d(64, 48, 3, padding=1).requires_grad_(False)
+x = torch.ones(1, 64, 512, 512)
+layer(x[..., :8, :8].contiguous())
+Path("/proc/self/clear_refs").write_text("5")
+before = resident_bytes()
+out = layer(x)
+print(resident_bytes("VmHWM") - before - out.nbytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_convolution_takes_beside_its_result():
+    done = subprocess.run([sys.executable, "-c", CONVOLUTION], capture_output=True, text=True, check=True)
+    wanted = shapes.convolved(meta(1, 64, 512, 512), meta(1, 48, 512, 512))
+    assert int(done.stdout) == pytest.approx(wanted, rel=0.15)
 
 
 def test_attention_is_one_operation():
