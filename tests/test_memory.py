@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch import nn
 import joyedit
 from benchmarks.quantised import in_form
 from joyedit.checkpoints.sizes import parse_size
+from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.memory import BlockStreaming, stream_blocks
+from joyedit.memory.pages import PAGE, own_pages
 from joyedit.memory.streaming import Passing, Transfers, TwoBuffers, blocks_of, tensors_of
 from joyedit.quantised import quantised_weights
 
@@ -134,6 +137,24 @@ class FixedRoom:
         return self.nbytes
 
 
+class Noted(Passing):
+    """Moves nothing."""
+
+    bring = settle = fetch = leave = lambda self, i: None
+
+
+def test_blocks_stay_as_long_as_they_work_on_no_more_than_was_measured():
+    """A vision tower and a decoder, whose keys and values grow by a token at a time, as in an answer."""
+    passing, stay = Noted([nn.Linear(16, 16) for _ in range(4)], FixedRoom(3 * 1088)), []
+    passing.enter(0, 5)
+    passing.enter(1, 5)
+    for loads in ((100, 100), (60, 60), (61, 61), (101, 61), (70, 102), (101, 102)):
+        for i, load in zip((2, 3), loads, strict=True):
+            passing.enter(i, load)
+        stay.append(sorted(passing.staying))
+    assert stay == [[], [2, 3], [2, 3], [], [], [2, 3]]
+
+
 SYSTEMS = ("tiny-joyimage", "tiny-diffedit", "tiny-chronoedit")
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 
@@ -213,6 +234,70 @@ def test_quantised_weights_come_as_they_are_stored(form, place, monkeypatch):
     assert before and torch.equal(call(pipe), wanted)
     for name, weight in quantised_weights(pipe.transformer).items():
         assert weight.stored.dtype.itemsize == 1 and torch.equal(weight.stored, before[name])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
+def test_weights_that_were_changed_in_place_stay_changed(tmp_path):
+    """Before they are streamed, and between two calls: the file has them as they were."""
+    made = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(3))
+    save_tensors(tmp_path, "weights", made.state_dict())
+    files = TensorFiles([tmp_path / "weights.safetensors"])
+    network = Products([files[name] for name in made.state_dict()])
+    x = torch.randn(2, 64)
+    stream = BlockStreaming(network, torch.device("cpu"), FixedRoom(0))
+    for changed in (0, 2):
+        network.blocks[changed].weight.mul_(-2)
+        made[changed].weight.data.mul_(-2)
+        wanted = made[2](made[1](made[0](x)))
+        for _ in range(2):
+            stream.begin()
+            assert torch.equal(network(x), wanted)
+            assert torch.equal(network(x), wanted)
+            stream.end()
+        assert torch.equal(network.blocks[changed].weight, made[changed].weight)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
+def test_parts_that_are_called_before_any_block_are_given_back(tmp_path):
+    save_tensors(tmp_path, "weights", {name: torch.randn(64, 64) for name in "ab"})
+    files = TensorFiles([tmp_path / "weights.safetensors"])
+    network = Products([files["a"], files["b"]], within=True)
+    streaming = BlockStreaming(network, torch.device("cpu"), FixedRoom(0))
+    start, end = own_pages(files["b"])
+    streaming.begin()
+    wanted = torch.ones(1, 64) @ files["b"].T
+    assert resident(start, end) == (end - start) // PAGE > 0
+    assert torch.equal(network.blocks[1].part(torch.ones(1, 64)), wanted)
+    assert resident(start, end) == 0
+    streaming.end()
+
+
+def resident(start, end):
+    """How many pages are there."""
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(start // PAGE * 8)
+        return int((np.frombuffer(file.read((end - start) // PAGE * 8), np.uint64) >> 63).sum())
+
+
+class Products(nn.Module):
+    """within: each weight is in a part of its block."""
+
+    def __init__(self, weights, within=False):
+        super().__init__()
+        layers = [nn.Linear(1, 1, bias=False) for _ in weights]
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        blocks = [nn.Sequential(OrderedDict(part=layer)) for layer in layers] if within else layers
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    @staticmethod
+    def stays_behind(name):
+        return False
 
 
 kept_let_go = TwoBuffers.let_go

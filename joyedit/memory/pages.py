@@ -1,4 +1,5 @@
-"""Pages of mapped files: which tensors are in some, giving back their memory, and fetching them ahead.
+"""Pages of mapped files: which tensors are in some, giving back their memory, and fetching them ahead; and of
+what `malloc` keeps.
 
 The kernel keeps what was read of a file in its own cache, as long as there is memory for it. A process that
 gives a page back has it no longer in its resident set, and gets it again, from that cache or from the disk,
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,19 +30,50 @@ PAGE = mmap.PAGESIZE
 
 
 @functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+
+
+@functools.cache
 def _madvise():
-    function = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True).madvise
+    function = _libc().madvise
     function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     return function
+
+
+def give_back_unused() -> None:
+    """What was allocated and is free leaves the resident set. glibc keeps it for the next allocation: of an
+    autoencoder's feature maps that is more than its weights. Other C libraries are not asked."""
+    if hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)
+
+
+def own_pages(tensor: Tensor) -> tuple[int, int]:
+    """The pages that a tensor alone fills: addresses from, to."""
+    start = -(-tensor.data_ptr() // PAGE) * PAGE
+    return start, max((tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE, start)
 
 
 def give_back(tensors: Iterable[Tensor]) -> None:
     """The pages that these tensors alone fill leave the resident set. All are in mapped files, or lost."""
     for tensor in tensors:
-        start = -(-tensor.data_ptr() // PAGE) * PAGE
-        end = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
+        start, end = own_pages(tensor)
         if end > start:
             _madvise()(start, end - start, mmap.MADV_DONTNEED)
+
+
+def are_written(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors in mapped files were written to: the pages that would be given back are not the file's
+    any more. Source: Linux `Documentation/admin-guide/mm/pagemap.rst`."""
+    found = []
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        for tensor in tensors:
+            start, end = own_pages(tensor)
+            file.seek(start // PAGE * 8)
+            flags = np.frombuffer(file.read((end - start) // PAGE * 8), np.uint64)
+            there, of_file = flags >> 62, flags >> 61 & 1  # in memory or swapped out; a file's
+            found.append(bool(((there > 0) & (of_file == 0)).any()))
+    return found
 
 
 def fetch_ahead(tensors: Iterable[Tensor]) -> None:

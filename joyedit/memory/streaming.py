@@ -25,7 +25,16 @@ from torch.utils._pytree import tree_leaves
 from joyedit.checkpoints.network import Network
 from joyedit.memory.budget import Room
 from joyedit.memory.layout import laid_out
-from joyedit.memory.pages import fetch_ahead, give_back, is_mapped, mapped_copies, mapped_ranges, pinned
+from joyedit.memory.pages import (
+    are_written,
+    fetch_ahead,
+    give_back,
+    give_back_unused,
+    is_mapped,
+    mapped_copies,
+    mapped_ranges,
+    pinned,
+)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -62,8 +71,7 @@ class Passing:
         self.follower: dict[int, int] = {}  # which block came after which
         self.staying: set[int] = set()
         self.free = 0  # bytes, for blocks that are to stay
-        self.measured: set[int] = set()  # blocks of the passes that `free` goes by
-        self.load = 0  # what the last pass worked on
+        self.measured: dict[int, int] = {}  # block -> the most that it worked on when `free` was measured
 
     def enter(self, i: int, load: int) -> None:
         """Block `i` is about to be called, to work on `load` numbers."""
@@ -76,12 +84,12 @@ class Passing:
                 self.leave(before)
         if before is None or i in self.passed:
             self.passed.clear()
-            self._begin_pass(load, first=before is None)
+            self._begin_pass(first=before is None)
         self.passed.add(i)
-        if i not in self.measured:
+        if load > self.measured.get(i, -1):  # what was measured does not hold for this
             self.let_go()
             self.free = 0
-            self.measured.add(i)
+            self.measured[i] = load
         if i not in self.staying and self.nbytes[i] <= self.free:
             self.free -= self.nbytes[i]
             self.staying.add(i)
@@ -100,14 +108,11 @@ class Passing:
                 return j if j != i else None
         return None
 
-    def _begin_pass(self, load: int, first: bool) -> None:
+    def _begin_pass(self, first: bool) -> None:
         if self.room is None:
             return
-        if load > self.load:  # what was measured does not hold for this
-            self.measured.clear()
-        elif not first:
+        if not first:
             self.free = self.room.left()
-        self.load = load
         self.room.begin()
 
     def let_go(self) -> None:
@@ -116,12 +121,15 @@ class Passing:
             self.leave(i)
         self.staying.clear()
 
+    def begin(self) -> None:
+        """Blocks are about to be called."""
+
     def end(self) -> None:
         """No block is called for now: none stays."""
         if self.current is not None and self.current not in self.staying:
             self.leave(self.current)
         self.let_go()
-        self.current, self.free, self.load = None, 0, 0
+        self.current, self.free = None, 0
         self.passed.clear()
         self.measured.clear()
 
@@ -157,24 +165,35 @@ class MappedPages(Passing):
     def __init__(self, blocks: Sequence[nn.Module], room: Room | None):
         super().__init__(blocks, room)
         self.homes: dict[Tensor, int] = {}  # tensor -> where it is in a file
+        self.settled = False
 
     def settle_in_files(self) -> None:
-        """Put what is in no file, and was not so before, into one."""
+        """Put what is in no file, or is not what the file holds, into one of its own."""
         ranges = mapped_ranges()
         for tensors in self.tensors:
-            moved = [
-                t for t in tensors if self.homes.get(t) != t.data_ptr() and not is_mapped(t.data, ranges)
-            ]
+            mapped = [t for t in tensors if is_mapped(t.data, ranges)]
+            kept = {t for t, changed in zip(mapped, are_written(mapped), strict=True) if not changed}
+            moved = [t for t in tensors if t not in kept]
             for tensor, copy in zip(
                 moved, mapped_copies([t.data for t in moved]) if moved else (), strict=True
             ):
                 tensor.data = copy
             self.homes.update((tensor, tensor.data_ptr()) for tensor in tensors)
 
-    def _begin_pass(self, load: int, first: bool) -> None:
-        if first:
+    def begin(self) -> None:
+        give_back_unused()  # by whatever ran before, and would count as if this took it
+        self.settle_in_files()
+        self.settled = True  # parts may be called before the first block is
+
+    def end(self) -> None:
+        super().end()
+        self.settled = False
+        give_back_unused()
+
+    def _begin_pass(self, first: bool) -> None:
+        if first and not self.settled:
             self.settle_in_files()
-        super()._begin_pass(load, first)
+        super()._begin_pass(first)
 
     def bring(self, i: int) -> None:
         pass
@@ -401,6 +420,7 @@ class BlockStreaming:
                     self.hooks.append(part.register_forward_hook(self._take_back, always_call=True))
 
     def begin(self) -> None:
+        self.passing.begin()
         self.homes = [tensor.data for tensor in self.rest]
         for tensor in self.rest:
             tensor.data = tensor.data.to(self.device)
