@@ -139,12 +139,15 @@ def test_the_step_cache_is_refused_with_graphs():
         {"memory": "6G", "offload": "model"},
         {"memory": "6G", "graphs": True},
         {"offload": "sequential", "graphs": True},
+        {"graphs": True, "step_cache": 0.1},
     ],
 )
 def test_the_command_refuses_the_same(words):
-    asked = {"memory": None, "offload": None, "graphs": False}
+    asked = {"memory": None, "offload": None, "graphs": False, "step_cache": None}
     wrong = together.contradiction(asked_settings(argparse.Namespace(**asked | words)))
-    assert wrong and all(f"--{name}" in wrong for name in words) and wrong.endswith("give one")
+    assert (
+        wrong and all(f"--{name.replace('_', '-')}" in wrong for name in words) and wrong.endswith("give one")
+    )
     for name in words:
         assert (
             together.contradiction(asked_settings(argparse.Namespace(**asked | {name: words[name]}))) is None
