@@ -347,6 +347,7 @@ def test_another_batch_or_size_has_graphs_of_its_own(check, other):
     assert check()[1] and check(**other)[1] and not check()[1]
 
 
+@pytest.mark.parametrize("pipes", quick("tiny-chronoedit"), indirect=True)
 def test_a_callback_may_end_the_guidance_and_change_what_is_read(pipes, check):
     def change(pipe, step, timestep, tensors):
         if step == 1:

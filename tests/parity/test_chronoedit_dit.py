@@ -203,6 +203,7 @@ def test_each_block_equals_the_reference(config, tmp_path):
         assert difference(block(x, vec, text[i], photograph[i], rope), wanted) < 1e-5
 
 
+@pytest.mark.slow
 def test_forty_narrow_blocks(tmp_path):
     config = {**TINY, "num_layers": 40}
     reference = reference_model(config)

@@ -213,7 +213,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+# Of where the frames between go, the ends are slow.
+OTHER_ENDS = ("pruned at once", "pruned after the first", "pruned before the last")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in OTHER_ENDS else n for n in CALLS]
+)
 def test_runs_equal_the_reference(ours, reference, name):
     assert_same(run(ours, **CALLS[name]), run(reference, **CALLS[name]))
 

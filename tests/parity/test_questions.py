@@ -136,7 +136,7 @@ def test_greedy_tokens_and_logits(theirs, pipe, monkeypatch, name):
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": 1.0},
+        pytest.param({"temperature": 1.0}, marks=pytest.mark.slow),
         {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.4},
         pytest.param({"temperature": 0.4}, marks=pytest.mark.slow),
         pytest.param({"temperature": 2.5, "top_k": 5}, marks=pytest.mark.slow),
