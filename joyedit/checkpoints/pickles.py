@@ -12,9 +12,11 @@ tensor is read when it is asked for.
 Source: torch `serialization.py`, `_weights_only_unpickler.py`; CPython `pickletools.py`.
 """
 
+import functools
 import io
 import math
 import pickletools
+import sys
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from joyedit.checkpoints.mapped_files import IS_LINUX, MappedFile
 from joyedit.checkpoints.plain_text import shown, visible
 from joyedit.checkpoints.safetensors_files import check_name, check_shape
 from joyedit.checkpoints.stored_tensors import FromFile, StoredTensor
@@ -169,6 +172,10 @@ def _check_zip(file: _Bounded, also: Collection[str]) -> _Contents:
             if archive.getinfo(f"{top}/data.pkl").file_size > LONGEST_READ:
                 raise _Damage(f"its data.pkl has more than {LONGEST_READ:,} bytes")
             program = archive.read(f"{top}/data.pkl")
+            if f"{top}/byteorder" in archive.NameToInfo:
+                order = archive.read(f"{top}/byteorder").decode("latin-1")
+                if order != sys.byteorder:
+                    raise _Damage(f"its numbers have the byte order {visible(order, 20)!r}")
             starts = {entry.filename: _first_byte(file, entry) for entry in entries}
     except _Damage:
         raise
@@ -427,10 +434,14 @@ def open_pickle(
     beside them go into `numbers`. Raises ValueError as `load_pickle`."""
     contents = _follow(path, ())
     stored = _stored(path, contents, numbers)
-    mapped = _inner(_load(path, True, [CALLBACK]), {}) if contents.can_be_mapped else {}
+    if contents.can_be_mapped and IS_LINUX:
+        file = MappedFile(path)
+        mapped = {name: functools.partial(file.tensor, place) for name, place in stored.items()}
+    else:
+        whole = _inner(_load(path, True, [CALLBACK]), {}) if contents.can_be_mapped else {}
+        mapped = {name: tensor.detach for name, tensor in whole.items()}
     for name, place in stored.items():
-        read = FromFile(place, mapped[name].detach if name in mapped else None)
-        yield name, place.shape, place.dtype, read
+        yield name, place.shape, place.dtype, FromFile(place, mapped.get(name))
 
 
 def _stored(path: Path, contents: _Contents, numbers: dict[str, float]) -> dict[str, StoredTensor]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from joyedit.checkpoints.json_files import parse_json
+from joyedit.checkpoints.mapped_files import IS_LINUX, MappedFile
 from joyedit.checkpoints.plain_text import shown, visible
 from joyedit.checkpoints.stored_tensors import FromFile, StoredTensor, row_major
 
@@ -154,7 +155,7 @@ def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.d
         data = 8 + int.from_bytes(file.read(8), "little")
 
     @functools.cache
-    def opened() -> Any:  # when the first tensor is read: a file larger than main memory may not be mapped
+    def opened() -> Any:
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -163,11 +164,13 @@ def open_safetensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.d
     def mapped(name: str) -> Tensor:
         return opened().get_tensor(name)
 
+    file = MappedFile(path)
     for name, entry in header.items():
         if name != "__metadata__":
             shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
             stored = StoredTensor(path, data + entry["data_offsets"][0], dtype, shape, row_major(shape))
-            yield name, shape, dtype, FromFile(stored, functools.partial(mapped, name))
+            read = functools.partial(file.tensor, stored) if IS_LINUX else functools.partial(mapped, name)
+            yield name, shape, dtype, FromFile(stored, read)
 
 
 def metadata_json(path: Path, key: str) -> dict[str, Any]:
