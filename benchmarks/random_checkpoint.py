@@ -61,23 +61,7 @@ def write_random_checkpoint(
     folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, plus: bool = False
 ) -> None:
     """Write a JoyAI-Image-Edit checkpoint to `folder`, or one of Edit-Plus."""
-    tokenizer = _byte_tokenizer(folder / "tokenizer")
-    write_json(
-        folder / "tokenizer" / "preprocessor_config.json",
-        {
-            "image_processor_type": "Qwen2VLImageProcessorFast",
-            "processor_class": "Qwen3VLProcessor",
-            "size": {"shortest_edge": 16384, "longest_edge": 65536},
-            "patch_size": 16,
-            "merge_size": 2,
-            "temporal_patch_size": 2,
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-            "resample": 3,
-        },
-    )
-    processor = Qwen3VLProcessor.from_pretrained(folder / "tokenizer")
-    (folder / "tokenizer" / "preprocessor_config.json").unlink()
+    tokenizer, processor = byte_processor(folder / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = JoyImageEditTransformer3DModel(
@@ -103,6 +87,30 @@ def write_random_checkpoint(
         buckets=buckets(256),
     )
     pipe.save_pretrained(folder)
+
+
+def byte_processor(folder: Path) -> tuple[Qwen2Tokenizer, Qwen3VLProcessor]:
+    """A tokenizer of bytes, and what reads pictures of about 256 x 256 pixels with it. Writes the former to
+    `folder`."""
+    tokenizer = _byte_tokenizer(folder)
+    settings = folder / "preprocessor_config.json"
+    write_json(
+        settings,
+        {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "processor_class": "Qwen3VLProcessor",
+            "size": {"shortest_edge": 16384, "longest_edge": 65536},
+            "patch_size": 16,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            "resample": 3,
+        },
+    )
+    processor = Qwen3VLProcessor.from_pretrained(folder)
+    settings.unlink()
+    return tokenizer, processor
 
 
 def _byte_tokenizer(folder: Path) -> Qwen2Tokenizer:
