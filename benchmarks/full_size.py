@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 import joyedit
-from benchmarks.estimates import write_configs
+from benchmarks import streaming_speed
 from benchmarks.random_checkpoint import SPECIAL_TOKENS, WORDS, byte_processor, unigram_tokenizer
 from benchmarks.random_weights import part_bytes, read_module, read_stored, write_part
 from benchmarks.side_by_side import RESULTS, machine, rounded, write
@@ -44,6 +44,7 @@ from joyedit.checkpoints.network import Network, build_on_meta
 from joyedit.checkpoints.sizes import parse_size
 from joyedit.media.clip_images import CLIPImageConfig, CLIPImageProcessor
 from joyedit.media.images import buckets
+from joyedit.models.joyimage_mmdit import JoyImageEditConfig
 from joyedit.quantised import QuantisedLinear
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
@@ -299,10 +300,12 @@ def run(name: str, place: Path, settings: argparse.Namespace) -> dict[str, Any]:
                 "embeddings": str(folder / "embeddings.pt"),
                 "record": str(folder / "calls.pt"),
             }
+            estimate = estimated(folder / "model", settings)
             found = measured(given)
             calls = torch.load(folder / "calls.pt", weights_only=True)
             blocks = [compared(checkpoint, call) for call in calls]
-            processes.append({"weights": written, "seconds_to_write": seconds, **found, "blocks": blocks})
+            before = {"weights": written, "seconds_to_write": seconds, "estimate": estimate}
+            processes.append({**before, **found, "blocks": blocks})
             print(json.dumps({name: rounded(processes[-1])}), flush=True)
             for part in parts:
                 checkpoint.weights(part).unlink()
@@ -312,20 +315,15 @@ def run(name: str, place: Path, settings: argparse.Namespace) -> dict[str, Any]:
         "size": [edge, edge],
         "steps": settings.steps,
         "peak": max(process["peak"]["rss"] for process in processes),
-        "estimate": estimated(model, settings) if settings.depth == settings.width == 1 else None,
         "processes": processes,
     }
 
 
-def estimated(model: Model, settings: argparse.Namespace) -> dict[str, Any]:
-    """What `joyedit estimate` says of the whole edit, from the settings of the networks alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_configs(Path(folder), model.pipeline)
-        options: dict[str, Any] = {"device": "cpu", "height": settings.size, "width": settings.size}
-        options |= {"steps": settings.steps, "memory": settings.memory}
-        if "int8_convrot" in model.forms.values():
-            options["quantize"] = "int8_convrot"
-        found = joyedit.estimate(folder, **options)
+def estimated(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
+    """What `joyedit estimate` says of the whole edit, from the files that are there and the settings of the
+    other networks."""
+    size = {"height": settings.size, "width": settings.size}
+    found = joyedit.estimate(folder, device="cpu", steps=settings.steps, memory=settings.memory, **size)
     return {"peak": dict(found.peak), "smallest": found.smallest, "bytes_per_step": found.bytes_per_step}
 
 
@@ -358,6 +356,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, help="pixels of both sides")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--timing", action="store_true", help="blocks that stream against blocks that stay")
+    parser.add_argument("--layers", type=int, default=5, help="with --timing")
+    parser.add_argument("--pairs", type=int, default=9, help="with --timing")
     parser.add_argument("--out", type=Path, default=OUT, help="results are added to those in it")
     given = parser.parse_args(arguments)
     given.memory = None if given.memory == "none" else given.memory
@@ -365,8 +365,16 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--depth must be above 0 and at most 1, --width at least 1")
     place = given.place or Path(tempfile.gettempdir())
     try:
+        if given.timing:
+            config = JoyImageEditConfig(num_layers=given.layers)
+            nbytes = part_bytes(joyedit.JoyImageEditTransformer3DModel, config, torch.bfloat16)
+            check_room(place, nbytes, "the timing")
+            with folder_in(place) as folder:
+                found = streaming_speed.measure(folder, given.layers, given.pairs)
+            add(given.out, "streaming", found)
+            return
         for name in given.models:
-            add(given.out, name, run(name, place, given))
+            add(given.out, name, {**run(name, place, given), "machine": machine()})
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
@@ -376,9 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
 def add(path: Path, name: str, row: dict[str, Any]) -> None:
     """Put one row into a file of results."""
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    row = {**row, "machine": machine()}
-    results.setdefault("edits", {})[name] = rounded(row)
-    write(path, results)
+    write(path, {**results, name: rounded(row)})
 
 
 if __name__ == "__main__":

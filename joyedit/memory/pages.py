@@ -1,4 +1,5 @@
-"""Pages of mapped files: which tensors are in some, giving back their memory, and fetching them ahead.
+"""Pages of mapped files: which tensors are in some, giving back their memory, and fetching them ahead; and of
+what `malloc` keeps.
 
 The kernel keeps what was read of a file in its own cache, as long as there is memory for it. A process that
 gives a page back has it no longer in its resident set, and gets it again, from that cache or from the disk,
@@ -26,10 +27,22 @@ PAGE = mmap.PAGESIZE
 
 
 @functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+
+
+@functools.cache
 def _madvise():
-    function = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True).madvise
+    function = _libc().madvise
     function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     return function
+
+
+def give_back_unused() -> None:
+    """What was allocated and is free leaves the resident set. glibc keeps it for the next allocation: of an
+    autoencoder's feature maps that is more than its weights. Other C libraries are not asked."""
+    if hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)
 
 
 def give_back(tensors: Iterable[Tensor]) -> None:

@@ -25,7 +25,15 @@ from torch.utils._pytree import tree_leaves
 from joyedit.checkpoints.network import Network
 from joyedit.memory.budget import Room
 from joyedit.memory.layout import laid_out
-from joyedit.memory.pages import fetch_ahead, give_back, is_mapped, mapped_copies, mapped_ranges, pinned
+from joyedit.memory.pages import (
+    fetch_ahead,
+    give_back,
+    give_back_unused,
+    is_mapped,
+    mapped_copies,
+    mapped_ranges,
+    pinned,
+)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -116,6 +124,9 @@ class Passing:
             self.leave(i)
         self.staying.clear()
 
+    def begin(self) -> None:
+        """Blocks are about to be called."""
+
     def end(self) -> None:
         """No block is called for now: none stays."""
         if self.current is not None and self.current not in self.staying:
@@ -170,6 +181,13 @@ class MappedPages(Passing):
             ):
                 tensor.data = copy
             self.homes.update((tensor, tensor.data_ptr()) for tensor in tensors)
+
+    def begin(self) -> None:
+        give_back_unused()  # by whatever ran before, and would count as if this took it
+
+    def end(self) -> None:
+        super().end()
+        give_back_unused()
 
     def _begin_pass(self, load: int, first: bool) -> None:
         if first:
@@ -401,6 +419,7 @@ class BlockStreaming:
                     self.hooks.append(part.register_forward_hook(self._take_back, always_call=True))
 
     def begin(self) -> None:
+        self.passing.begin()
         self.homes = [tensor.data for tensor in self.rest]
         for tensor in self.rest:
             tensor.data = tensor.data.to(self.device)
