@@ -1,5 +1,5 @@
-"""A guided step of a network whose blocks come from their file against one of a network that has all blocks in
-memory, on a CPU, in pairs in one process. The file is in the cache of the system.
+"""A guided step of a network whose blocks come from their file against one of a network that has all of them
+in memory, on a CPU, in pairs in one process. The file is in the cache of the system.
 
 Both networks map the same file. With load on the machine the processor's time is the steadier figure: it has
 in it what bringing the pages and giving them back takes.
