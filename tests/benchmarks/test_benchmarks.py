@@ -13,8 +13,6 @@ from benchmarks.random_checkpoint import write_random_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 SIDE_BY_SIDE = ("chronoedit", "diffedit", "joyimage")
 COMMITTED = [ROOT / "benchmarks" / "results" / f"{name}.json" for name in SIDE_BY_SIDE]
-    ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("chronoedit", "diffedit", "joyimage")
-]
 
 
 @pytest.fixture
