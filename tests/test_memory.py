@@ -13,6 +13,7 @@ from torch import nn
 import joyedit
 from benchmarks.quantised import in_form
 from joyedit.checkpoints.sizes import parse_size
+from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.memory import BlockStreaming, stream_blocks
 from joyedit.memory.streaming import Passing, Transfers, TwoBuffers, blocks_of, tensors_of
 from joyedit.quantised import quantised_weights
@@ -213,6 +214,44 @@ def test_quantised_weights_come_as_they_are_stored(form, place, monkeypatch):
     assert before and torch.equal(call(pipe), wanted)
     for name, weight in quantised_weights(pipe.transformer).items():
         assert weight.stored.dtype.itemsize == 1 and torch.equal(weight.stored, before[name])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
+def test_weights_that_were_changed_in_place_stay_changed(tmp_path):
+    """Before they are streamed, and between two calls: the file has them as they were."""
+    made = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(3))
+    save_tensors(tmp_path, "weights", made.state_dict())
+    files = TensorFiles([tmp_path / "weights.safetensors"])
+    network = Products([files[name] for name in made.state_dict()])
+    x = torch.randn(2, 64)
+    stream = BlockStreaming(network, torch.device("cpu"), FixedRoom(0))
+    for changed in (0, 2):
+        network.blocks[changed].weight.mul_(-2)
+        made[changed].weight.data.mul_(-2)
+        wanted = made[2](made[1](made[0](x)))
+        for _ in range(2):
+            stream.begin()
+            assert torch.equal(network(x), wanted)
+            assert torch.equal(network(x), wanted)
+            stream.end()
+        assert torch.equal(network.blocks[changed].weight, made[changed].weight)
+
+
+class Products(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in weights)
+        for block, weight in zip(self.blocks, weights, strict=True):
+            block.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    @staticmethod
+    def stays_behind(name):
+        return False
 
 
 kept_let_go = TwoBuffers.let_go

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,13 +46,32 @@ def give_back_unused() -> None:
         _libc().malloc_trim(0)
 
 
+def own_pages(tensor: Tensor) -> tuple[int, int]:
+    """The pages that a tensor alone fills: addresses from, to."""
+    start = -(-tensor.data_ptr() // PAGE) * PAGE
+    return start, max((tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE, start)
+
+
 def give_back(tensors: Iterable[Tensor]) -> None:
     """The pages that these tensors alone fill leave the resident set. All are in mapped files, or lost."""
     for tensor in tensors:
-        start = -(-tensor.data_ptr() // PAGE) * PAGE
-        end = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
+        start, end = own_pages(tensor)
         if end > start:
             _madvise()(start, end - start, mmap.MADV_DONTNEED)
+
+
+def are_written(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors in mapped files were written to: the pages that would be given back are not the file's
+    any more. Source: Linux `Documentation/admin-guide/mm/pagemap.rst`."""
+    found = []
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        for tensor in tensors:
+            start, end = own_pages(tensor)
+            file.seek(start // PAGE * 8)
+            flags = np.frombuffer(file.read((end - start) // PAGE * 8), np.uint64)
+            there, of_file = flags >> 62, flags >> 61 & 1  # in memory or swapped out; a file's
+            found.append(bool(((there > 0) & (of_file == 0)).any()))
+    return found
 
 
 def fetch_ahead(tensors: Iterable[Tensor]) -> None:

@@ -26,6 +26,7 @@ from joyedit.checkpoints.network import Network
 from joyedit.memory.budget import Room
 from joyedit.memory.layout import laid_out
 from joyedit.memory.pages import (
+    are_written,
     fetch_ahead,
     give_back,
     give_back_unused,
@@ -170,12 +171,12 @@ class MappedPages(Passing):
         self.homes: dict[Tensor, int] = {}  # tensor -> where it is in a file
 
     def settle_in_files(self) -> None:
-        """Put what is in no file, and was not so before, into one."""
+        """Put what is in no file, or is not what the file holds, into one of its own."""
         ranges = mapped_ranges()
         for tensors in self.tensors:
-            moved = [
-                t for t in tensors if self.homes.get(t) != t.data_ptr() and not is_mapped(t.data, ranges)
-            ]
+            mapped = [t for t in tensors if is_mapped(t.data, ranges)]
+            kept = {t for t, changed in zip(mapped, are_written(mapped), strict=True) if not changed}
+            moved = [t for t in tensors if t not in kept]
             for tensor, copy in zip(
                 moved, mapped_copies([t.data for t in moved]) if moved else (), strict=True
             ):
