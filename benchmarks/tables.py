@@ -10,6 +10,8 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   measured      results/gpu/: blocks and steps on GPUs
   small         results/shapes/: the small models
   machines      results/estimates/: which memory the released models need, and how long an edit takes
+  full_size     results/full_size.json: edits by networks of the released sizes within a budget
+  streaming     the same file: a step with blocks that come against one with blocks that stay, in a sentence
   drift         results/drift/: what the small models do to the rest of the picture, in a sentence
   drifts        the same by model, in a table
   quantised     results/quantised/: what eight bits cost the small models
@@ -43,6 +45,11 @@ FAMILIES = {
     "gfx950": ("MI350X", ()),
 }
 STEP = "joyimage, 1024 px: eager"  # the row of results/gpu/ that the README shows
+FULL_SIZE = {
+    "joyimage": "JoyAI-Image-Edit in bf16",
+    "joyimage-int8": "JoyAI-Image-Edit, transformer in int8",
+    "chronoedit": "ChronoEdit in bf16",
+}
 NAMES = {"joyimage": "JoyAI-Image-Edit", "diffedit": "DiffEdit", "chronoedit": "ChronoEdit"}
 
 
@@ -353,6 +360,41 @@ def with_flags(said: str | None) -> str:
     return f"`{flags}`" if flags else "yes"
 
 
+def full_size_table(results: Path = RESULTS) -> str:
+    """Markdown of edits by networks of the released sizes: what they held at most, and what they moved."""
+    found = json.loads((results / "full_size.json").read_text(encoding="utf-8"))
+    lines = [
+        "| an edit on a CPU | files | budget | most held: all, anonymous, mapped | moved by a step | a step |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in found.items():
+        if name == "streaming":
+            continue
+        (denoising,) = (process for process in row["processes"] if "bytes_moved" in process)
+        held = (max(p["peak"][kind] for p in row["processes"]) for kind in ("rss", "anonymous", "mapped"))
+        cells = (
+            f"{FULL_SIZE[name]}, {row['layers']} layers, {row['size'][0]} x {row['size'][1]}",
+            f"{sum(sum(p['weights'].values()) for p in row['processes']) / 1e9:.1f} GB",
+            f"{row['memory'] / 2**30:g} GiB",
+            ", ".join(f"{nbytes / 2**30:.2f}" for nbytes in held) + " GiB",
+            f"{denoising['bytes_moved'][-1] / 1e9:.1f} GB",
+            quantity(denoising["seconds_of_later_steps"][-1], "s"),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def streaming_sentence(results: Path = RESULTS) -> str:
+    """Markdown of what streaming costs on a CPU where the file is in the cache."""
+    row = json.loads((results / "full_size.json").read_text(encoding="utf-8"))["streaming"]
+    more = 100 * (row["ratio_of_processor_seconds"] - 1)
+    return (
+        f"When no block stays, a guided step of {row['layers']} blocks of the released width takes {more:+.1f} % "
+        f"of the processor's time, {100 * (row['ratio'] - 1):+.1f} % by the clock (medians of "
+        f"{len(row['pairs'])} pairs in one process, file in the system's cache, {row['machine']['cpu']})."
+    )
+
+
 def quantised_table(results: Path = RESULTS) -> str:
     """Markdown: what eight bits cost each network of the small models, and their edits."""
     found = json.loads((results / "quantised" / "small_models.json").read_text(encoding="utf-8"))
@@ -404,6 +446,8 @@ TABLES = {
     "measured": measured_table,
     "small": small_table,
     "machines": machine_table,
+    "full_size": full_size_table,
+    "streaming": streaming_sentence,
     "drift": drift_sentence,
     "drifts": drift_table,
     "quantised": quantised_table,

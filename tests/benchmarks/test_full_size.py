@@ -18,6 +18,25 @@ from joyedit.quantised import QuantisedWeight
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_layers": 2, "text_dim": 32}
 
 
+COMMITTED = json.loads(full_size.OUT.read_text(encoding="utf-8"))
+
+
+def test_the_committed_edits_stayed_within_their_budgets():
+    edits = {name: row for name, row in COMMITTED.items() if name != "streaming"}
+    assert edits["joyimage"]["layers"] == 40 and edits["joyimage"]["memory"] == 6 * 2**30
+    for row in edits.values():
+        processes = row["processes"]
+        assert row["peak"] == max(p["peak"]["rss"] for p in processes) <= row["memory"]
+        assert all(block["bits_equal"] for process in processes for block in process["blocks"])
+        weights = max(sum(process["weights"].values()) for process in processes)
+        assert row["layers"] < 40 or weights > 2 * row["memory"]
+
+
+def test_committed_streaming_is_as_fast_as_it_shall_be():
+    row = COMMITTED["streaming"]
+    assert min(row["ratio"], row["ratio_of_processor_seconds"]) <= row["expected"] == 1.07
+
+
 @pytest.fixture
 def part(tmp_path):
     """A small transformer in int8: its class, config and file."""
