@@ -364,7 +364,8 @@ def full_size_table(results: Path = RESULTS) -> str:
     """Markdown of edits by networks of the released sizes: what they held at most, and what they moved."""
     found = json.loads((results / "full_size.json").read_text(encoding="utf-8"))
     lines = [
-        "| an edit on a CPU | files | budget | most held: all, anonymous, mapped | moved by a step | a step |",
+        "| an edit on a CPU | files | budget "
+        "| held at most: all, anonymous, mapped | moved by a step | a step |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in found.items():
@@ -389,8 +390,8 @@ def streaming_sentence(results: Path = RESULTS) -> str:
     row = json.loads((results / "full_size.json").read_text(encoding="utf-8"))["streaming"]
     more = 100 * (row["ratio_of_processor_seconds"] - 1)
     return (
-        f"When no block stays, a guided step of {row['layers']} blocks of the released width takes {more:+.1f} % "
-        f"of the processor's time, {100 * (row['ratio'] - 1):+.1f} % by the clock (medians of "
+        f"When no block stays, a guided step of {row['layers']} blocks of the released width takes "
+        f"{more:+.1f} % of the processor's time, {100 * (row['ratio'] - 1):+.1f} % by the clock (medians of "
         f"{len(row['pairs'])} pairs in one process, file in the system's cache, {row['machine']['cpu']})."
     )
 
