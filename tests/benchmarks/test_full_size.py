@@ -13,16 +13,20 @@ import joyedit
 from benchmarks import full_size, random_weights, streaming_speed
 from joyedit.checkpoints.network import build_on_meta
 from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.estimates.estimating import RESERVED
+from joyedit.memory import MARGIN
 from joyedit.quantised import QuantisedWeight
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_layers": 2, "text_dim": 32}
 
 
-COMMITTED = json.loads(full_size.OUT.read_text(encoding="utf-8"))
+@pytest.fixture
+def committed():
+    return json.loads(full_size.OUT.read_text(encoding="utf-8"))
 
 
-def test_the_committed_edits_stayed_within_their_budgets():
-    edits = {name: row for name, row in COMMITTED.items() if name != "streaming"}
+def test_the_committed_edits_stayed_within_their_budgets(committed):
+    edits = {name: row for name, row in committed.items() if name != "streaming"}
     assert edits["joyimage"]["layers"] == 40 and edits["joyimage"]["memory"] == 6 * 2**30
     for row in edits.values():
         processes = row["processes"]
@@ -32,8 +36,8 @@ def test_the_committed_edits_stayed_within_their_budgets():
         assert row["layers"] < 40 or weights > 2 * row["memory"]
 
 
-def test_committed_streaming_is_as_fast_as_it_shall_be():
-    row = COMMITTED["streaming"]
+def test_committed_streaming_is_as_fast_as_it_shall_be(committed):
+    row = committed["streaming"]
     assert min(row["ratio"], row["ratio_of_processor_seconds"]) <= row["expected"] == 1.07
 
 
@@ -112,7 +116,7 @@ def test_a_block_that_gives_something_else_is_refused(part):
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_a_tenth_of_the_layers_within_a_budget(tmp_path):
-    """Without a budget, and with one that is less than that took by half of the transformer's blocks."""
+    """Without a budget, and with one in which not all blocks of the transformer stay."""
 
     def measured(memory):
         out, words = tmp_path / f"{memory}.json", ["--depth", "0.1", "--width", "4", "--place", str(tmp_path)]
@@ -122,8 +126,8 @@ def test_a_tenth_of_the_layers_within_a_budget(tmp_path):
 
     whole = measured("none")
     (process,) = whole["processes"]
-    blocks = process["bytes_moved"][0]
-    budget = int(whole["peak"] - blocks / 2)
+    least = int(process["estimate"]["smallest"] * (1 - MARGIN)) - RESERVED["cpu"]
+    budget = process["interpreter"] + least + 140 * 10**6  # of which half is for code that is loaded later
     within = measured(str(budget))
     assert whole["layers"] == 4 and within["peak"] <= budget < whole["peak"]
     (found,) = within["processes"]
