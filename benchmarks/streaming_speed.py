@@ -5,6 +5,7 @@ Both networks map the same file. With load on the machine the processor's time i
 in it what bringing the pages and giving them back takes.
 """
 
+import json
 import resource
 import statistics
 import time
@@ -73,6 +74,7 @@ def measure(folder: Path, layers: int, pairs: int, width: int = 1) -> dict[str, 
             if not all(map(torch.equal, *results)):
                 raise RuntimeError("streaming changes the result")
             rows.append(row)
+            print(json.dumps(row), flush=True)
     rows = rows[1:]  # the first one fills the caches
 
     def ratio(which: int) -> float:
