@@ -135,6 +135,24 @@ class FixedRoom:
         return self.nbytes
 
 
+class Noted(Passing):
+    """Moves nothing."""
+
+    bring = settle = fetch = leave = lambda self, i: None
+
+
+def test_blocks_stay_as_long_as_they_work_on_no_more_than_was_measured():
+    """A vision tower and a decoder, whose keys and values grow by a token at a time, as in an answer."""
+    passing, stay = Noted([nn.Linear(16, 16) for _ in range(4)], FixedRoom(3 * 1088)), []
+    passing.enter(0, 5)
+    passing.enter(1, 5)
+    for loads in ((100, 100), (60, 60), (61, 61), (101, 61), (70, 102), (101, 102)):
+        for i, load in zip((2, 3), loads, strict=True):
+            passing.enter(i, load)
+        stay.append(sorted(passing.staying))
+    assert stay == [[], [2, 3], [2, 3], [], [], [2, 3]]
+
+
 SYSTEMS = ("tiny-joyimage", "tiny-diffedit", "tiny-chronoedit")
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 

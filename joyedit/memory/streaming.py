@@ -71,8 +71,7 @@ class Passing:
         self.follower: dict[int, int] = {}  # which block came after which
         self.staying: set[int] = set()
         self.free = 0  # bytes, for blocks that are to stay
-        self.measured: set[int] = set()  # blocks of the passes that `free` goes by
-        self.load = 0  # what the last pass worked on
+        self.measured: dict[int, int] = {}  # block -> the most that it worked on when `free` was measured
 
     def enter(self, i: int, load: int) -> None:
         """Block `i` is about to be called, to work on `load` numbers."""
@@ -85,12 +84,12 @@ class Passing:
                 self.leave(before)
         if before is None or i in self.passed:
             self.passed.clear()
-            self._begin_pass(load, first=before is None)
+            self._begin_pass(first=before is None)
         self.passed.add(i)
-        if i not in self.measured:
+        if load > self.measured.get(i, -1):  # what was measured does not hold for this
             self.let_go()
             self.free = 0
-            self.measured.add(i)
+            self.measured[i] = load
         if i not in self.staying and self.nbytes[i] <= self.free:
             self.free -= self.nbytes[i]
             self.staying.add(i)
@@ -109,14 +108,11 @@ class Passing:
                 return j if j != i else None
         return None
 
-    def _begin_pass(self, load: int, first: bool) -> None:
+    def _begin_pass(self, first: bool) -> None:
         if self.room is None:
             return
-        if load > self.load:  # what was measured does not hold for this
-            self.measured.clear()
-        elif not first:
+        if not first:
             self.free = self.room.left()
-        self.load = load
         self.room.begin()
 
     def let_go(self) -> None:
@@ -133,7 +129,7 @@ class Passing:
         if self.current is not None and self.current not in self.staying:
             self.leave(self.current)
         self.let_go()
-        self.current, self.free, self.load = None, 0, 0
+        self.current, self.free = None, 0
         self.passed.clear()
         self.measured.clear()
 
@@ -190,10 +186,10 @@ class MappedPages(Passing):
         super().end()
         give_back_unused()
 
-    def _begin_pass(self, load: int, first: bool) -> None:
+    def _begin_pass(self, first: bool) -> None:
         if first:
             self.settle_in_files()
-        super()._begin_pass(load, first)
+        super()._begin_pass(first)
 
     def bring(self, i: int) -> None:
         pass
