@@ -388,11 +388,11 @@ def full_size_table(results: Path = RESULTS) -> str:
 def streaming_sentence(results: Path = RESULTS) -> str:
     """Markdown of what streaming costs on a CPU where the file is in the cache."""
     row = json.loads((results / "full_size.json").read_text(encoding="utf-8"))["streaming"]
-    more = 100 * (row["ratio_of_processor_seconds"] - 1)
     return (
         f"When no block stays, a guided step of {row['layers']} blocks of the released width takes "
-        f"{more:+.1f} % of the processor's time, {100 * (row['ratio'] - 1):+.1f} % by the clock (medians of "
-        f"{len(row['pairs'])} pairs in one process, file in the system's cache, {row['machine']['cpu']})."
+        f"{row['ratio_of_processor_seconds']:.2f} times the processor's time (median of {len(row['pairs'])} "
+        "pairs in one process, the file in the system's cache; other work ran on the machine, so the clock "
+        "says little)."
     )
 
 
