@@ -363,6 +363,8 @@ def main(arguments: list[str] | None = None) -> None:
     given.memory = None if given.memory == "none" else given.memory
     if not 0 < given.depth <= 1 or given.width < 1:
         parser.error("--depth must be above 0 and at most 1, --width at least 1")
+    if not Path("/proc/self/status").is_file():
+        sys.exit("what a process holds is read from /proc: this needs Linux")
     place = given.place or Path(tempfile.gettempdir())
     try:
         if given.timing:
