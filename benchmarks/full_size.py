@@ -213,6 +213,15 @@ class Peaks:
             time.sleep(SAMPLED)
 
 
+def pages_are_taken() -> bool:
+    """Whether this system takes pages from processes that have not looked at them for a while (DAMON with
+    `pageout`): what is seen of a process is then less than it would be elsewhere."""
+    kernel = Path("/sys/kernel/mm/damon/admin/kdamonds")
+    running = [path.parent for path in kernel.glob("*/state") if path.read_text().strip() == "on"]
+    schemes = (path for one in running for path in one.glob("contexts/*/schemes/*/action"))
+    return any(path.read_text().strip() == "pageout" for path in schemes)
+
+
 def measured(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Run `full_size_edit.py`. Raises RuntimeError when it fails."""
     words = [sys.executable, "-m", "benchmarks.full_size_edit", json.dumps(settings)]
@@ -315,6 +324,7 @@ def run(name: str, place: Path, settings: argparse.Namespace) -> dict[str, Any]:
         "size": [edge, edge],
         "steps": settings.steps,
         "peak": max(process["peak"]["rss"] for process in processes),
+        "system_takes_pages": pages_are_taken(),
         "processes": processes,
     }
 
