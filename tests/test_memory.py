@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from benchmarks.quantised import in_form
 from joyedit.checkpoints.sizes import parse_size
 from joyedit.checkpoints.tensor_files import TensorFiles, save_tensors
 from joyedit.memory import BlockStreaming, stream_blocks
+from joyedit.memory.pages import PAGE, own_pages
 from joyedit.memory.streaming import Passing, Transfers, TwoBuffers, blocks_of, tensors_of
 from joyedit.quantised import quantised_weights
 
@@ -255,12 +257,38 @@ def test_weights_that_were_changed_in_place_stay_changed(tmp_path):
         assert torch.equal(network.blocks[changed].weight, made[changed].weight)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
+def test_parts_that_are_called_before_any_block_are_given_back(tmp_path):
+    save_tensors(tmp_path, "weights", {name: torch.randn(64, 64) for name in "ab"})
+    files = TensorFiles([tmp_path / "weights.safetensors"])
+    network = Products([files["a"], files["b"]], within=True)
+    streaming = BlockStreaming(network, torch.device("cpu"), FixedRoom(0))
+    start, end = own_pages(files["b"])
+    streaming.begin()
+    wanted = torch.ones(1, 64) @ files["b"].T
+    assert resident(start, end) == (end - start) // PAGE > 0
+    assert torch.equal(network.blocks[1].part(torch.ones(1, 64)), wanted)
+    assert resident(start, end) == 0
+    streaming.end()
+
+
+def resident(start, end):
+    """How many pages are there."""
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(start // PAGE * 8)
+        return int((np.frombuffer(file.read((end - start) // PAGE * 8), np.uint64) >> 63).sum())
+
+
 class Products(nn.Module):
-    def __init__(self, weights):
+    """within: each weight is in a part of its block."""
+
+    def __init__(self, weights, within=False):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in weights)
-        for block, weight in zip(self.blocks, weights, strict=True):
-            block.weight = nn.Parameter(weight, requires_grad=False)
+        layers = [nn.Linear(1, 1, bias=False) for _ in weights]
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        blocks = [nn.Sequential(OrderedDict(part=layer)) for layer in layers] if within else layers
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x):
         for block in self.blocks:

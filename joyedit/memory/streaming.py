@@ -165,6 +165,7 @@ class MappedPages(Passing):
     def __init__(self, blocks: Sequence[nn.Module], room: Room | None):
         super().__init__(blocks, room)
         self.homes: dict[Tensor, int] = {}  # tensor -> where it is in a file
+        self.settled = False
 
     def settle_in_files(self) -> None:
         """Put what is in no file, or is not what the file holds, into one of its own."""
@@ -181,13 +182,16 @@ class MappedPages(Passing):
 
     def begin(self) -> None:
         give_back_unused()  # by whatever ran before, and would count as if this took it
+        self.settle_in_files()
+        self.settled = True  # parts may be called before the first block is
 
     def end(self) -> None:
         super().end()
+        self.settled = False
         give_back_unused()
 
     def _begin_pass(self, first: bool) -> None:
-        if first:
+        if first and not self.settled:
             self.settle_in_files()
         super()._begin_pass(first)
 
