@@ -42,6 +42,13 @@ def test_committed_streaming_is_as_fast_as_it_shall_be(committed):
     assert max(row[side]["page_faults"] for side in ("resident", "streamed")) > 0
 
 
+def test_the_estimate_of_a_run_without_a_budget_is_right_within_a_tenth():
+    (row,) = json.loads(full_size.OUT.with_name("full_size_tenth.json").read_text(encoding="utf-8")).values()
+    (process,) = row["processes"]
+    for stage, estimated in process["estimate"]["peak"].items():
+        assert abs((process["stages"][stage]["rss"] - RESERVED["cpu"]) / estimated - 1) < 0.1, stage
+
+
 @pytest.fixture
 def part(tmp_path):
     """A small transformer in int8: its class, config and file."""
