@@ -306,7 +306,7 @@ ARGUMENT_ERRORS = {
     "edit photo.png x --offload all": "invalid choice",
     "edit photo.png x --graphs --device cpu": "--graphs needs a CUDA or ROCm device, and --device is 'cpu'",
     "edit photo.png x --graphs --device mps": "--graphs needs a CUDA or ROCm device, and --device is 'mps'",
-    "edit photo.png x --graphs --offload model": "--graphs reads weights where they are, and --offload model",
+    "edit photo.png x --graphs --offload model": "--offload model does not go with --graphs",
     "edit photo.png x --part vae": "NAME=PATH",
     "edit photo.png x -o out.gif": "'out.gif' is neither a folder nor ends in",
     "edit photo.png x --stpes 3": "unrecognized arguments: --stpes 3 (did you mean --steps?)",
