@@ -294,7 +294,8 @@ def run(name: str, place: Path, settings: argparse.Namespace) -> dict[str, Any]:
         edge = settings.size
         checkpoint = Checkpoint(folder / "model", model, settings.depth, settings.width, edge)
         processes = []
-        for parts in model.processes:
+        whole = tuple(part for parts in model.processes for part in parts)
+        for parts in [whole] if settings.whole else model.processes:
             check_room(place, sum(map(checkpoint.nbytes, parts)), f"{name} ({', '.join(parts)})")
             began = time.perf_counter()
             written = {part: checkpoint.write(part, seed) for seed, part in enumerate(parts)}
@@ -361,6 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--place", type=Path, help="where the files go for a while; default: the system's")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--depth", type=float, default=1.0, help="share of the layers")
+    parser.add_argument("--whole", action="store_true", help="one process, with all files at a time")
     parser.add_argument("--width", type=int, default=1, help="what the widths are divided by")
     parser.add_argument("--memory", default="6G", help="the budget; none: no budget")
     parser.add_argument("--size", type=int, default=256, help="pixels of both sides")

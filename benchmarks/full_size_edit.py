@@ -21,7 +21,7 @@ import joyedit
 from joyedit.memory import BlockStreaming, blocks_of, tensors_of
 from joyedit.memory.budget import resident_bytes
 
-PROMPT, NEGATIVE = "Make the red bowl blue, and leave the rest as it is.", "low quality"
+PROMPT, NEGATIVE = "Make the red bowl blue, and leave the rest as it is.", ""
 NETWORKS = ("transformer", "text_encoder", "image_encoder", "vae")
 RECORDED = ("transformer", "text_encoder")  # of whose blocks two are recorded
 

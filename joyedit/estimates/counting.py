@@ -35,7 +35,7 @@ class Tally:
     peak: the most bytes that tensors took together. read: the storages of weights that were read whole.
     reading: the most that a CPU holds, of freed memory, too, with the mapped weights that were read until
     then. passing: the same with the block that runs, and with what this visit alone has freed. passes: how
-    often a block was called."""
+    often a block was called for no more than in the first of them."""
 
     bytes: int = 0
     operations: int = 0

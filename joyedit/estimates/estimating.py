@@ -186,17 +186,16 @@ class Plan:
         """What each visit takes when blocks come one after the other, at the least, and at the most, with all
         of them: on a CPU beside the one that runs, on a GPU beside two buffers. In a visit that passes them
         once none stays. What is read of a mapped file beside its blocks stays on a CPU."""
-        rests: dict[str, int] = {}
+        read: set[int] = set()
         found = []
         for visit in self.visits:
             part, tally = self.parts[visit.part], visit.tally
-            own = part.read_of(tally.read) if self.kind == "cpu" else part.moved
-            rests = rests if self.kind == "cpu" else {}
-            rests[visit.part] = max(rests.get(visit.part, 0), own - sum(part.blocks), 0)
-            held = sum(rests.values())
+            read |= tally.read
             if self.kind == "cpu":
+                held = sum(one.rest_of(read) for one in self.parts.values())
                 least, most = held + tally.passing, held + tally.peak + sum(part.blocks)
             else:
+                held = part.moved - sum(part.blocks)
                 least = held + tally.peak + 2 * max(part.blocks, default=0)
                 most = least + sum(part.blocks)
             found.append((least, max(least, most) if visit.times * tally.passes > 1 else least))
@@ -216,9 +215,14 @@ class Plan:
         mine = [(i, visit) for i, visit in enumerate(self.visits) if visit.stage == stage]
         if budget is None:
             return max((self.whole[i] for i, _ in mine), default=0)
-        room = self.room(budget)
-        bounds = [self.streamed[i] for i, _ in mine]
-        return max((min(max(least, room), most) for least, most in bounds), default=0)
+        return max((self.filled(i, self.room(budget)) for i, _ in mine), default=0)
+
+    def filled(self, i: int, room: int) -> int:
+        """What visit `i` takes when as many blocks stay as there is room for."""
+        held, most = self.streamed[i]
+        for nbytes in self.parts[self.visits[i].part].blocks:
+            held += nbytes if held + nbytes <= min(room, most) else 0
+        return held
 
     def flags(self, gigabytes: int, quantize: str | None) -> str | None:
         """With which flags an edit fits into so much memory; None if with none."""
@@ -241,11 +245,11 @@ class Plan:
     def seconds(self, machine: Machine, budget: int | None) -> float:
         """Of a whole edit. With a budget, the blocks that do not stay are fetched while others compute."""
         total = 0.0
-        for visit, (least, _) in zip(self.visits, self.streamed, strict=True):
+        for i, visit in enumerate(self.visits):
             once = seconds_of(visit.tally.calls, machine)
             if budget is not None and self.kind != "cpu":
                 part = self.parts[visit.part]
-                stay = max(self.room(budget) - least, 0)
+                stay = self.filled(i, self.room(budget)) - self.streamed[i][0]
                 once = max(once, max(sum(part.blocks) - stay, 0) / machine.link)
             total += visit.times * once
         return total

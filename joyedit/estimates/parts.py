@@ -69,6 +69,13 @@ class Part:
         """Bytes of the weights that have one of these storages."""
         return sum(t.nbytes for t in tensors_of(self.network) if storage(t) in storages)
 
+    def rest_of(self, storages: Collection[int]) -> int:
+        """What a CPU holds beside the blocks when weights with these storages have been read."""
+        if not self.mapped:
+            return self.nbytes - sum(self.blocks)
+        inside = {storage(t) for block in blocks_of(self.network) for t in tensors_of(block)}
+        return self.read_of(set(storages) - inside)
+
     def quantised(self) -> "Part":
         """As `joyedit convert --quantize int8_convrot` writes it. Changes the network itself."""
         network = self.network

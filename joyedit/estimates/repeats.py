@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from joyedit.estimates.counting import Counted, Tally, storage
+from joyedit.memory import load_of
 
 
 class Known(NamedTuple):
@@ -43,11 +44,13 @@ class Repeats:
     def _in_place(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward`, while which the block is the one that runs."""
         nbytes = sum(tensor.nbytes for tensor in block.parameters())
-        called: dict[int, int] = {}  # visit -> how often
+        called: dict[int, tuple[int, int]] = {}  # visit -> the most it worked on, and how often since then
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            counted = self.counted
-            called[id(counted.tally)] = count = called.get(id(counted.tally), 0) + 1
+            counted, load = self.counted, load_of(args)
+            most, count = called.get(id(counted.tally), (-1, 0))
+            count = count + 1 if load <= most else 1
+            called[id(counted.tally)] = max(load, most), count
             counted.tally.passes = max(counted.tally.passes, count)
             before, counted.block = counted.block, nbytes
             try:

@@ -4,7 +4,7 @@ from joyedit.memory.budget import MARGIN, Watched, room_on
 from joyedit.memory.pages import in_a_file
 from joyedit.memory.shrinking import refuse_shrunk
 from joyedit.memory.smallest import enough_for_work, least_budget
-from joyedit.memory.streaming import BlockStreaming, blocks_of, stream_blocks, tensors_of
+from joyedit.memory.streaming import BlockStreaming, blocks_of, load_of, stream_blocks, tensors_of
 from joyedit.memory.visits import at_rest, visit
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "enough_for_work",
     "in_a_file",
     "least_budget",
+    "load_of",
     "refuse_shrunk",
     "room_on",
     "stream_blocks",

@@ -42,6 +42,11 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return list(dict.fromkeys(itertools.chain(module.parameters(), module.buffers())))
 
 
+def load_of(args: Any) -> int:
+    """How many numbers a block is called with."""
+    return sum(leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+
+
 SMALLEST_LIST = 1 / 50  # of a network's weights; a smaller list of modules belongs to the rest
 
 
@@ -432,9 +437,7 @@ class BlockStreaming:
         self.homes = []
 
     def _enter(self, block: nn.Module, args: Any) -> None:
-        self.passing.enter(
-            self.numbers[block], sum(t.numel() for t in tree_leaves(args) if isinstance(t, Tensor))
-        )
+        self.passing.enter(self.numbers[block], load_of(args))
 
     def _lend(self, part: nn.Module, args: Any) -> None:
         i = self.numbers[part]

@@ -196,10 +196,10 @@ def plan(kind="cuda", whole=16):
     for network in networks.values():
         network.stays_behind = lambda name: False
     parts = {name: Part(network, 0, True) for name, network in networks.items()}
-    read = {storage(weight) for network in networks.values() for weight in network.parameters()}
+    read = [set(map(storage, network.parameters())) for network in networks.values()]
     gib = 2**30
-    work = Tally(peak=gib, read=read, reading=(33 + whole) * gib, passing=9 * gib, passes=2)
-    rest = dataclasses.replace(work, passing=gib, passes=0)
+    work = Tally(peak=gib, read=read[0], reading=(33 + whole) * gib, passing=9 * gib, passes=2)
+    rest = dataclasses.replace(work, read=read[1], passing=gib, passes=0)
     visits = [Visit("denoise", "transformer", work), Visit("decode", "vae", rest)]
     return Plan(parts, visits, Size(64, 64, 1, 1), kind)
 
@@ -221,7 +221,8 @@ def test_the_smallest_budget_is_two_blocks_or_a_network_without():
     assert plan("cpu", whole=8).smallest() == pytest.approx((8 + 1) * gib / 0.98 + RESERVED["cpu"], rel=0.01)
     assert plan("cpu", whole=12).smallest() == pytest.approx(13 * gib / 0.98 + RESERVED["cpu"], rel=0.01)
     found = plan(whole=8)
-    assert found.peak("denoise", 24 * gib) == int(24 * gib * 0.98), "blocks stay where there is room"
+    assert found.peak("denoise", 24 * gib) == (2 * 8 + 1) * gib, "no block stays in part"
+    assert found.peak("denoise", 26 * gib) == (3 * 8 + 1) * gib, "blocks stay where there is room"
     assert found.peak("denoise", 400 * gib) == (32 + 16 + 1) * gib, "all of them, and two empty buffers"
     assert found.peak("decode", 24 * gib) == 9 * gib
     once = [
@@ -229,6 +230,19 @@ def test_the_smallest_budget_is_two_blocks_or_a_network_without():
     ]
     found = dataclasses.replace(found, visits=once)
     assert found.peak("denoise", 24 * gib) == (2 * 8 + 1) * gib, "what passes once does not stay"
+
+
+def test_what_was_read_beside_blocks_stays_on_a_cpu():
+    """Also where it was read before, in a visit that called no block."""
+    found = plan("cpu")
+    network = found.parts["transformer"].network
+    network.append(torch.nn.Linear(2**15, 2**15, bias=False, device="meta"))  # 4 GiB
+    ahead = Visit("text", "transformer", Tally(read={storage(network[-1].weight)}))
+    visits = [ahead, *found.visits]
+    found = Plan(
+        {"transformer": Part(network, 0, True), "vae": found.parts["vae"]}, visits, found.size, "cpu"
+    )
+    assert [least / 2**30 for least, _ in found.streamed] == [4, 4 + 9, 4 + 16 + 1]
 
 
 @pytest.mark.slow
