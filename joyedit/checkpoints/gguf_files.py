@@ -68,7 +68,7 @@ def _can_read(gguf: Any, kind: Any) -> bool:
     """Whether the package dequantises a block of that type."""
     size = gguf.GGML_QUANT_SIZES[kind][1]
     try:
-        gguf.dequantize(torch.zeros(1, size, dtype=torch.uint8).numpy(), kind)
+        gguf.dequantize(torch.zeros(1, size, dtype=torch.uint8, device="cpu").numpy(), kind)
     except NotImplementedError:
         return False
     return True
@@ -86,7 +86,7 @@ class _Packed:
     shape: tuple[int, ...]
 
     def __call__(self, once: bool = False) -> Tensor:
-        result, done = torch.empty(math.prod(self.shape)), 0
+        result, done = torch.empty(math.prod(self.shape), dtype=torch.float32, device="cpu"), 0
         for piece in self.pieces():
             result[done : done + len(piece)] = piece
             done += len(piece)
@@ -95,7 +95,7 @@ class _Packed:
     def pieces(self) -> Iterator[Tensor]:
         block = self.gguf.GGML_QUANT_SIZES[self.kind][1]  # bytes
         count = max(PIECE // block, 1) * block
-        content = torch.empty(min(count, self.nbytes), dtype=torch.uint8)
+        content = torch.empty(min(count, self.nbytes), dtype=torch.uint8, device="cpu")
         with opened(self.path, self.start) as file:
             for done in range(0, self.nbytes, count):
                 blocks = content[: self.nbytes - done]

@@ -33,7 +33,7 @@ class MappedFile:
         Raises ValueError where the file ends before the tensor does, OSError when it cannot be mapped.
         """
         if not stored.nbytes:
-            return torch.empty(stored.shape, dtype=stored.dtype)
+            return torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
         if stored.start + stored.nbytes > len(self._memory):
             raise ValueError(f"{self.path} has become shorter: it has {len(self._memory)} bytes now")
         count = stored.nbytes // stored.dtype.itemsize

@@ -39,7 +39,7 @@ class StoredTensor:
     def read(self) -> Tensor:
         """Raises ValueError naming the file when it ends before the tensor does, OSError when it cannot be
         read."""
-        content = torch.empty(self.nbytes, dtype=torch.uint8)
+        content = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         with opened(self.path, self.start) as file:
             fill(file, content)
         return content.view(self.dtype).as_strided(self.shape, self.strides)
@@ -50,7 +50,7 @@ class StoredTensor:
         if self.strides != row_major(self.shape):
             yield self.read().flatten()
             return
-        content = torch.empty(min(PIECE, self.nbytes), dtype=torch.uint8)
+        content = torch.empty(min(PIECE, self.nbytes), dtype=torch.uint8, device="cpu")
         with opened(self.path, self.start) as file:
             for done in range(0, self.nbytes, PIECE):
                 piece = content[: self.nbytes - done]

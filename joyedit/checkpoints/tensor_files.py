@@ -101,7 +101,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def cast(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor of a file in another dtype: beside the result, one piece at a time is in memory."""
-        result, done = torch.empty(self._shapes[name], dtype=dtype), 0
+        result, done = torch.empty(self._shapes[name], dtype=dtype, device="cpu"), 0
         for piece in self.pieces(name):
             result.view(-1)[done : done + len(piece)] = widened(piece)
             done += len(piece)

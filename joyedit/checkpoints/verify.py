@@ -295,7 +295,7 @@ def read_through(
         hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     )
     counts: dict[str, int] = {}
-    buffer = torch.empty(PIECE, dtype=torch.uint8)
+    buffer = torch.empty(PIECE, dtype=torch.uint8, device="cpu")
     stored = tensors.stored
     runs, others = _runs(stored)
     others += [name for name in tensors if name not in stored]

@@ -148,7 +148,7 @@ def pinned(nbytes: int) -> Tensor | None:
     available = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     if available is None or nbytes > 0.9 * 1024 * int(available[1]):
         return None
-    arena = torch.empty(nbytes, dtype=torch.uint8)
+    arena = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     runtime: Any = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(arena.data_ptr(), nbytes, 0)) != 0:
         return None

@@ -205,27 +205,35 @@ class ChronoEditTransformer3DModel(Network):
             raise ValueError(f"a rotary table of {rope[0].shape[0]} tokens does not fit the grid {grid}")
         vec = vec if vec.ndim == 3 else vec[None]
         img = self.patch_embedding(latents.to(self.activation_dtype(latents.device)))  # (B, N, D)
-
-        def through(imgs: list[Tensor], texts: Sequence[Context], numbers: range) -> list[Tensor]:
-            for i in numbers:
-                block, seen = self.blocks[i], image[i] if image else None
-                pairs = zip(imgs, texts, strict=True)
-                imgs = [block(x, vec[:, :6], text[i], seen, rope) for x, text in pairs]
-            return imgs
-
         imgs, count = [img] * len(texts), len(self.blocks)
         if caches is None:
-            imgs = through(imgs, texts, range(count))
+            imgs = self.through(range(count), imgs, texts, image, vec, rope)
         else:
-            begun = through(imgs, texts, range(1))
+            begun = self.through(range(1), imgs, texts, image, vec, rope)
 
             def others(due: list[int]) -> list[Tensor]:
-                return through([begun[i] for i in due], [texts[i] for i in due], range(1, count))
+                some, read = [begun[i] for i in due], [texts[i] for i in due]
+                return self.through(range(1, count), some, read, image, vec, rope)
 
             imgs = finished(caches, imgs, begun, others)
         shift, scale = (self.scale_shift_table + vec[:, 6:]).unbind(1)
         patches = [self.proj_out(ops.ada_layer_norm(x, shift, scale, self.config.eps)) for x in imgs]
         return [self.unpatchify(x, grid).to(latents.dtype) for x in patches]
+
+    def through(
+        self,
+        numbers: range,
+        imgs: list[Tensor],
+        texts: Sequence[Context],
+        image: Context | None,
+        vec: Tensor,
+        rope: Rope,
+    ) -> list[Tensor]:
+        """The blocks with these numbers: tokens (B, N, D) of each text."""
+        for i in numbers:
+            block, seen = self.blocks[i], image[i] if image else None
+            imgs = [block(x, vec[:, :6], text[i], seen, rope) for x, text in zip(imgs, texts, strict=True)]
+        return imgs
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Modulation by timesteps in [0, 1000], of a batch or of a whole schedule at once. (S) -> (S, 7, D)

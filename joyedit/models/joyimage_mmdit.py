@@ -213,20 +213,31 @@ class JoyImageEditTransformer3DModel(Network):
         Of the last block and the head, only what those tokens need is computed.
         """
         vec = vec if vec.ndim == 3 else vec[None]
-
-        def through(blocks: Sequence[nn.Module], branches: list[Streams]) -> list[Tensor]:
-            for block in blocks[:-1]:
-                branches = [block(img, txt, vec, rope) for img, txt in branches]
-            return [blocks[-1](img, txt, vec, rope, num_targets)[0] for img, txt in branches]  # (B, M, D)
-
         first, *others = self.double_blocks
         if caches is None or not others:
-            targets = through([first, *others], branches)
+            targets = self.through([first, *others], branches, num_targets, vec, rope)
         else:
             begun = [first(img, txt, vec, rope) for img, txt in branches]
             before, after = ([img[:, :num_targets] for img, _ in streams] for streams in (branches, begun))
-            targets = finished(caches, before, after, lambda due: through(others, [begun[i] for i in due]))
+
+            def rest(due: list[int]) -> list[Tensor]:
+                return self.through(others, [begun[i] for i in due], num_targets, vec, rope)
+
+            targets = finished(caches, before, after, rest)
         return [self.unpatchify(self.proj_out(ops.layer_norm(x)), grids_of(grid)[0]) for x in targets]
+
+    def through(
+        self,
+        blocks: Sequence[nn.Module],
+        branches: list[Streams],
+        num_targets: int,
+        vec: Tensor,
+        rope: Rope,
+    ) -> list[Tensor]:
+        """Blocks, of which the last gives the targets' tokens alone: (B, M, D) of each branch."""
+        for block in blocks[:-1]:
+            branches = [block(img, txt, vec, rope) for img, txt in branches]
+        return [blocks[-1](img, txt, vec, rope, num_targets)[0] for img, txt in branches]
 
     def embed_image(self, latents: Tensor) -> Tensor:
         """(B, I, C, T, H, W) or (B, C, T, H, W) -> (B, N, D), item after item in the order given.

@@ -379,7 +379,7 @@ def test_dry_run_with_what_joyedit_needs_and_no_more(tmp_path):
     by_area = {area: [row for row in rows if row["area"] == area] for area in areas.split(",")}
     assert sum(map(len, by_area.values())) == len(rows) == len({(row["area"], row["name"]) for row in rows})
     operations = {row["name"].partition(":")[0] for row in by_area["correctness"]}
-    assert operations == set(all_ops())
+    assert operations == set(exact_ops())
     errors = [value for row in rows for key, value in row.items() if key in ("error", "gradient_error")]
     assert all(0 <= error < 0.01 for error in errors) and sum(error > 0 for error in errors) > len(errors) / 2
     assert len(by_area["calls"]) == sum(len(calls.providers(case, DRY)) for case in calls.cases(DRY))

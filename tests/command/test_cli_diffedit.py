@@ -316,13 +316,16 @@ def test_two_results_do_not_share_a_file(photo, run, no_work):
 @pytest.mark.slow
 def test_prediction_type_reaches_the_loader(photo, run, monkeypatch, tmp_path):
     seen = []
-    real = layouts.load
 
-    def load(name, prediction_type=None, **options):
-        seen.append(prediction_type)
-        return real(name, **options)
+    def noting(real):
+        def load(name, prediction_type=None, **options):
+            seen.append(prediction_type)
+            return real(name, **options)
 
-    monkeypatch.setattr(layouts, "load", load)
+        return load
+
+    for name in ("load", "open_unread"):
+        monkeypatch.setattr(layouts, name, noting(getattr(layouts, name)))
     words = ("--prediction-type", "v_prediction", "--seed", 1, *QUICK)
     assert run("edit", photo, *CAPTIONS, *words)[0] == 0
     assert recorded("photo-edit-1.png")["prediction_type"] == "v_prediction"

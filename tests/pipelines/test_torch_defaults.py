@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import joyedit
+from benchmarks.quantised import in_form
 from joyedit.schedulers.ddim import DDIMInverseScheduler, DDIMScheduler
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
@@ -56,6 +57,15 @@ def joyimage(dtype: torch.dtype) -> list[np.ndarray]:
     return [edit.images.numpy(), made.images]
 
 
+def in_eight_bits(dtype: torch.dtype) -> list[np.ndarray]:
+    """Within a budget, and with most of the steps left out."""
+    pipe = load("tiny-joyimage", dtype)
+    pipe.transformer = in_form(pipe.transformer, "int8_convrot")
+    pipe.set_memory("8G")
+    drawn = {"generator": torch.Generator("cpu").manual_seed(0), "num_inference_steps": 3}
+    return [pipe(image=PHOTO, prompt="Make it blue.", step_cache=1e6, output_type="np", **drawn).images]
+
+
 def chronoedit(dtype: torch.dtype) -> list[np.ndarray]:
     drawn = {"generator": torch.Generator("cpu").manual_seed(0), "num_inference_steps": 2}
     size = {"height": 64, "width": 96, "num_frames": 5, "output_type": "np"}
@@ -80,7 +90,7 @@ def diffedit(dtype: torch.dtype) -> list[np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["run in fp32", "run in bf16"])
-@pytest.mark.parametrize("run", [joyimage, chronoedit, diffedit], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("run", [joyimage, in_eight_bits, chronoedit, diffedit], ids=lambda run: run.__name__)
 def test_pipelines_do_not_follow_torch_defaults(run, dtype):
     expected = run(dtype)
     assert all(np.isfinite(array).all() for array in expected)
