@@ -189,9 +189,8 @@ def stranger(networks):
     return state
 
 
-@pytest.mark.parametrize(
-    "system", ["joyimage", *(pytest.param(name, marks=slow) for name in list(NAMES)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("system", NAMES)
 def test_from_file_to_file_through_every_layout_and_back(system, tmp_path):
     networks = networks_of(system)
     source = tmp_path / "source.safetensors"
@@ -326,7 +325,11 @@ def test_the_command_refuses(source, tmp_path, monkeypatch, capsys, words, messa
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"transformer.single_blocks.0.x.lora_A.weight": 1}, "looks like an adapter of FLUX or HunyuanVideo"),
+        pytest.param(
+            {"transformer.single_blocks.0.x.lora_A.weight": 1},
+            "looks like an adapter of FLUX or HunyuanVideo",
+            marks=slow,
+        ),
         (
             {"double_blocks.0.img_attn_qkv.hada_w1_a": 1, "double_blocks.0.attn.img_attn_qkv.alpha": 1},
             "is LoHa",

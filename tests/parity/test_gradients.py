@@ -133,6 +133,7 @@ def test_gradients_equal_the_references_with_and_without_recomputing(case):
     assert len(calls) > 1.5 * len(set(calls))  # what is inside of blocks was called twice
 
 
+@pytest.mark.slow
 def test_adapters_gradients_equal_pefts_with_and_without_recomputing(case):
     prefix, reference, ours, given, layers = case
     settings = LoraConfig(r=3, lora_alpha=6, target_modules=layers, init_lora_weights=False)
