@@ -215,6 +215,7 @@ def test_a_factor_with_a_bias_becomes_a_difference_of_the_bias(tmp_path):
     layer = "transformer.double_blocks.0.attn.img_attn_proj"
     state = {f"{layer}.lora_A.weight": torch.randn(2, 48), f"{layer}.lora_B.weight": torch.randn(48, 2)}
     state |= {f"{layer}.lora_B.bias": torch.randn(48), f"{layer}.alpha": torch.tensor(1.0)}
+    state[f"{layer}.diff_b"] = torch.randn(48)
     save_file(state, tmp_path / "peft.safetensors")
     Adapters(networks).load_lora_weights(tmp_path / "peft.safetensors")
     convert_lora(tmp_path / "peft.safetensors", tmp_path / "comfyui.safetensors", "comfyui")
