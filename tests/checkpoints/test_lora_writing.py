@@ -217,15 +217,18 @@ def test_a_factor_with_a_bias_becomes_a_difference_of_the_bias(tmp_path):
     state |= {f"{layer}.lora_B.bias": torch.randn(48), f"{layer}.alpha": torch.tensor(1.0)}
     state[f"{layer}.diff_b"] = torch.randn(48)
     save_file(state, tmp_path / "peft.safetensors")
-    Adapters(networks).load_lora_weights(tmp_path / "peft.safetensors")
+    adapters = Adapters(networks)
+    adapters.load_lora_weights(tmp_path / "peft.safetensors")
     convert_lora(tmp_path / "peft.safetensors", tmp_path / "comfyui.safetensors", "comfyui")
-    others = networks_of("joyimage")
+    adapters.save_lora(tmp_path / "saved.safetensors")
+    others, saved = networks_of("joyimage"), networks_of("joyimage")
     Adapters(others).load_lora_weights(tmp_path / "comfyui.safetensors")
+    Adapters(saved).load_lora_weights(tmp_path / "saved.safetensors")
     shifts = []
-    for found in (networks, others):
+    for found in (networks, others, saved):
         module = found["transformer"].get_submodule(layer.partition(".")[2])
         shifts.append(module.bias - module._parameters["bias"])
-    assert torch.allclose(*shifts, atol=1e-6) and shifts[0].abs().max() > 0.1
+    assert all(torch.allclose(one, shifts[0], atol=1e-6) for one in shifts) and shifts[0].abs().max() > 0.1
 
 
 def run_unet(network):
