@@ -106,6 +106,8 @@ def contradiction(args: argparse.Namespace) -> str | None:
         return wrong
     if args.lora_scale is not None and args.lora is None:
         return "--lora-scale is for the adapter that --lora names"
+    if args.fuse_lora and args.lora is None:
+        return "--fuse-lora is for the adapter that --lora names"
     if args.lora_scale is not None and len(args.lora_scale) not in (1, len(args.lora)):
         counts = f"{len(args.lora_scale)} times --lora-scale for {len(args.lora)} times --lora"
         return f"{counts}: give one scale for all adapters, or one for each"
@@ -187,11 +189,17 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
 
     made = command("convert", "write a checkpoint in another layout or dtype", *part_options())
     made.add_argument(
-        "source", metavar="SRC", type=place, help="folder, weight file or Hub name of the checkpoint"
+        "source",
+        metavar="SRC",
+        type=place,
+        help="folder, weight file or Hub name of the checkpoint, or an adapter's file",
     )
-    made.add_argument("target", metavar="DST", type=place, help="folder to write")
+    made.add_argument("target", metavar="DST", type=place, help="folder to write; of an adapter, the file")
     made.add_argument(
-        "--to", choices=("diffusers", "original", "comfyui"), default="diffusers", help="default: diffusers"
+        "--to",
+        choices=("diffusers", "original", "comfyui", "kohya"),
+        default="diffusers",
+        help="default: diffusers; original is for checkpoints, kohya for adapters",
     )
     made.add_argument(
         "--dtype",
@@ -341,6 +349,13 @@ def image_options() -> Parser:
         action="append",
         type=finite,
         help="strength of the adapter, default 1; of several one for all, or one for each in their order",
+    )
+    add(
+        "--fuse-lora",
+        action="store_true",
+        default=None,
+        help="add the adapters to the weights, which spares their products; in half precision, what is small "
+        "is rounded away",
     )
     devices.add_options(add)
     add(
