@@ -1,0 +1,1 @@
+"""Fine-tuning of the editors: losses, data, adapters, a visible loop."""
