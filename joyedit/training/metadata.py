@@ -33,7 +33,7 @@ def find(folder: Path) -> Path | None:
 
 
 def read_metadata(path: Path) -> tuple[list[Pair], list[Fault]]:
-    """The pairs that are whole, and what is wrong with the others. Raises ValueError for a file that is none."""
+    """The pairs that are whole, and what is wrong with the others. Raises ValueError for another file."""
     faults: list[Fault] = []
     rows = read_rows(path, faults)
     with_controls = any(columns(row, CONTROL) for _, row in rows)
@@ -117,12 +117,8 @@ def read_row(
     prompts = columns(row, PROMPT)
     prompt = prompts[0] if prompts else ""
     if not isinstance(prompt, str) or not prompt.strip():
-        faults.append(
-            Fault(
-                called,
-                "its caption is empty" if "".join(map(str, prompts)) == "" else "its caption is no text",
-            )
-        )
+        reason = "is empty" if isinstance(prompt, str) else "is no text"
+        faults.append(Fault(called, f"its caption {reason}"))
     if len(faults) > before:
         return None
     return Pair(called, targets[0], prompt.strip(), tuple(controls), masks[0] if masks else None)

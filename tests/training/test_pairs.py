@@ -1,4 +1,4 @@
-"""Training sets: which pairs a folder holds, everything that is wrong with it, and where pixels come to lie."""
+"""Training sets: which pairs a folder holds, what is wrong with it, and where pixels come to lie."""
 
 import csv
 import json
@@ -90,9 +90,7 @@ def test_every_fault_is_named_at_once(tmp_path):
     picture(tmp_path / "control" / "orphan.png")
     text(tmp_path / "target" / "lost.txt")
     found = faults(tmp_path)
-    assert sorted(found) == sorted([*names, "orphan", "lost"])[:0] + sorted(
-        {"alone", "blank", "broken", "cut", "latin", "silent", "twice", "orphan", "lost"}
-    )
+    assert found.keys() == {*names, "orphan", "lost"} - {"good"}
     assert "no control" in found["alone"] and "empty" in found["blank"] and "no caption" in found["silent"]
     assert "broken.jpg" in found["broken"] and "cut.png" in found["cut"] and "UTF-8" in found["latin"]
     assert "one name" in found["twice"] and "no target" in found["orphan"] and "lost.txt" in found["lost"]
