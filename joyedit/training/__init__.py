@@ -1,1 +1,1 @@
-"""Fine-tuning of the editors: losses, data, adapters, a visible loop."""
+"""Training the systems on pairs of pictures: losses, and what the loop is made of."""
