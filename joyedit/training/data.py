@@ -37,6 +37,17 @@ def read_pairs(folder: str | Path, *, decode: bool = True) -> dict[str, Pair]:
     Raises FileNotFoundError for no folder, ValueError for one that holds no set, and FaultyPairs, which names
     every pair and file that cannot be used: without partner or caption, or, if they are decoded, unreadable.
     """
+    pairs, faults = find_pairs(folder)
+    if decode:
+        faults = faults + unreadable(list(pairs.values()))
+    if faults:
+        raise FaultyPairs(Path(folder), faults)
+    return pairs
+
+
+def find_pairs(folder: str | Path) -> tuple[dict[str, Pair], list[Fault]]:
+    """The pairs of a folder by name that are whole, as far as names and captions say, and what is wrong with
+    the others. Raises FileNotFoundError for no folder, ValueError for one that holds no set."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
@@ -45,19 +56,9 @@ def read_pairs(folder: str | Path, *, decode: bool = True) -> dict[str, Pair]:
         names = ", ".join(metadata.FILES[:2])
         raise ValueError(f"{folder} holds no training set: neither target/ (or images/) nor {names}")
     pairs, faults = folders.read_folders(folder) if table is None else metadata.read_metadata(table)
-    if decode:
-        faults = faults + unreadable(pairs)
-    if faults:
-        raise FaultyPairs(folder, faults)
-    if not pairs:
+    if not pairs and not faults:
         raise ValueError(f"{table or folder} holds no pairs")
-    return {pair.name: pair for pair in pairs}
-
-
-def read_valid(folder: str | Path, *, decode: bool = True) -> dict[str, Pair]:
-    """The pairs to validate on, of a folder that has some. Errors as of `read_pairs`."""
-    place = Path(folder).expanduser() / VALID
-    return read_pairs(place, decode=decode) if place.is_dir() else {}
+    return {pair.name: pair for pair in pairs}, faults
 
 
 def unreadable(pairs: Sequence[Pair]) -> list[Fault]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from joyedit.media import images as im
 from joyedit.media.video import export_to_video
-from joyedit.training.data import load_film, load_mask, load_pair, read_pairs, read_valid, same_shape
+from joyedit.training.data import load_film, load_mask, load_pair, read_pairs, same_shape
 from joyedit.training.pairs import FaultyPairs
 
 
@@ -51,7 +51,7 @@ def test_pairs_by_name(tmp_path):
     one, two = pairs.values()
     assert one.prompt == "edit 0001" and one.controls == (tmp_path / "control" / "0001.jpg",)
     assert one.mask is None and two.mask == tmp_path / "mask" / "0002.png"
-    assert list(read_valid(tmp_path)) == ["v"] and read_valid(tmp_path / "valid") == {}
+    assert list(read_pairs(tmp_path / "valid")) == ["v"]
 
 
 def test_several_references_in_their_order(tmp_path):
