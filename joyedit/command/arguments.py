@@ -106,6 +106,8 @@ def contradiction(args: argparse.Namespace) -> str | None:
         return f"--graphs reads weights where they are, and {moving} moves them: give one"
     if args.lora_scale is not None and args.lora is None:
         return "--lora-scale is for the adapter that --lora names"
+    if args.fuse_lora and args.lora is None:
+        return "--fuse-lora is for the adapter that --lora names"
     if args.lora_scale is not None and len(args.lora_scale) not in (1, len(args.lora)):
         counts = f"{len(args.lora_scale)} times --lora-scale for {len(args.lora)} times --lora"
         return f"{counts}: give one scale for all adapters, or one for each"
@@ -323,6 +325,12 @@ def image_options() -> Parser:
         action="append",
         type=finite,
         help="strength of the adapter, default 1; of several one for all, or one for each in their order",
+    )
+    add(
+        "--fuse-lora",
+        action="store_true",
+        default=None,
+        help="add the adapters to the weights: a little faster, but in half precision their sum is rounded",
     )
     devices.add_options(add)
     add(
