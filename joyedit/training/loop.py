@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from joyedit.pipelines.placement import accelerator_device
 from joyedit.training.cache import Cache
+from joyedit.training.devices import device_of
 from joyedit.training.examples import Example, Order, form_of
 from joyedit.training.first_pass import fill, kept_of
 from joyedit.training.models import Trained, open_encoders, open_trained
+from joyedit.training.pairs import FaultyPairs
 from joyedit.training.pictures import Samples
 from joyedit.training.plan import Plan, make_plan
 from joyedit.training.run import Run, Stopping, rate_at
@@ -49,7 +50,9 @@ def train(settings: Settings, out: str | Path, disable_progress: bool | None = F
     device = device_of(settings)
 
     # What is trained on: refused here, if anything is wrong with it.
-    plan = make_plan(settings, out / "cache")
+    plan, faults = make_plan(settings, out / "cache")
+    if faults:
+        raise FaultyPairs(Path(settings.data), faults)
     settle(out, settings, plan.found)
 
     # First pass: what encoders make of it.
@@ -71,7 +74,7 @@ def train(settings: Settings, out: str | Path, disable_progress: bool | None = F
     )
     run = Run(out, trained.parameters, optimizer, settings.ema)
     samples = Samples(out / "samples", plan, store, SAMPLED, settings.seed)
-    how = Drawing(trained.pipe.scheduler, settings.sigma, settings.min_snr)
+    how = Drawing.by(trained.pipe.scheduler, settings.sigma, settings.min_snr)
     order = Order([form_of({**kept, "prompt": said.words}) for kept, said in map(store, plan.examples)],
                   settings.batch, settings.seed)  # fmt: skip
     looked_at = run.resumed  # a state was saved after all else that its step is due
@@ -188,12 +191,3 @@ class Store:
             self.kept[example] = known
             self.nbytes += nbytes
         return known
-
-
-def device_of(settings: Settings) -> torch.device:
-    if settings.device == "auto":
-        return accelerator_device() or torch.device("cpu")
-    try:
-        return torch.device(settings.device)
-    except RuntimeError:
-        raise ValueError(f"device={settings.device!r}: must be auto, cpu, cuda, cuda:1, mps") from None

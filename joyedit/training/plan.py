@@ -18,7 +18,7 @@ from joyedit.pipelines.made_for import MadeFor
 from joyedit.training.cache import Hashes, revision_of
 from joyedit.training.data import VALID, find_pairs, unreadable
 from joyedit.training.examples import Example, plan_examples
-from joyedit.training.pairs import Fault, FaultyPairs, Pair
+from joyedit.training.pairs import Fault, Pair
 from joyedit.training.settings import Settings
 from joyedit.training.systems import SYSTEMS, System
 
@@ -39,9 +39,9 @@ class Plan:
     found: Mapping[str, str]
 
 
-def make_plan(settings: Settings, cache: Path) -> Plan:
-    """Raises FaultyPairs with everything that is wrong with the set; FileNotFoundError and ValueError for a
-    model or a folder that are not there, or not of a kind that is trained."""
+def make_plan(settings: Settings, cache: Path) -> tuple[Plan, list[Fault]]:
+    """The plan of what can be trained on, and everything that is wrong with the set. Raises FileNotFoundError
+    and ValueError for a model or a folder that are not there, or not of a kind that is trained."""
     checkpoint = find_model(settings)
     parts = open_parts(checkpoint, LoadOptions())
     index = index_of(checkpoint)
@@ -62,8 +62,6 @@ def make_plan(settings: Settings, cache: Path) -> Plan:
         made, narrow = plan_examples(pairs, tables, hashes, system.names)
         examples[prefix] = made
         faults += [Fault(prefix + fault.name, fault.reason) for fault in wrong + narrow]
-    if faults:
-        raise FaultyPairs(folder, faults)
     hashes.save()
     trained = examples[""]
     names = "\n".join(f"{example.pictures} {example.words}" for example in trained)
@@ -73,7 +71,8 @@ def make_plan(settings: Settings, cache: Path) -> Plan:
         "encoders": hashlib.sha256("".join(sorted(revisions.values())).encode()).hexdigest()[:16],
         "set": f"{len(trained)} examples, {digest}",
     }
-    return Plan(checkpoint, parts, made_for, system, trained, examples[f"{VALID}/"], found)
+    plan = Plan(checkpoint, parts, made_for, system, trained, examples[f"{VALID}/"], found)
+    return plan, sorted(set(faults))
 
 
 def find_model(settings: Settings) -> Checkpoint:

@@ -65,11 +65,20 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How samples are drawn. sigma: how levels are, see `losses.draw_sigma`. min_snr: of Stable Diffusion."""
+    """How samples are drawn. sigma: how levels are, see `losses.draw_sigma`; shift: of the checkpoint's own
+    sampler, whose steps lie there. scheduler, min_snr: of Stable Diffusion."""
 
-    scheduler: Any
     sigma: str = "shifted"
+    shift: float = 1.0
+    scheduler: Any = None
     min_snr: float | None = None
+
+    @classmethod
+    def by(cls, scheduler: Any, sigma: str, min_snr: float | None) -> "Drawing":
+        """As the sampler of a checkpoint wants it."""
+        config = scheduler.config
+        shift = next((float(config[name]) for name in ("shift", "flow_shift") if name in config), 1.0)
+        return cls(sigma, shift, scheduler, min_snr)
 
 
 class JoyImage:
@@ -377,12 +386,10 @@ System = JoyImage | ChronoEdit | StableDiffusion
 
 
 def flow_level(how: Drawing, generator: torch.Generator, sigma: float | None) -> Tensor:
-    """The noise level of a flow, at the shift that the checkpoint's own sampler has."""
+    """The noise level of a flow."""
     if sigma is not None:
         return torch.tensor(sigma)
-    config = how.scheduler.config
-    shift = config.shift if "shift" in config else config.flow_shift
-    return losses.draw_sigma(1, how.sigma, float(shift), generator)[0]
+    return losses.draw_sigma(1, how.sigma, how.shift, generator)[0]
 
 
 def drawn(kept: Kept, name: str, generator: torch.Generator, sampled: bool = True) -> Tensor:
