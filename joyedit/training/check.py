@@ -62,7 +62,7 @@ def cell(example: Example) -> Image:
         copy.thumbnail((SIDE, SIDE))
         small.append(copy)
     below = sheet([small])
-    made = PIL.Image.new("RGB", (max(below.width, SIDE), below.height + 2 * LINE), "white")
+    made = PIL.Image.new("RGB", (max(below.width, SIDE), below.height + 2 * LINE), "silver")
     made.paste(below, (0, 2 * LINE))
     height, width = example.bucket
     text = f"{example.pair.name[-28:]}\n{width} x {height}"

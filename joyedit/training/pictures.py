@@ -40,10 +40,10 @@ class Samples:
 
 
 def sheet(rows: Sequence[Sequence[Image]]) -> Image:
-    """Rows of pictures of any size, one below the other, on white."""
+    """Rows of pictures of any size, one below the other."""
     heights = [max(picture.height for picture in row) for row in rows]
     widths = [sum(picture.width + GAP for picture in row) for row in rows]
-    page = PIL.Image.new("RGB", (max(widths) + GAP, sum(height + GAP for height in heights) + GAP), "white")
+    page = PIL.Image.new("RGB", (max(widths) + GAP, sum(height + GAP for height in heights) + GAP), "silver")
     top = GAP
     for row, height in zip(rows, heights, strict=True):
         left = GAP
