@@ -59,7 +59,7 @@ class Trained:
 def open_trained(settings: Settings, plan: Plan, device: torch.device) -> Trained:
     """Raises ValueError for a rank or targets that make no adapter."""
     system = plan.system
-    base = settings.base or ("fp32" if settings.full or device.type == "cpu" else "bf16")
+    base = base_of(settings, device)
     absent: dict[str, Any] = {
         name: None for name in system.encoders if name in plan.checkpoint.pipeline.parts
     }
@@ -82,6 +82,11 @@ def open_trained(settings: Settings, plan: Plan, device: torch.device) -> Traine
     if settings.checkpointing:
         network.enable_gradient_checkpointing()
     return Trained(quiet(pipe), network, parameters, settings, plan)
+
+
+def base_of(settings: Settings, device: torch.device) -> str:
+    """In what the weights that stay are held; those that are trained are in fp32."""
+    return settings.base or ("fp32" if settings.full or device.type == "cpu" else "bf16")
 
 
 def quiet(pipe: Any) -> Any:

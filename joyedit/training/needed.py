@@ -20,7 +20,7 @@ from joyedit.lora import Adapters
 from joyedit.memory import tensors_of
 from joyedit.schedulers.ddim import DDIMScheduler
 from joyedit.training.examples import Example
-from joyedit.training.models import BASES
+from joyedit.training.models import BASES, base_of
 from joyedit.training.plan import Plan
 from joyedit.training.settings import Settings
 from joyedit.training.systems import LONGEST, ChronoEdit, Drawing, JoyImage, Kept
@@ -49,7 +49,7 @@ def memory_needed(settings: Settings, plan: Plan, device: torch.device) -> Neede
     networks of the plan: it is not to be used afterwards."""
     system = plan.system
     part = plan.parts[system.denoiser]
-    base = settings.base or ("fp32" if settings.full or device.type == "cpu" else "bf16")
+    base = base_of(settings, device)
     part.network.to(BASES[base])
     network = (part.quantised() if base == "int8" else part).network
     if settings.full:
