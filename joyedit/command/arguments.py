@@ -333,7 +333,8 @@ def image_options() -> Parser:
         "--fuse-lora",
         action="store_true",
         default=None,
-        help="add the adapters to the weights: a little faster, but in half precision their sum is rounded",
+        help="add the adapters to the weights, which spares their products; in half precision, what is small "
+        "is rounded away",
     )
     devices.add_options(add)
     add(

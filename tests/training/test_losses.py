@@ -260,6 +260,13 @@ def test_exact_noise_or_v_is_taken_back_by_ddim(kind, monkeypatch):
     assert torch.allclose(x0, latents, atol=1e-4)  # at the last level there is little of it to go by
 
 
+@pytest.mark.parametrize("how", ["uniform", "shifted"])
+def test_no_level_is_zero(how, monkeypatch):
+    """Where there would be nothing to divide by, and nothing to learn."""
+    monkeypatch.setattr(torch, "rand", lambda count, **options: torch.zeros(count))
+    assert losses.draw_sigma(3, how, 3.0).tolist() == [1, 1, 1]
+
+
 def test_levels_are_drawn_as_their_words_say():
     count = 20_000
     levels = {
