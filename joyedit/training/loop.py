@@ -80,7 +80,7 @@ def train(settings: Settings, out: str | Path, disable_progress: bool | None = F
     looked_at = run.resumed  # a state was saved after all else that its step is due
 
     bar = tqdm(total=settings.steps, initial=run.step, desc=out.name, disable=disable_progress)
-    with Stopping() as stopping, bar:
+    with Stopping() as stopping, bar, trained.pipe.on_device(trained.network):
         while True:
             last = run.step >= settings.steps
 

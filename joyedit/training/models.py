@@ -68,6 +68,7 @@ def open_trained(settings: Settings, plan: Plan, device: torch.device) -> Traine
         device=device,
         dtype={"default": "auto", "vae": torch.float32, system.denoiser: BASES[base]},
         revision=settings.revision,
+        memory=settings.memory,
         **absent,
     )
     network = getattr(pipe, system.denoiser)

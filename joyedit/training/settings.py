@@ -81,6 +81,9 @@ class Settings:
             raise ValueError(
                 f"base={self.base!r} is of weights that stay as they are: full trains all, in fp32"
             )
+        if self.memory is not None and (self.full or not self.checkpointing):
+            reason = "all weights stay, with full" if self.full else "blocks come again on the way back"
+            raise ValueError(f"memory={self.memory!r}: {reason}: train an adapter, with checkpointing")
         if self.frames % 4 != 1:
             raise ValueError(f"frames={self.frames}: must be 1 + 4k")
         if any(base < 64 or base % 16 for base in self.basesize):
