@@ -80,8 +80,17 @@ def step_of(settings: Settings, plan: Plan, network: Any, example: Example, devi
     counted = Counted(tensors_of(network))
     kind = "cuda" if device.type != "cpu" else "cpu"
     with ops.standing_for(kind), counted:
-        plan.system.loss(network, samples, how).mean().backward()
+        loss = plan.system.loss(network, samples, how).mean()
+        backward(loss)
     return counted.tally.peak
+
+
+def backward(loss: Tensor) -> None:
+    """`loss.backward()`, by PyTorch's engine itself: that method switches off, until it returns, what stands
+    for attention, and blocks that compute once more would find another one."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    once = {"allow_unreachable": True, "accumulate_grad": True}
+    engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), **once)
 
 
 def tokens_of(plan: Plan, example: Example) -> int:

@@ -120,6 +120,9 @@ def test_columns_of_other_trainers(tmp_path, target, control, prompt):
     assert list(read_pairs(tmp_path).values()) == of_csv
     assert [pair.prompt for pair in of_csv] == ["edit, 0", "edit, 1"]
     assert {pair.target for pair in of_csv} == {after} and {pair.controls for pair in of_csv} == {(before,)}
+    del rows[1][control]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [reason for reason in faults(tmp_path).values()] == ["has no control"]
 
 
 def test_references_in_a_list_or_in_numbered_columns(tmp_path):
