@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from joyedit.adapted import AdaptedWeight, Weighted, merge
@@ -40,8 +39,14 @@ from joyedit.checkpoints.lora_spellings import (
     packed_metadata,
     strength_at,
 )
+from joyedit.checkpoints.lora_writing import (
+    layers_of_changes,
+    provenance,
+    spelled_lora,
+    usual_layout,
+    write_lora,
+)
 from joyedit.checkpoints.network import Network
-from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.summary import adapters
 from joyedit.quantised import quantised_weights
 
@@ -332,10 +337,7 @@ class Adapters:
         if not layers:
             if metadata:
                 raise ValueError(f"{sorted(metadata)} are the settings of layers, and there are no layers")
-            active = self.get_active_adapters()
-            if adapter_name is None and len(active) != 1:
-                raise ValueError(f"adapter_name: say which one to save, {active} are active")
-            (name,) = self._known([adapter_name or active[0]])
+            (name,) = self._known([adapter_name or self._only_active()])
             for network, loaded in self._states.items():
                 shapes = {name: p.shape for name, p in self.networks[network].named_parameters()}
                 for tensor, deltas in loaded.loaded.get(name, {}).items():
@@ -346,6 +348,44 @@ class Adapters:
         return write_lora(
             Path(save_directory) / (weight_name or WEIGHT_NAME), state, packed_metadata(metadata)
         )
+
+    def save_lora(
+        self,
+        path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        to: str | None = None,
+        base: str = "",
+        trigger: str = "",
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Write one adapter to a safetensors file in names that other programs read, its factors as they are.
+
+        adapter_name: default the only active one. to: "comfyui", "kohya" or "diffusers", see `lora_writing`;
+        None: kohya's for Stable Diffusion, ComfyUI's for the others. base, trigger: for the header, the model
+        it was trained on and the words that call it. factors: tensors by the names of `add_lora` that are
+        written in place of the live ones. Returns the file. Raises ValueError for what is not there.
+        """
+        (name,) = self._known([adapter_name or self._only_active()])
+        states = self._states
+        changes = {network: state.loaded[name] for network, state in states.items() if name in state.loaded}
+        layers = layers_of_changes(changes, self.networks)
+        for key, tensor in (factors or {}).items():
+            network, _, rest = key.partition(".")
+            layer, _, end = rest.partition(".lora_")
+            role = {"A.weight": "down", "B.weight": "up"}.get(end, "")
+            if role not in layers.get((network, layer), {}):
+                raise ValueError(f"factors: {key} is no factor of {name!r}")
+            layers[network, layer][role] = tensor
+        used = {network: self.networks[network] for network in changes}
+        state, header = spelled_lora(layers, to or usual_layout(used), used)
+        return write_lora(Path(path), state, {**provenance(used, base, trigger), **header})
+
+    def _only_active(self) -> str:
+        active = self.get_active_adapters()
+        if len(active) != 1:
+            raise ValueError(f"adapter_name: say which one to save, {active} are active")
+        return active[0]
 
     @property
     def _states(self) -> dict[str, "AdapterState"]:
@@ -400,14 +440,6 @@ def divided(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of `save_lora_weights`: the layers, and the settings that go with them."""
     settings = {name for name in given if name.endswith("_lora_adapter_metadata")}
     return {n: v for n, v in given.items() if n not in settings}, {n: given[n] for n in settings}
-
-
-def write_lora(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write the tensors of an adapter, whole or not at all. Returns the file."""
-    with replacing(path) as temporary:
-        made = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
-        save_file(made, temporary, {"format": "pt", **metadata})
-    return path
 
 
 def _as_strength(weight: Any) -> Strength:

@@ -184,31 +184,11 @@ def read_lora(
     Raises ValueError when nothing matches, for a factor without the other one, shapes that do not fit, and
     kinds of adapters that are not supported.
     """
-    for key in tensors:
-        if kind := next((kind for mark, kind in REFUSED.items() if mark in key), None):
-            raise ValueError(
-                f"this is {kind} ({key}), which is not supported: only LoRA and whole differences are"
-            )
-    spellings = layer_spellings(networks)
-    layers: dict[tuple[str, str], dict[str, str]] = {}  # (network, layer) -> role -> key
-    unmatched = []
-    for key in tensors:
-        found = find_layer(key, spellings)
-        if found is None:
-            unmatched.append(key)
-            continue
-        layer, role = found
-        roles = layers.setdefault(layer, {})
-        if role in roles:
-            raise ValueError(f"{roles[role]} and {key} are both the {role} of {'.'.join(layer)}")
-        roles[role] = key
+    layers, unmatched = keys_by_layer(tensors, networks)
     parameters = {network: dict(module.named_parameters()) for network, module in networks.items()}
     settings = {network: Settings.of(metadata, network) for network in networks}
     changes: dict[str, Changes] = {}
     for (network, layer), roles in layers.items():
-        if set(roles) == {"alpha"}:
-            unmatched.append(roles["alpha"])
-            continue
         parts = {role: tensors[key] for role, key in roles.items()}
         try:
             for tensor, delta in deltas_of(layer, parts, parameters[network], settings[network]):
@@ -220,6 +200,35 @@ def read_lora(
     if not changes:
         raise ValueError(_nothing_matches(tensors, networks))
     return changes, tuple(unmatched)
+
+
+def keys_by_layer(
+    keys: Iterable[str], networks: Mapping[str, Network]
+) -> tuple[dict[tuple[str, str], dict[str, str]], list[str]]:
+    """(network, our name of a layer) -> role -> key, and the keys that no network has. Raises ValueError for
+    kinds of adapters that are not supported, and for two keys with one role."""
+    keys = list(keys)
+    for key in keys:
+        if kind := next((kind for mark, kind in REFUSED.items() if mark in key), None):
+            raise ValueError(
+                f"this is {kind} ({key}), which is not supported: only LoRA and whole differences are"
+            )
+    spellings = layer_spellings(networks)
+    layers: dict[tuple[str, str], dict[str, str]] = {}
+    unmatched = []
+    for key in keys:
+        found = find_layer(key, spellings)
+        if found is None:
+            unmatched.append(key)
+            continue
+        layer, role = found
+        roles = layers.setdefault(layer, {})
+        if role in roles:
+            raise ValueError(f"{roles[role]} and {key} are both the {role} of {'.'.join(layer)}")
+        roles[role] = key
+    for layer in [layer for layer, roles in layers.items() if set(roles) == {"alpha"}]:
+        unmatched.append(layers.pop(layer)["alpha"])
+    return layers, unmatched
 
 
 def layer_spellings(networks: Mapping[str, Network]) -> dict[str, set[tuple[str, str]]]:

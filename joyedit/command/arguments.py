@@ -181,11 +181,17 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
 
     made = command("convert", "write a checkpoint in another layout or dtype", *part_options())
     made.add_argument(
-        "source", metavar="SRC", type=place, help="folder, weight file or Hub name of the checkpoint"
+        "source",
+        metavar="SRC",
+        type=place,
+        help="folder, weight file or Hub name of the checkpoint, or an adapter's file",
     )
-    made.add_argument("target", metavar="DST", type=place, help="folder to write")
+    made.add_argument("target", metavar="DST", type=place, help="folder to write; of an adapter, the file")
     made.add_argument(
-        "--to", choices=("diffusers", "original", "comfyui"), default="diffusers", help="default: diffusers"
+        "--to",
+        choices=("diffusers", "original", "comfyui", "kohya"),
+        default="diffusers",
+        help="default: diffusers; original is for checkpoints, kohya for adapters",
     )
     made.add_argument(
         "--dtype",
