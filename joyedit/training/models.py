@@ -53,7 +53,8 @@ class Trained:
         if self.settings.full:
             write_checkpoint(out / CHECKPOINT, self.network, self.settings, self.plan)
         else:
-            self.pipe.adapters.save_lora_weights(out, weight_name=LORA)
+            base = f"{self.settings.model} {self.plan.found['model']}"
+            self.pipe.adapters.save_lora(out / LORA, base=base, trigger=self.settings.trigger or "")
 
 
 def open_trained(settings: Settings, plan: Plan, device: torch.device) -> Trained:

@@ -3,6 +3,7 @@
 The pictures are plain: circles that turn from red to blue. What is tested is the loop, not what is learned.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -15,16 +16,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 
 import joyedit
 from joyedit.command.cli import main
 from joyedit.loading.layouts import ASSETS
+from joyedit.pipelines.chronoedit_frames import FrameCoder
 from joyedit.training import loop
 from joyedit.training.cache import Cache
 from joyedit.training.first_pass import encode, kept_of
 from joyedit.training.models import open_encoders
 from joyedit.training.plan import make_plan
 from joyedit.training.settings import Settings
+from joyedit.training.systems import Drawing
 
 MODELS = ("tiny-joyimage", "tiny-chronoedit", "tiny-diffedit")
 
@@ -160,6 +164,10 @@ def test_a_run_of_each_system(tmp_path, circles, model, monkeypatch):
     pipe = joyedit.load(model, device="cpu")
     assert made == tmp_path / "lora.safetensors"
     pipe.load_lora_weights(made)
+    with safe_open(made, "pt") as file:
+        assert file.metadata()["joyedit.base"].startswith(f"{model} ")
+        prefix = "lora_unet_" if model == "tiny-diffedit" else "diffusion_model."
+        assert all(name.startswith(prefix) for name in file.keys())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "run.toml"}
     loop.train(settings(circles, **options), tmp_path, disable_progress=True)
     assert {
@@ -338,3 +346,75 @@ def test_targets_that_match_nothing(tmp_path, circles, capsys):
     ]
     assert command(*words, "--check") == 1
     assert "mlpp" in capsys.readouterr().err
+
+
+def test_settings_of_another_run(tmp_path, monkeypatch, capsys):
+    """--config takes them, and what is said goes first."""
+    taken = []
+    monkeypatch.setattr(loop, "train", lambda given, out, *_: taken.append(given) or tmp_path)
+    before = settings("pairs", rank=7, basesize=(96, 128), trigger="in my way")
+    (tmp_path / "run.toml").write_text(before.to_toml({"model": "abc"}))
+    assert command("--config", tmp_path / "run.toml", "--out", tmp_path, "--rank", "8", "--full") == 0
+    assert taken == [dataclasses.replace(before, rank=8, full=True)]
+    capsys.readouterr()
+
+
+def test_settings_that_exclude_each_other():
+    with pytest.raises(ValueError, match="memory='4G': all weights stay"):
+        settings("pairs", memory="4G", full=True)
+    with pytest.raises(ValueError, match="memory='4G': blocks come again"):
+        settings("pairs", memory="4G", checkpointing=False)
+
+
+@pytest.mark.slow
+def test_clips_are_films_with_the_way(tmp_path):
+    """A clip of nine frames that brighten: three latent frames, of which the last follows the first, as it is
+    decoded; the photograph alone is known. Half of the samples are the ends."""
+    (tmp_path / "target").mkdir()
+    frames = [Image.new("RGB", (96, 96), (25 * i, 0, 0)) for i in range(10)]
+    joyedit.export_to_video(frames, tmp_path / "target" / "a.mp4")
+    (tmp_path / "target" / "a.txt").write_text("Make it red.")
+    given = settings(tmp_path, "tiny-chronoedit", frames=9)
+    plan, faults = make_plan(given, tmp_path / "cache")
+    assert not faults
+    pipe, cache = open_encoders(given, plan, torch.device("cpu")), Cache(tmp_path / "cache")
+    with torch.no_grad():
+        encode(cache, plan.examples[0], plan.system, pipe)
+        kept, said = kept_of(cache, plan.examples[0])
+        film = FrameCoder(pipe.vae).decode(kept["target_mean"][None])
+    assert kept["target_mean"].shape == kept["target_std"].shape == (16, 3, 12, 12)
+    assert torch.equal(kept["condition"][:4].mean((2, 3)), torch.tensor([[1.0, 0, 0]] * 4))
+    red = (film[0, 0].mean((1, 2)) + 1) * 127.5
+    assert film.shape[2] == 9 and torch.allclose(red[[0, 4, -1]], torch.tensor([0.0, 100, 225]), atol=25)
+    draws = [plan.system.draw(kept, said.words, Drawing(), loop.generator(i)) for i in range(40)]
+    whole = sum(sample.latents.shape[1] == 3 for sample in draws)
+    assert 8 < whole < 32 and all(s.given["condition"].shape[1] == s.noise.shape[1] for s in draws)
+
+
+@pytest.mark.slow
+def test_several_references_keep_their_shapes(tmp_path):
+    """Of Plus: each in its bucket, the mean of its posterior; of a prompt that says nothing, the blank."""
+    plus = shutil.copytree(ASSETS / "tiny-joyimage", tmp_path / "plus")
+    index = json.loads((plus / "model_index.json").read_text())
+    (plus / "model_index.json").write_text(json.dumps({**index, "_class_name": "JoyImageEditPlusPipeline"}))
+    for name in ("target", "control"):
+        (tmp_path / name).mkdir()
+    circle("blue", (96, 96), (9, 9)).save(tmp_path / "target" / "a.png")
+    (tmp_path / "target" / "a.txt").write_text("Make it blue.")
+    for i, size in enumerate([(96, 96), (96, 160)]):
+        circle("red", size, (9, 9)).save(tmp_path / "control" / f"a_{i}.png")
+    refused, faults = make_plan(settings(tmp_path), tmp_path / "cache")
+    assert not refused.examples and "Edit-Plus takes" in faults[0].reason
+    given = settings(tmp_path, str(plus), basesize=(96,))
+    plan, faults = make_plan(given, tmp_path / "cache")
+    assert not faults and plan.system.blank == " "
+    pipe, cache = open_encoders(given, plan, torch.device("cpu")), Cache(tmp_path / "cache")
+    with torch.no_grad():
+        encode(cache, plan.examples[0], plan.system, pipe)
+    kept, said = kept_of(cache, plan.examples[0])
+    assert kept["reference_0_mean"].shape == (16, 1, 12, 12) and "reference_0_std" not in kept
+    height, width = kept["reference_1_mean"].shape[-2:]
+    assert height > width and height * width <= 150
+    sample = plan.system.draw(kept, said.words, Drawing(), loop.generator(0))
+    assert torch.equal(sample.given["reference_1"], kept["reference_1_mean"])
+    assert not torch.equal(sample.latents, kept["target_mean"])
