@@ -13,7 +13,7 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import ask, devices, estimate, film, places, preview, rewrite, spatial
+from joyedit.command import ask, devices, estimate, film, places, preview, rewrite, spatial, train
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
@@ -177,6 +177,9 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
         "estimate", "what memory and time an edit will take, before anything is loaded", file_options()
     )
     estimate.add_options(made)
+
+    made = command("train", "train an adapter, or all weights, on pairs of pictures")
+    train.add_options(made)
 
     made = command("demo", "edit drawn scenes with the built-in models, and show it in one picture")
     made.add_argument(
