@@ -438,8 +438,9 @@ def streaming_sentence(results: Path = RESULTS) -> str:
     row = json.loads((results / "full_size.json").read_text(encoding="utf-8"))["streaming"]
     return (
         f"When no block stays, a guided step of {row['layers']} blocks of the released width takes "
-        f"{row['ratio']:.2f} times as long, and {row['ratio_of_processor_seconds']:.2f} times the "
-        f"processor's time (medians of {len(row['pairs'])} pairs in one process, the file in the system's cache)."
+        f"{row['ratio']:.2f} times as long, and "
+        f"{row['ratio_of_processor_seconds']:.2f} times the processor's "
+        f"time (medians of {len(row['pairs'])} pairs in one process, the file in the cache)."
     )
 
 
