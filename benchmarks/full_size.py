@@ -36,6 +36,7 @@ from torch import Tensor
 
 import joyedit
 from benchmarks import streaming_speed
+from benchmarks.estimates import PARTS
 from benchmarks.random_checkpoint import SPECIAL_TOKENS, WORDS, byte_processor, unigram_tokenizer
 from benchmarks.random_weights import part_bytes, read_module, read_stored, write_part
 from benchmarks.side_by_side import RESULTS, machine, rounded, write
@@ -55,20 +56,6 @@ SAMPLED = 0.02  # seconds
 FREE = 10**9  # bytes of the disk that are left alone
 FIELDS = {"rss": "VmRSS", "anonymous": "RssAnon", "mapped": "RssFile"}
 TOLERANCE = 0.02  # relative error of a block in bf16 against fp32
-
-NETWORKS: dict[str, dict[str, str]] = {
-    "JoyImageEditPipeline": {
-        "transformer": "JoyImageEditTransformer3DModel",
-        "text_encoder": "Qwen3VLForConditionalGeneration",
-        "vae": "AutoencoderKLWan",
-    },
-    "ChronoEditPipeline": {
-        "transformer": "ChronoEditTransformer3DModel",
-        "text_encoder": "UMT5EncoderModel",
-        "image_encoder": "CLIPVisionModelWithProjection",
-        "vae": "AutoencoderKLWan",
-    },
-}
 
 
 class Model(NamedTuple):
@@ -122,7 +109,7 @@ class Checkpoint:
     def __init__(self, folder: Path, model: Model, depth: float, width: int, edge: int):
         self.folder, self.model = folder, model
         self.classes: dict[str, type[Network]] = {
-            part: getattr(joyedit, name) for part, name in NETWORKS[model.pipeline].items()
+            part: getattr(joyedit, name) for part, name in PARTS[model.pipeline].items()
         }
         self.configs = {part: shrunk(cls.Config(), depth, width) for part, cls in self.classes.items()}
         index: dict[str, Any] = {"_class_name": model.pipeline}

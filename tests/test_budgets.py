@@ -184,3 +184,13 @@ def test_a_budget_is_shared_with_pipelines_of_the_same_parts():
     pipe = joyedit.load("tiny-joyimage", device="cpu", memory="16G")
     assert type(pipe).from_pipe(pipe).in_use() == {"memory"}
     assert Placed._room is None
+
+
+def test_devices_that_do_not_say_what_they_hold_are_refused(monkeypatch):
+    pipe = joyedit.load("tiny-joyimage", device="cpu")
+    with pytest.raises(ValueError, match="^memory: .* not for mps .*offload='sequential'"):
+        pipe.set_memory("6G", "mps")
+    monkeypatch.setattr("joyedit.memory.budget.sys.platform", "darwin")
+    with pytest.raises(ValueError, match="^memory: .* not for cpu on darwin"):
+        pipe.set_memory("6G")
+    assert "memory" not in pipe.in_use() and pipe.device.type == "cpu"

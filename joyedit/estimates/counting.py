@@ -34,8 +34,8 @@ class Tally:
     calls: (kind, operations, bytes) of one call -> how many there were; other operations are one entry.
     peak: the most bytes that tensors took together. read: the storages of weights that were read whole.
     reading: the most that a CPU holds, of freed memory, too, with the mapped weights that were read until
-    then. passing: the same with the block that runs, and with what this visit alone has freed. passes: how
-    often a block was called for no more than in the first of them."""
+    then. passing: the same with the block that runs, and with what this visit alone has freed. blocks: of
+    each block that was called its bytes, and how often since it had most to work on."""
 
     bytes: int = 0
     operations: int = 0
@@ -44,7 +44,7 @@ class Tally:
     read: set[int] = dataclasses.field(default_factory=set)
     reading: int = 0
     passing: int = 0
-    passes: int = 0
+    blocks: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def note(self, kind: str, operations: int, moved: int) -> None:
         self.bytes += moved
@@ -100,7 +100,7 @@ class Counted(TorchDispatchMode):
         finally:
             self.tally = outer
             outer.add(inner)
-            for most in ("peak", "reading", "passing", "passes"):
+            for most in ("peak", "reading", "passing"):
                 setattr(outer, most, max(getattr(outer, most), getattr(inner, most)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

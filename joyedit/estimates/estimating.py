@@ -184,22 +184,27 @@ class Plan:
     @functools.cached_property
     def streamed(self) -> list[tuple[int, int]]:
         """What each visit takes when blocks come one after the other, at the least, and at the most, with all
-        of them: on a CPU beside the one that runs, on a GPU beside two buffers. In a visit that passes them
-        once none stays. What is read of a mapped file beside its blocks stays on a CPU."""
+        that stay: on a CPU beside the one that runs, on a GPU beside two buffers. What is read of a mapped
+        file beside its blocks stays on a CPU."""
         read: set[int] = set()
         found = []
         for visit in self.visits:
-            part, tally = self.parts[visit.part], visit.tally
+            part, tally, stay = self.parts[visit.part], visit.tally, sum(self.staying(visit))
             read |= tally.read
             if self.kind == "cpu":
                 held = sum(one.rest_of(read) for one in self.parts.values())
-                least, most = held + tally.passing, held + tally.peak + sum(part.blocks)
+                least, most = held + tally.passing, held + tally.peak + stay
             else:
                 held = part.moved - sum(part.blocks)
                 least = held + tally.peak + 2 * max(part.blocks, default=0)
-                most = least + sum(part.blocks)
-            found.append((least, max(least, most) if visit.times * tally.passes > 1 else least))
+                most = least + stay
+            found.append((least, max(least, most)))
         return found
+
+    def staying(self, visit: Visit) -> list[int]:
+        """Bytes of the blocks that stay if there is room: those that are called again for no more than
+        before."""
+        return [nbytes for nbytes, count in visit.tally.blocks.values() if visit.times * count > 1]
 
     def smallest(self) -> int:
         """The least budget that works."""
@@ -220,7 +225,7 @@ class Plan:
     def filled(self, i: int, room: int) -> int:
         """What visit `i` takes when as many blocks stay as there is room for."""
         held, most = self.streamed[i]
-        for nbytes in self.parts[self.visits[i].part].blocks:
+        for nbytes in self.staying(self.visits[i]):
             held += nbytes if held + nbytes <= min(room, most) else 0
         return held
 

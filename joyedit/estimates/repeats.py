@@ -44,14 +44,14 @@ class Repeats:
     def _in_place(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward`, while which the block is the one that runs."""
         nbytes = sum(tensor.nbytes for tensor in block.parameters())
-        called: dict[int, tuple[int, int]] = {}  # visit -> the most it worked on, and how often since then
+        most: dict[int, int] = {}  # visit -> what it worked on
 
         def run(*args: Any, **kwargs: Any) -> Any:
             counted, load = self.counted, load_of(args)
-            most, count = called.get(id(counted.tally), (-1, 0))
-            count = count + 1 if load <= most else 1
-            called[id(counted.tally)] = max(load, most), count
-            counted.tally.passes = max(counted.tally.passes, count)
+            visit, again = id(counted.tally), load <= most.get(id(counted.tally), -1)
+            most[visit] = max(load, most.get(visit, 0))
+            _, count = counted.tally.blocks.get(id(block), (nbytes, 0))
+            counted.tally.blocks[id(block)] = nbytes, count + 1 if again else 1
             before, counted.block = counted.block, nbytes
             try:
                 return forward(*args, **kwargs)

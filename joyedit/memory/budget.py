@@ -7,6 +7,7 @@ CPU the process's resident set, its own pages and those of mapped files together
 import contextlib
 import logging
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,4 +118,12 @@ def resident_bytes(field: str = "VmRSS") -> int:
 
 
 def room_on(device: torch.device, total: int) -> Watched:
-    return ProcessRoom(total) if device.type == "cpu" else DeviceRoom(total, device)
+    """Raises ValueError for a device of which nobody says what is held."""
+    if device.type == "cuda":
+        return DeviceRoom(total, device)
+    if device.type == "cpu" and sys.platform == "linux":
+        return ProcessRoom(total)
+    raise ValueError(
+        f"memory: budgets are for CUDA and ROCm devices, and for CPUs on Linux, not for {device} on "
+        f"{sys.platform}; offload='sequential' brings one block at a time"
+    )
