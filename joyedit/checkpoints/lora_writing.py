@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from joyedit.checkpoints.lora_files import METADATA_KEY, Changes
 from joyedit.checkpoints.lora_settings import Settings
 from joyedit.checkpoints.network import Network
 from joyedit.checkpoints.replacing import replacing
+from joyedit.checkpoints.tensor_files import TensorFiles
+from joyedit.checkpoints.writing import write_safetensors
 
 LORA_LAYOUTS = ("comfyui", "diffusers", "kohya")
 
@@ -170,6 +171,6 @@ def write_lora(
     """Write the tensors of an adapter, whole or not at all. Returns the file. Raises FileExistsError for one
     that is there, without `force`."""
     with replacing(path, force=force) as temporary:
-        made = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
-        save_file(made, temporary, {"format": "pt", **metadata})
+        held = TensorFiles.of({key: tensor.detach() for key, tensor in state.items()})
+        write_safetensors(temporary, held, {"format": "pt", **metadata})
     return path
