@@ -1,10 +1,14 @@
-"""LoRA adapters for any of the networks: running, fusing, saving. What files hold is read in `lora_files`.
+"""LoRA adapters for any of the networks: making, running, fusing, saving. What files hold is read in
+`lora_files`.
 
 An adapter adds strength * alpha / r * up @ down to a weight. The networks know nothing of it: reading
-`.weight` of an adapted layer gives the sum, computed in fp32 and rounded to the dtype of the weight, while
-the parameter itself, and with it `state_dict`, `to` and `save_pretrained`, stays the network's own. This
-costs one small matrix product per layer and step, whatever the number of tokens. `fuse_lora` stores the sum
-in the parameter instead, which costs nothing per step; both give the same, bit for bit.
+`.weight` of an adapted layer gives a weight with these factors beside it (`adapted.py`), while the parameter
+itself, and with it `state_dict`, `to` and `save_pretrained`, stays the network's own. The factors are
+multiplied as they are, so that what is small beside a weight in bf16 is not rounded away, and so that those
+that are trained give in an edit what they gave in training. This costs two thin matrix products per layer.
+`fuse_lora` stores the sum in the parameter instead, which costs nothing per step: the same in fp32 up to
+rounding, and in bf16 without what the sum's rounding loses. Differences of whole weights, biases and norms
+are always read as sums.
 
 Source: arXiv 2106.09685; diffusers `loaders/lora_base.py`.
 """
@@ -23,10 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from joyedit.checkpoints.lora_files import WEIGHT_NAME, Changes, Delta, open_lora, read_lora
+from joyedit.adapted import AdaptedWeight, Weighted, merge
+from joyedit.checkpoints.lora_files import DENOISERS, WEIGHT_NAME, Changes, Delta, open_lora, read_lora
 from joyedit.checkpoints.lora_spellings import (
     BlockWeights,
     Strength,
@@ -35,16 +39,21 @@ from joyedit.checkpoints.lora_spellings import (
     packed_metadata,
     strength_at,
 )
+from joyedit.checkpoints.lora_writing import (
+    layers_of_changes,
+    provenance,
+    spelled_lora,
+    usual_layout,
+    write_lora,
+)
 from joyedit.checkpoints.network import Network
-from joyedit.checkpoints.replacing import replacing
 from joyedit.checkpoints.summary import adapters
-from joyedit.quantised import QuantisedWeight, quantised_weights
+from joyedit.quantised import quantised_weights
 
 log = logging.getLogger("joyedit")
 
+LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)  # those whose weights are read with factors beside them
 STATE = "lora_adapters"  # the attribute of a network that holds its AdapterState
-
-Weighted = list[tuple[Delta, float]]  # deltas and their strengths
 
 # `_RUNNING.scales`: what the running call multiplies adapters with, by AdapterState. Each thread has its own:
 # calls in several threads share networks. (torch.compile reads and guards this; a ContextVar it does not.)
@@ -128,11 +137,9 @@ class Adapters:
         Nothing is changed when it raises: FileNotFoundError, or ValueError for a name in use, a file in which
         nothing matches (saying what it looks like), factors of the wrong shape, a kind that is not supported.
         """
-        states = self._states
-        taken = {name for state in states.values() for name in state.loaded}
+        states, taken = self._states, self._taken
         name = adapter_name or next(n for i in itertools.count() if (n := f"default_{i}") not in taken)
-        if name in taken:
-            raise ValueError(f"adapter_name={name!r} is in use: choose another, or delete_adapters({name!r})")
+        self._refuse_taken("adapter_name", name)
         tensors, metadata, label = source, {}, "the state dict"
         if not isinstance(tensors, Mapping):
             tensors, metadata = open_lora(tensors, weight_name, subfolder or "", options)
@@ -149,6 +156,45 @@ class Adapters:
                 state.loaded[name] = changes[network]
             state.activate([name] if network in changes else [], self.networks[network])
         return report
+
+    def add_lora(
+        self,
+        rank: int,
+        alpha: float | None = None,
+        targets: str = "attention",
+        name: str = "default",
+    ) -> dict[str, nn.Parameter]:
+        """Give the denoiser an adapter that has no effect yet, to be trained; from now on it is the active
+        one. Returns its factors, in fp32, which runs read as they are: `<network>.<layer>.lora_A.weight`
+        (rank, inputs), drawn from the global generator, and `lora_B` (outputs, rank), zero.
+
+        alpha: the strength is alpha / rank; None: 1. targets: the layers, "attention", "all" (every linear
+        layer and convolution), or a regular expression that is found in their names. Raises ValueError, with
+        nothing changed, for a rank or alpha that is not positive, targets that match nothing, a name in use.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank={rank!r}: must be a positive whole number")
+        if alpha is not None and not (_is_number(alpha) and 0 < alpha < float("inf")):
+            raise ValueError(f"alpha={alpha!r}: must be a positive number, or None for the rank")
+        self._refuse_taken("name", name)
+        trained = [network for network in self.networks if network in DENOISERS] or list(self.networks)
+        layers = {network: layers_to_adapt(self.networks[network], targets) for network in trained}
+        if not any(layers.values()):
+            kinds = ", ".join(type(self.networks[network]).__name__ for network in trained)
+            raise ValueError(f"targets={targets!r} matches no linear layer or convolution of {kinds}")
+        factors: dict[str, nn.Parameter] = {}
+        for network, state in self._states.items():
+            state.weights[name] = 1.0
+            if found := layers.get(network):
+                state.loaded[name] = {}
+                for layer in found:
+                    weight = _parameter(self.networks[network], f"{layer}.weight")
+                    down, up = new_factors(weight, rank)
+                    state.loaded[name][f"{layer}.weight"] = [Delta(down, up, (alpha or rank) / rank)]
+                    factors[f"{network}.{layer}.lora_A.weight"] = down
+                    factors[f"{network}.{layer}.lora_B.weight"] = up
+            state.activate([name] if found else [], self.networks[network])
+        return factors
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
         """Make these adapters the active ones.
@@ -291,10 +337,7 @@ class Adapters:
         if not layers:
             if metadata:
                 raise ValueError(f"{sorted(metadata)} are the settings of layers, and there are no layers")
-            active = self.get_active_adapters()
-            if adapter_name is None and len(active) != 1:
-                raise ValueError(f"adapter_name: say which one to save, {active} are active")
-            (name,) = self._known([adapter_name or active[0]])
+            (name,) = self._known([adapter_name or self._only_active()])
             for network, loaded in self._states.items():
                 shapes = {name: p.shape for name, p in self.networks[network].named_parameters()}
                 for tensor, deltas in loaded.loaded.get(name, {}).items():
@@ -306,6 +349,44 @@ class Adapters:
             Path(save_directory) / (weight_name or WEIGHT_NAME), state, packed_metadata(metadata)
         )
 
+    def save_lora(
+        self,
+        path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        to: str | None = None,
+        base: str = "",
+        trigger: str = "",
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Write one adapter to a safetensors file in names that other programs read, its factors as they are.
+
+        adapter_name: default the only active one. to: "comfyui", "kohya" or "diffusers", see `lora_writing`;
+        None: kohya's for Stable Diffusion, ComfyUI's for the others. base, trigger: for the header, the model
+        it was trained on and the words that call it. factors: tensors by the names of `add_lora` that are
+        written in place of the live ones. Returns the file. Raises ValueError for what is not there.
+        """
+        (name,) = self._known([adapter_name or self._only_active()])
+        states = self._states
+        changes = {network: state.loaded[name] for network, state in states.items() if name in state.loaded}
+        layers = layers_of_changes(changes, self.networks)
+        for key, tensor in (factors or {}).items():
+            network, _, rest = key.partition(".")
+            layer, _, end = rest.partition(".lora_")
+            role = {"A.weight": "down", "B.weight": "up"}.get(end, "")
+            if role not in layers.get((network, layer), {}):
+                raise ValueError(f"factors: {key} is no factor of {name!r}")
+            layers[network, layer][role] = tensor
+        used = {network: self.networks[network] for network in changes}
+        state, header = spelled_lora(layers, to or usual_layout(used), used)
+        return write_lora(Path(path), state, {**provenance(used, base, trigger), **header})
+
+    def _only_active(self) -> str:
+        active = self.get_active_adapters()
+        if len(active) != 1:
+            raise ValueError(f"adapter_name: say which one to save, {active} are active")
+        return active[0]
+
     @property
     def _states(self) -> dict[str, "AdapterState"]:
         return {
@@ -313,9 +394,16 @@ class Adapters:
             for name, network in self.networks.items()
         }
 
+    @property
+    def _taken(self) -> set[str]:
+        return {name for state in self._states.values() for name in state.loaded}
+
+    def _refuse_taken(self, argument: str, name: str) -> None:
+        if name in self._taken:
+            raise ValueError(f"{argument}={name!r} is in use: choose another, or delete_adapters({name!r})")
+
     def _known(self, names: Iterable[str]) -> list[str]:
-        names = list(dict.fromkeys(names))
-        known = {name for state in self._states.values() for name in state.loaded}
+        names, known = list(dict.fromkeys(names)), self._taken
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"no adapter is called {unknown}; loaded are {sorted(known)}")
         return names
@@ -354,14 +442,6 @@ def divided(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {n: v for n, v in given.items() if n not in settings}, {n: given[n] for n in settings}
 
 
-def write_lora(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write the tensors of an adapter, whole or not at all. Returns the file."""
-    with replacing(path) as temporary:
-        made = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
-        save_file(made, temporary, {"format": "pt", **metadata})
-    return path
-
-
 def _as_strength(weight: Any) -> Strength:
     return weight if isinstance(weight, BlockWeights) else float(weight)
 
@@ -372,19 +452,31 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def merge(base: Tensor | QuantisedWeight, deltas: Weighted) -> Tensor:
-    """The sum of a parameter and its deltas, in fp32, rounded once to the dtype of the parameter, whose
-    memory layout it keeps. One that is quantised is rebuilt for it, and stays what it is."""
-    wide = torch.promote_types(base.dtype, torch.float32)
-    if isinstance(base, QuantisedWeight):
-        total = base.to(wide)
-    else:
-        total = base.reshape(base.shape[0], -1).to(wide)
-    for delta, strength in deltas:
-        total = delta.add_to(total, strength)
-    if isinstance(base, QuantisedWeight):
-        return total.to(base.dtype)
-    return torch.empty_like(base).copy_(total.view(base.shape))
+# Parts of a layer's name by which it belongs to an attention.
+ATTENTION = r"(^|\.)(self_|cross_)?attn\d?\."
+
+
+def layers_to_adapt(network: nn.Module, targets: str) -> list[str]:
+    """The linear layers and convolutions that `targets` means, see `add_lora`. Raises ValueError for what is
+    no regular expression."""
+    expression = {"attention": ATTENTION, "all": ""}.get(targets, targets)
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"targets={targets!r}: must be attention, all, or a regular expression ({error})"
+        ) from None
+    names = (name for name, module in network.named_modules() if isinstance(module, LAYERS))
+    return [name for name in names if pattern.search(name)]
+
+
+def new_factors(weight: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """down (r, ...), uniform within 1 / sqrt(inputs), as PEFT draws it, and up (D_out, r, ...), zero."""
+    inputs, ones = weight.shape[1:], (1,) * (weight.ndim - 2)
+    bound = inputs.numel() ** -0.5
+    down = torch.empty(rank, *inputs, device="cpu", dtype=torch.float32).uniform_(-bound, bound)
+    up = torch.zeros(len(weight), rank, *ones, device=weight.device, dtype=torch.float32)
+    return nn.Parameter(down.to(weight.device)), nn.Parameter(up)
 
 
 class AdapterState:
@@ -429,11 +521,13 @@ class AdapterState:
                     found.setdefault(tensor, []).extend((delta, here) for delta in deltas)
         return found
 
+    @torch.no_grad()
     def check_finite(self, strengths: Mapping[str, Strength], network: nn.Module) -> None:
         for tensor, deltas in self.collect(strengths).items():
             if not merge(_parameter(network, tensor).data, deltas).isfinite().all():
                 raise ValueError(f"{tensor} would not be finite with {sorted(strengths)}: nothing was fused")
 
+    @torch.no_grad()
     def fuse(self, strengths: Mapping[str, Strength], network: nn.Module, reversible: bool) -> None:
         """Sums are made from the originals, so that the order of several calls does not round differently."""
         together = {**self.fused, **strengths} if reversible and self.reversible else dict(strengths)
@@ -488,8 +582,8 @@ def _parameter(network: nn.Module, tensor: str) -> nn.Parameter:
 
 
 def read_with_deltas(module: nn.Module, deltas: dict[str, Weighted], state: AdapterState) -> None:
-    """From now on, reading these parameters as attributes of `module` gives them with the deltas added, times
-    the scale that `state` has for the running call.
+    """From now on, reading these parameters as attributes of `module` gives them with the deltas, added or
+    beside them, times the scale that `state` has for the running call.
 
     The class of this one object becomes a subclass in which the parameters are properties. `_parameters`, and
     so everything that walks over parameters, is untouched.
@@ -518,16 +612,18 @@ def _reading_class(plain: type[nn.Module], leaves: frozenset[str]) -> type[nn.Mo
     def reading(leaf: str) -> property:
         own: Any = getattr(plain, leaf, None)  # a quantised layer reads its weight by a property, too
 
-        def read(module: nn.Module) -> Tensor:
+        def read(module: nn.Module) -> Any:
             parameter = module._parameters[leaf] if own is None else own.fget(module)
             assert parameter is not None
-            scale = module.__dict__["lora_state"].scale
-            deltas = module.__dict__["lora_deltas"][leaf]
-            return (
-                merge(parameter, [(delta, strength * scale) for delta, strength in deltas])
-                if scale
-                else parameter
-            )
+            if not (scale := module.__dict__["lora_state"].scale):
+                return parameter
+            deltas = [(delta, strength * scale) for delta, strength in module.__dict__["lora_deltas"][leaf]]
+            if not (leaf == "weight" and isinstance(module, LAYERS)):
+                return merge(parameter, deltas)
+            whole = [one for one in deltas if one[0].up is None]
+            terms = [one for one in deltas if one[0].up is not None]
+            base = merge(parameter, whole) if whole else parameter
+            return AdaptedWeight(base, terms) if terms else base
 
         return property(read)
 
@@ -556,7 +652,9 @@ def keys_to_save(
         if delta.up is not None:
             ones = (1,) * (len(shape) - 2)
             state[f"{layer}.lora_A.weight"] = delta.down.reshape(-1, *shape[1:])
-            state[f"{layer}.lora_B.weight"] = _times(delta.up, delta.scale).reshape(*delta.up.shape, *ones)
+            state[f"{layer}.lora_B.weight"] = _times(delta.up, delta.scale).reshape(
+                *delta.up.shape[:2], *ones
+            )
         else:
             forms = {"weight": "diff", "bias": "lora_B.bias" if factored else "diff_b"}
             key = f"{layer}.{forms[leaf]}" if leaf in forms else f"{tensor}.diff"

@@ -39,7 +39,7 @@ def int8_products(name: str) -> contextlib.AbstractContextManager:
     eight bits, for inference: activations are then rounded to eight bits, row by row.
 
     As a context manager it brings back the previous choice at the end; JOYEDIT_INT8 sets it at the start.
-    fp8 is always exact, and so are weights with adapters. Raises ValueError for another name.
+    fp8 is always exact, and so are the factors of adapters. Raises ValueError for another name.
     """
     global _products
     if name not in PRODUCTS:

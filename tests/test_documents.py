@@ -82,6 +82,10 @@ def desk(checkpoint, tmp_path, monkeypatch):
     photo.save("astronaut.jpg")
     photo.rotate(180).save("hat.jpg")
     photo.convert("L").save("where.png")
+    for name in ("target", "control"):
+        Path("pairs", name).mkdir(parents=True)
+        photo.save(f"pairs/{name}/0001.png")
+    Path("pairs/target/0001.txt").write_text("Add wings to the astronaut.")
     load_image = joyedit.load_image
     monkeypatch.setattr(joyedit, "load_image", lambda name: load_image(Path(str(name)).name))
     monkeypatch.setitem(rewrite.__kwdefaults__, "max_new_tokens", 8)  # random weights come to no end
@@ -160,7 +164,9 @@ def test_python_blocks(page, source, desk, published):
 
 def run_joyedit(words, published, capsys):
     """Runs a command of a page, small and in one step. Every path that it prints is there."""
-    small = ["--steps", "1"] if words[0] in ("edit", "generate") else []
+    small = ["--steps", "1"] if words[0] in ("edit", "generate", "train") else []
+    if words[0] == "train":
+        small += ["--basesize", "64", "--sample-every", "0", "--device", "cpu"]
     if "nvidia/ChronoEdit-14B-Diffusers" in words or "--height" in words:
         small += ["--height", "32", "--width", "48"]
     if "--reasoning-steps" in words:
@@ -211,7 +217,7 @@ def test_command_lines(page, source, desk, published, capsys, monkeypatch):
 
 def test_options_that_the_pages_name_exist(capsys):
     known = set()
-    for command in ("edit", "generate", "ask", "estimate", "convert", "verify", "info", "demo"):
+    for command in ("edit", "generate", "ask", "estimate", "train", "convert", "verify", "info", "demo"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))

@@ -389,7 +389,7 @@ def test_adapters_may_change_between_runs_and_within_them(loaded, pipes, check):
         assert torch.equal(check()[0], seen[1])
         pipe.fuse_lora()
         fused, recorded = check()
-        assert recorded and torch.equal(fused, seen[1])
+        assert recorded and (fused - seen[1]).abs().max() < 1e-4
         pipe.unfuse_lora()
     finally:
         pipe.unload_lora_weights()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from joyedit.checkpoints.hub import Origin
 from joyedit.checkpoints.json_files import read_json
@@ -118,23 +118,39 @@ CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 204
 class Delta:
     """What is added to a weight or bias: scale * up @ down, or scale * down where there is no up.
 
-    up (D_out, r), down (r, D_in); without up, down (D_out, D_in), a bias being one column. In the file's
-    dtype, on the device of the weight that it was last added to.
+    up (D_out, r, ...), down (r, ...), of a convolution with its kernel; without up, down (D_out, D_in), a
+    bias being one column. In the file's dtype, or parameters in training; on the device of their last use.
     """
 
     down: Tensor
     up: Tensor | None
     scale: float
 
+    def factors_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """down (r, D_in) and up (D_out, r), there."""
+        self._come(device)
+        assert self.up is not None
+        return self.down.flatten(1), self.up.flatten(1)
+
     def add_to(self, total: Tensor, strength: float) -> Tensor:
         """total (D_out, D_in) + strength * delta, in the dtype of total."""
-        if self.down.device != total.device:
-            self.up = None if self.up is None else self.up.to(total.device)
-            self.down = self.down.to(total.device)  # last: another thread then finds both there
         factor = strength * self.scale
         if self.up is None:
+            self._come(total.device)
             return torch.add(total, self.down.to(total.dtype), alpha=factor)
-        return torch.addmm(total, self.up.to(total.dtype), self.down.to(total.dtype), alpha=factor)
+        down, up = self.factors_on(total.device)
+        return torch.addmm(total, up.to(total.dtype), down.to(total.dtype), alpha=factor)
+
+    def _come(self, device: torch.device) -> None:
+        if self.down.device == device:
+            return
+        if isinstance(self.down, nn.Parameter) and self.up is not None:
+            # An optimiser has them: they stay themselves.
+            self.up.data = self.up.data.to(device)
+            self.down.data = self.down.data.to(device)
+            return
+        self.up = None if self.up is None else self.up.to(device)
+        self.down = self.down.to(device)  # last: another thread then finds both there
 
 
 Changes = dict[str, list[Delta]]  # name of a network's tensor -> what an adapter adds to it
@@ -168,31 +184,11 @@ def read_lora(
     Raises ValueError when nothing matches, for a factor without the other one, shapes that do not fit, and
     kinds of adapters that are not supported.
     """
-    for key in tensors:
-        if kind := next((kind for mark, kind in REFUSED.items() if mark in key), None):
-            raise ValueError(
-                f"this is {kind} ({key}), which is not supported: only LoRA and whole differences are"
-            )
-    spellings = layer_spellings(networks)
-    layers: dict[tuple[str, str], dict[str, str]] = {}  # (network, layer) -> role -> key
-    unmatched = []
-    for key in tensors:
-        found = find_layer(key, spellings)
-        if found is None:
-            unmatched.append(key)
-            continue
-        layer, role = found
-        roles = layers.setdefault(layer, {})
-        if role in roles:
-            raise ValueError(f"{roles[role]} and {key} are both the {role} of {'.'.join(layer)}")
-        roles[role] = key
+    layers, unmatched = keys_by_layer(tensors, networks)
     parameters = {network: dict(module.named_parameters()) for network, module in networks.items()}
     settings = {network: Settings.of(metadata, network) for network in networks}
     changes: dict[str, Changes] = {}
     for (network, layer), roles in layers.items():
-        if set(roles) == {"alpha"}:
-            unmatched.append(roles["alpha"])
-            continue
         parts = {role: tensors[key] for role, key in roles.items()}
         try:
             for tensor, delta in deltas_of(layer, parts, parameters[network], settings[network]):
@@ -204,6 +200,35 @@ def read_lora(
     if not changes:
         raise ValueError(_nothing_matches(tensors, networks))
     return changes, tuple(unmatched)
+
+
+def keys_by_layer(
+    keys: Iterable[str], networks: Mapping[str, Network]
+) -> tuple[dict[tuple[str, str], dict[str, str]], list[str]]:
+    """(network, our name of a layer) -> role -> key, and the keys that no network has. Raises ValueError for
+    kinds of adapters that are not supported, and for two keys with one role."""
+    keys = list(keys)
+    for key in keys:
+        if kind := next((kind for mark, kind in REFUSED.items() if mark in key), None):
+            raise ValueError(
+                f"this is {kind} ({key}), which is not supported: only LoRA and whole differences are"
+            )
+    spellings = layer_spellings(networks)
+    layers: dict[tuple[str, str], dict[str, str]] = {}
+    unmatched = []
+    for key in keys:
+        found = find_layer(key, spellings)
+        if found is None:
+            unmatched.append(key)
+            continue
+        layer, role = found
+        roles = layers.setdefault(layer, {})
+        if role in roles:
+            raise ValueError(f"{roles[role]} and {key} are both the {role} of {'.'.join(layer)}")
+        roles[role] = key
+    for layer in [layer for layer, roles in layers.items() if set(roles) == {"alpha"}]:
+        unmatched.append(layers.pop(layer)["alpha"])
+    return layers, unmatched
 
 
 def layer_spellings(networks: Mapping[str, Network]) -> dict[str, set[tuple[str, str]]]:

@@ -39,7 +39,7 @@ UPLOAD = "save_pretrained(folder), then huggingface_hub.upload_folder(folder_pat
 INSIDE_DIFFUSERS = "it belongs to the inside of diffusers; settings are `.config`"
 INSIDE_TRANSFORMERS = "it belongs to the inside of transformers"
 ATTENTION = "attention is one function, joyedit.ops.attention; joyedit.ops.backend() chooses its kernel"
-TRAINING = "wrap the blocks in torch.utils.checkpoint.checkpoint, or hook them"
+TRAINING = "enable_gradient_checkpointing() of a denoiser"
 CASTING = "weights are held in the dtype of from_pretrained(torch_dtype=); `to(dtype)` changes it"
 LORA = 'joyedit.lora.Adapters({"unet": network}) has the methods of pipelines for the adapters of one network'
 
@@ -100,10 +100,7 @@ NETWORKS: Mapping[str, str] = {
     "set_use_memory_efficient_attention_xformers": ATTENTION,
     **_all("fuse_qkv_projections unfuse_qkv_projections", PIPELINES["fuse_qkv_projections"]),
     **_all("enable_freeu disable_freeu", "FreeU scales skip connections: hook the up_blocks"),
-    **_all("enable_gradient_checkpointing disable_gradient_checkpointing", TRAINING),
-    **_all(
-        "gradient_checkpointing_enable gradient_checkpointing_disable is_gradient_checkpointing", TRAINING
-    ),
+    **_all("gradient_checkpointing_enable gradient_checkpointing_disable", TRAINING),
     **_all("activation_checkpointing_enable activation_checkpointing_disable", TRAINING),
     **_all("is_activation_checkpointing supports_gradient_checkpointing", TRAINING),
     "enable_layerwise_casting": CASTING,

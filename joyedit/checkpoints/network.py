@@ -52,6 +52,8 @@ class Network(NetworkSpellings):
     # Path components whose parameters stay fp32 in half precision, and of those that `to` leaves in memory.
     fp32_modules: ClassVar[frozenset[str]] = frozenset()
     mapped_modules: ClassVar[frozenset[str]] = frozenset()
+    # Module lists whose members may be computed once more for a gradient, instead of being kept.
+    recomputed_lists: ClassVar[frozenset[str]] = frozenset()
 
     # The weights of a network that was opened unread, to be written elsewhere: it computes nothing.
     unread: TensorFiles | None = None

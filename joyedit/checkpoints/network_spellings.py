@@ -14,6 +14,7 @@ from torch import nn
 
 from joyedit.checkpoints.config_spellings import ConfigSpellings
 from joyedit.checkpoints.missing import NETWORKS, lacking
+from joyedit.checkpoints.recomputing import keep_all, members, recompute
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.quantised import is_scale
 
@@ -34,6 +35,7 @@ class NetworkSpellings(ConfigSpellings, nn.Module):
 
     config_name = "config.json"
     missing: ClassVar[Mapping[str, str]] = NETWORKS
+    recomputed_lists: ClassVar[frozenset[str]]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -71,6 +73,24 @@ class NetworkSpellings(ConfigSpellings, nn.Module):
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         log.info("xformers is not used: joyedit.ops.attention is memory efficient by itself")
+
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on, keep of each block what goes into it alone, and compute the rest once more when a
+        gradient comes back: the same gradients at a fraction of the memory, for another forward pass.
+
+        Raises ValueError for a network that is no denoiser.
+        """
+        if not self.recomputed_lists:
+            raise ValueError(f"enable_gradient_checkpointing: {type(self).__name__} has no blocks for it")
+        recompute(self, self.recomputed_lists)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep all again."""
+        keep_all(self, self.recomputed_lists)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any("forward" in block.__dict__ for block in members(self, self.recomputed_lists))
 
     def set_attention_slice(self, slice_size: Any = "auto") -> None:
         log.info("attention is not sliced: joyedit.ops.attention does not hold the matrix of scores")

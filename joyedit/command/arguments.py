@@ -13,7 +13,7 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import ask, devices, estimate, film, places, preview, rewrite, spatial
+from joyedit.command import ask, devices, estimate, film, places, preview, rewrite, spatial, train
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
@@ -106,6 +106,8 @@ def contradiction(args: argparse.Namespace) -> str | None:
         return wrong
     if args.lora_scale is not None and args.lora is None:
         return "--lora-scale is for the adapter that --lora names"
+    if args.fuse_lora and args.lora is None:
+        return "--fuse-lora is for the adapter that --lora names"
     if args.lora_scale is not None and len(args.lora_scale) not in (1, len(args.lora)):
         counts = f"{len(args.lora_scale)} times --lora-scale for {len(args.lora)} times --lora"
         return f"{counts}: give one scale for all adapters, or one for each"
@@ -176,6 +178,9 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
     )
     estimate.add_options(made)
 
+    made = command("train", "train an adapter, or all weights, on pairs of pictures")
+    train.add_options(made)
+
     made = command("demo", "edit drawn scenes with the built-in models, and show it in one picture")
     made.add_argument(
         "--out",
@@ -187,11 +192,17 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
 
     made = command("convert", "write a checkpoint in another layout or dtype", *part_options())
     made.add_argument(
-        "source", metavar="SRC", type=place, help="folder, weight file or Hub name of the checkpoint"
+        "source",
+        metavar="SRC",
+        type=place,
+        help="folder, weight file or Hub name of the checkpoint, or an adapter's file",
     )
-    made.add_argument("target", metavar="DST", type=place, help="folder to write")
+    made.add_argument("target", metavar="DST", type=place, help="folder to write; of an adapter, the file")
     made.add_argument(
-        "--to", choices=("diffusers", "original", "comfyui"), default="diffusers", help="default: diffusers"
+        "--to",
+        choices=("diffusers", "original", "comfyui", "kohya"),
+        default="diffusers",
+        help="default: diffusers; original is for checkpoints, kohya for adapters",
     )
     made.add_argument(
         "--dtype",
@@ -341,6 +352,13 @@ def image_options() -> Parser:
         action="append",
         type=finite,
         help="strength of the adapter, default 1; of several one for all, or one for each in their order",
+    )
+    add(
+        "--fuse-lora",
+        action="store_true",
+        default=None,
+        help="add the adapters to the weights, which spares their products; in half precision, what is small "
+        "is rounded away",
     )
     devices.add_options(add)
     add(

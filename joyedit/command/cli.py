@@ -1,4 +1,5 @@
-"""The command line: `joyedit edit`, `generate`, `ask`, `estimate`, `demo`, `convert`, `verify` and `info`.
+"""The command line: `joyedit edit`, `generate`, `ask`, `estimate`, `train`, `demo`, `convert`, `verify` and
+`info`.
 
 The paths of what was made, or the answer, are all that goes to standard output; log, progress and errors go
 to standard error. A run ends with 0, with 2 for arguments that are wrong in themselves, with 1 and one line
@@ -41,7 +42,7 @@ log = logging.getLogger("joyedit")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; wrong arguments raise SystemExit(2)."""
     commands = {"edit": edit, "generate": edit, "ask": ask, "estimate": estimate}
-    commands |= {"demo": demo, "convert": convert, "verify": verify, "info": info}
+    commands |= {"train": train, "demo": demo, "convert": convert, "verify": verify, "info": info}
     args = parse(argv, commands)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the console has no letters for
@@ -163,6 +164,32 @@ def estimate(args: argparse.Namespace) -> None:
 
     found = estimates.estimated(args)
     print(json_text(found.to_dict()) if args.json else "\n".join(estimates.lines(found)))
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train, and print where the result is; with --check look at the set, and print its contact sheet. 1 for
+    a set that cannot be trained on, with all its faults on standard error."""
+    from joyedit.command import train as training
+    from joyedit.training.pairs import FaultyPairs
+
+    disable = {-1: True, 0: None}.get(args.verbosity, False)
+    try:
+        if not args.check:
+            print(training.train(args, disable), flush=True)
+            return 0
+        found = training.check(args)
+        for line in training.lines(found):
+            log.info("%s", line)
+        if found.sheet is not None:
+            print(found.sheet, flush=True)
+        faults = found.faults
+    except FaultyPairs as error:
+        faults = error.faults
+    for fault in faults:
+        log.error("%s", fault)
+    if faults:
+        log.error("%d faults: nothing is trained on this set before they are gone", len(faults))
+    return 1 if faults else 0
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
-"""`joyedit convert`: a checkpoint in another layout or dtype, whole or not at all."""
+"""`joyedit convert`: a checkpoint in another layout or dtype, or an adapter in other names, whole or not at
+all."""
 
 import argparse
 import os
@@ -14,6 +15,7 @@ from joyedit.command.results import existing_parent
 
 def convert(args: argparse.Namespace) -> Path:
     """Write the checkpoint `args.source` to the folder `args.target` in another layout or dtype; that folder.
+    Of an adapter, which is a file, source and target are files.
 
     It is elsewhere until it is whole. With --force it takes the place of a checkpoint, but never of a folder
     that holds something else, even if that appeared while the checkpoint was read.
@@ -23,6 +25,10 @@ def convert(args: argparse.Namespace) -> Path:
     from joyedit.loading.layouts import open_unread, save_checkpoint
 
     target = expanded(args.target)
+    if is_adapter(expanded(args.source)):
+        return convert_adapter(args)
+    if args.to == "kohya":
+        raise ValueError(f"--to kohya is for adapters, and {args.source} is none")
     if target.is_dir():
         target = target.resolve()  # of a link to a folder, the folder is replaced
     refuse_target(target, expanded(args.source), args.force)
@@ -45,6 +51,24 @@ def convert(args: argparse.Namespace) -> Path:
     with replacing_folder(target, refuse_other_than_checkpoint if args.force else None) as made:
         save_checkpoint(pipe, made, args.to, metadata=provenance, quantize=args.quantize)
     return target
+
+
+def is_adapter(source: Path) -> bool:
+    from joyedit.checkpoints.lora_files import is_lora
+    from joyedit.checkpoints.tensor_files import TensorFiles
+
+    return source.is_file() and source.suffix == ".safetensors" and is_lora(TensorFiles([source]))
+
+
+def convert_adapter(args: argparse.Namespace) -> Path:
+    """Write a LoRA file in the names of another program. Returns the file."""
+    from joyedit.loading.adapters import convert_lora
+
+    if args.to == "original":
+        raise ValueError(f"{args.source} is an adapter: --to takes comfyui, diffusers or kohya")
+    if others := [name for name in ("dtype", "quantize", "parts", "prediction_type") if getattr(args, name)]:
+        raise ValueError(f"{args.source} is an adapter, which --{others[0].replace('_', '-')} is not for")
+    return convert_lora(expanded(args.source), expanded(args.target), args.to, force=args.force)
 
 
 def bytes_to_write(pipe: Any, quantize: str | None) -> int:

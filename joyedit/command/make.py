@@ -198,11 +198,14 @@ def open_pipeline(args: argparse.Namespace) -> Any:
 
 
 def add_adapters(pipe: Any, args: argparse.Namespace) -> None:
-    """Put the adapters into the weights, where they cost nothing per step; nothing here takes them out."""
+    """Put the adapters beside the weights or, if that is asked for, into them: nothing here takes them
+    out."""
     adapters, scales = args.lora or [], args.lora_scale or [1.0]
-    for adapter, scale in zip(adapters, scales * len(adapters) if len(scales) == 1 else scales, strict=True):
-        name = pipe.load_lora_weights(adapter, **adapter_options(args)).name
-        pipe.fuse_lora(scale, [name], reversible=False)
+    names = [pipe.load_lora_weights(adapter, **adapter_options(args)).name for adapter in adapters]
+    if names:
+        pipe.set_adapters(names, scales * len(names) if len(scales) == 1 else scales)
+    if args.fuse_lora:
+        pipe.fuse_lora(adapter_names=names, reversible=False)
 
 
 def adapter_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -32,6 +32,7 @@ REPEATED: dict[str, type | tuple[type, ...]] = {
     "step_cache": (int, float),
     "lora": str,
     "lora_scale": (int, float),
+    "fuse_lora": bool,
     "height": int,
     "width": int,
     "basesize": int,
@@ -77,6 +78,7 @@ def facts_of_run(
         "parts": args.parts,
         "lora": one_or_several(args.lora),
         "lora_scale": one_or_several(args.lora_scale),
+        "fuse_lora": args.fuse_lora,
         "dtype": args.dtype or "auto",
         "device": pipe.device.type,
         "prediction_type": args.prediction_type,
@@ -169,7 +171,7 @@ def belonging_to_the_recorded_model(args: argparse.Namespace, recorded: dict[str
     system = system_of(maker)
     own = [] if system is None else [*system.settings]
     if (own or lora is not None) and maker != pipeline_name(args.model, **origin_options(args)):
-        names += [*own, "lora", "lora_scale"]
+        names += [*own, "lora", "lora_scale", "fuse_lora"]
         if lora is not None and args.lora is None:
             log.warning("the recorded adapter (%s) is for a %s: it is left out", visible(str(lora)), maker)
     return names

@@ -179,10 +179,24 @@ class Attention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3]
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        out = Attended.apply(q, k, v) if torch.is_grad_enabled() else q.new_empty(*q.shape[:-1], v.shape[-1])
         operations = 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
         self.counted.tally.note(ATTENTION, operations, stored((q, k, v, out)))
         return out
+
+
+class Attended(torch.autograd.Function):
+    """Keeps for the way back what fused attention keeps, and gives there what it gives."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
 def storage(tensor: Tensor) -> int:

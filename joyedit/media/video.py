@@ -1,4 +1,4 @@
-"""Frames to a film, a folder of pictures or an animation.
+"""Frames to a film, a folder of pictures or an animation; and the frames of a film.
 
 Frames come as pipelines return them: PIL images, numpy (T, H, W, 3), tensors (T, 3, H, W), uint8 or floating
 point in [0, 1], or lists of single ones. Floating point is rounded to 8 bit (the reference cuts it off, which
@@ -166,6 +166,26 @@ def export_to_webp(
     return str(path)
 
 
+def read_video(path: str | Path) -> list[Image]:
+    """All frames of a film, RGB, upright. Raises FileNotFoundError, ValueError for what is no film or is
+    damaged, ImportError without PyAV."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"film {str(path)!r} does not exist")
+    av = _import_av("reading")
+    try:
+        with av.open(str(path)) as film:
+            frames = list(film.decode(video=0))
+    except (av.FFmpegError, IndexError) as error:  # no stream of pictures
+        raise ValueError(f"film {str(path)!r} cannot be read: {error}") from None
+    turns = {90: 2, 180: 3, -180: 3, -90: 4}  # counter-clockwise, as PIL.Image.Transpose numbers them
+    return [
+        picture.transpose(turns[turn]) if (turn := round(frame.rotation)) in turns else picture
+        for frame in frames
+        for picture in [frame.to_image()]
+    ]
+
+
 def _frames(video_frames: Any) -> list[Image]:
     frames = to_pil_list(video_frames, "video_frames")
     sizes = {frame.size for frame in frames}
@@ -185,11 +205,11 @@ def _container(path: Path) -> dict[str, str]:
     return {} if path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
 
 
-def _import_av() -> Any:
+def _import_av(work: str = "writing") -> Any:
     try:
         import av
     except ImportError:
-        raise ImportError("writing a film needs PyAV: pip install joyedit[video]") from None
-    if "libx264" not in av.codecs_available:
+        raise ImportError(f"{work} a film needs PyAV: pip install joyedit[video]") from None
+    if work == "writing" and "libx264" not in av.codecs_available:
         raise ImportError("this build of PyAV has no libx264; that of `pip install joyedit[video]` has")
     return av

@@ -135,6 +135,7 @@ class ChronoEditTransformer3DModel(Network):
     relatives = frozenset({"WanTransformer3DModel"})  # as the published folder calls it
     # As the reference loads it; norm1 and norm3 of a block have no parameters, the image embedder's have.
     fp32_modules = frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
+    recomputed_lists = frozenset({"blocks"})
 
     def __init__(self, config: ChronoEditConfig | None = None):
         super().__init__(config or ChronoEditConfig())

@@ -130,6 +130,7 @@ class JoyImageEditTransformer3DModel(Network):
     relatives = frozenset({"JoyImageEditPlusTransformer3DModel"})  # as folders of Edit-Plus call it
     # As the reference loads it: neighbouring timesteps differ by less than bf16 resolves.
     fp32_modules = frozenset({"time_embedder"})
+    recomputed_lists = frozenset({"double_blocks"})
 
     def __init__(self, config: JoyImageEditConfig | None = None):
         super().__init__(config or JoyImageEditConfig())

@@ -207,6 +207,7 @@ class UNet2DConditionModel(Network):
 
     Config = UNet2DConditionConfig
     table = "sd_unet"
+    recomputed_lists = frozenset({"resnets", "attentions"})
     config: UNet2DConditionConfig
 
     def __init__(self, config: UNet2DConditionConfig | None = None):

@@ -18,9 +18,10 @@ from torch import Tensor, from_numpy
 from joyedit.checkpoints.config_spellings import ConfigSpellings
 from joyedit.checkpoints.lora_files import WEIGHT_NAME, open_lora
 from joyedit.checkpoints.lora_spellings import packed_layers, packed_metadata
+from joyedit.checkpoints.lora_writing import write_lora
 from joyedit.checkpoints.missing import PIPELINES, Missing, lacking
 from joyedit.checkpoints.option_spellings import check_saving
-from joyedit.lora import Adapters, LoraReport, divided, write_lora
+from joyedit.lora import Adapters, LoraReport, divided
 from joyedit.media import images as im
 
 log = logging.getLogger("joyedit")

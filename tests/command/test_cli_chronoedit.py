@@ -469,6 +469,7 @@ ARGUMENT_ERRORS = {
     "x --reasoning-steps 9 --preset distill": "--reasoning-steps 9 is above the 8 steps",
     "x --preset fast": "invalid choice: 'fast'",
     "x --lora-scale 0.5": "--lora-scale is for the adapter",
+    "x --fuse-lora": "--fuse-lora is for the adapter",
     "x --lora a --lora-scale inf": "inf is not finite",
     "x --height 40 --width 64": "40 is not a multiple of 16",
     "x --height 64": "both --height and --width",

@@ -106,7 +106,9 @@ def made():
         words = ["edit", photo, *words, "--config-from", "made.png"]
         args = arguments.parse(
             words,
-            dict.fromkeys(("edit", "generate", "ask", "estimate", "demo", "convert", "verify", "info")),
+            dict.fromkeys(
+                ("edit", "generate", "ask", "estimate", "train", "demo", "convert", "verify", "info")
+            ),
         )
         photos = [read_photo(photo)]
         fill_from_image(args, photos)

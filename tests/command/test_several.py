@@ -263,22 +263,24 @@ def pixels(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize(("scales", "used"), [((), (1, 1)), ((0.5,), (0.5, 0.5)), ((0.5, -2), (0.5, -2))])
-def test_several_adapters_are_used_recorded_and_repeated(run, loras, scales, used):
-    words = [word for name in loras for word in ("--lora", name)]
+def test_several_adapters_are_used_recorded_and_repeated(run, loras, scales, used, fuse):
+    words = ["--fuse-lora"] * fuse + [word for name in loras for word in ("--lora", name)]
     words += [word for scale in scales for word in ("--lora-scale", scale)]
     options = ("--dtype", "fp32", *QUICK)
     assert run("edit", "red.png", "Make it grey.", *words, "-o", "both.png", *options)[0] == 0
     pipe = joyedit.load("tiny-joyimage", device="cpu", dtype="float32")
-    for name, scale in zip(loras, used, strict=True):
-        pipe.load_lora_weights(name, Path(name).stem)
-        pipe.fuse_lora(scale, [Path(name).stem], reversible=False)
+    names = [pipe.load_lora_weights(name).name for name in loras]
+    pipe.set_adapters(names, list(used))
+    if fuse:
+        pipe.fuse_lora(adapter_names=names)
     generator = [torch.Generator().manual_seed(5)]
     words_of_call = {"num_inference_steps": 1, "guidance_scale": 1, "generator": generator}
     made = pipe(images.load_image("red.png"), "Make it grey.", **words_of_call)
     assert np.array_equal(np.asarray(made.images[0]).astype(int), pixels("both.png"))
     found = recorded("both.png")
-    assert found["lora"] == loras
+    assert found["lora"] == loras and found.get("fuse_lora") == (fuse or None)
     assert found.get("lora_scale") == {0: None, 1: 0.5, 2: [0.5, -2]}[len(scales)]
     assert run("edit", "red.png", "--config-from", "both.png", "-o", "again.png", "-q")[0] == 0
     assert Path("again.png").read_bytes() == Path("both.png").read_bytes()

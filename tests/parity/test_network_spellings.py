@@ -75,7 +75,7 @@ def test_names_that_are_not_here_lead_on(unet):
         unet.set_attn_processor(None)
     with pytest.raises(NotHereError, match=r"has no disable_lora: joyedit.lora.Adapters"):
         unet.disable_lora()
-    assert not hasattr(unet, "enable_gradient_checkpointing")
+    assert not hasattr(unet, "gradient_checkpointing_enable")
     assert unet.conv_in.weight is dict(unet.named_parameters())["conv_in.weight"]
 
 
