@@ -18,9 +18,8 @@ B batch   C latent channels   T latent frames   h, w latent height and width   L
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -107,7 +106,7 @@ def train(
     total = int((MORE if start else SAMPLES) * scale)
     plan_of, share = (plan_more, MORE_RATE) if start else (plan, 1.0)
     vae = AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.float32).to(device)
-    tokenizer = kept_tokenizer(folder / "tokenizer")
+    tokenizer = kept_tokenizer(folder / "tokenizer", varied=start is not None)
     editor, rates = make_editor(tokenizer, seed)
     if start:
         begin_with(start, editor._asdict(), tokenizer)
@@ -118,8 +117,9 @@ def train(
     optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(folder, editor._asdict(), [optimizer], decay=0.998)
     batch = EDITS + FILMS
-    edits = Pool(vae, tokenizer, total, EDIT_FRAMES, EDIT_POOL, batch / FRESH_EDITS, plan_of)
-    films = Pool(vae, tokenizer, total, REASONING_FRAMES, FILM_POOL, FILM_STEPS * batch, plan_of)
+    how: dict[str, Any] = {"plan_of": plan_of, "varied": start is not None}
+    edits = Pool(vae, tokenizer, total, EDIT_FRAMES, EDIT_POOL, batch / FRESH_EDITS, **how)
+    films = Pool(vae, tokenizer, total, REASONING_FRAMES, FILM_POOL, FILM_STEPS * batch, **how)
     edits.fill(run.step * FRESH_EDITS)
     films.fill(run.step // FILM_STEPS)
     for progress in run.until(total, batch):
@@ -213,9 +213,10 @@ class Pool:
         size: int,
         samples: float,
         plan_of: Callable[[int, int], Plan] = plan,
+        varied: bool = False,
     ):
         self.vae, self.coder, self.tokenizer, self.total = vae, FrameCoder(vae), tokenizer, total
-        self.size, self.samples, self.plan_of = size, samples, plan_of
+        self.size, self.samples, self.plan_of, self.varied = size, samples, plan_of, varied
         self.times = torch.linspace(0, 1, 1 + (frames - 1) // vae.config.scale_factor_temporal).tolist()
         self.first = 2**30 if len(self.times) > 2 else 0  # films are not those of the edits
         side = scenes.SIZE // vae.config.scale_factor_spatial
@@ -249,7 +250,7 @@ class Pool:
         numbers = range(self.first + self.next - count, self.first + self.next)
         for slot, edit, film, number in zip(slots.tolist(), edits, shown, numbers, strict=True):
             self.weight[slot] = cell_weights(edit, film, self.weight.shape[-1]).half()
-            text = wording.reworded(edit.instruction, np.random.default_rng((12, number)))
+            text = wording.told(edit.instruction, number) if self.varied else edit.instruction
             self.tokens[slot] = torch.tensor(self.tokenizer.encode(text))
         self.pixels[slots] = self.seen(pictures[:: len(self.times)])["pixel_values"].half()
 
@@ -305,10 +306,10 @@ def cell_weights(edit: scenes.Edit, film: Sequence[scenes.Scene], side: int) -> 
     return weight[None]
 
 
-def kept_tokenizer(folder: Path) -> T5TokenizerFast:
+def kept_tokenizer(folder: Path, varied: bool = False) -> T5TokenizerFast:
     """The tokenizer of a run, kept in `folder`: a vocabulary must not change under a training."""
     if not (folder / "tokenizer.json").is_file():
-        umt5_tokenizer(instructions()).save_pretrained(folder)
+        umt5_tokenizer(instructions(varied=varied)).save_pretrained(folder)
     return T5TokenizerFast.from_pretrained(folder)
 
 

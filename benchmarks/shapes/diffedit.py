@@ -53,6 +53,7 @@ FRESH = 8  # new scenes per batch
 POOL = 8192
 RATE = 2e-3  # of kernels, under Muon
 WEIGHT = 4.0  # of cells that hold a shape
+OF_PAIRS = (1, 2, 2)  # shapes in a scene
 PAIRS = 0.6  # from a checkpoint: share of samples that are edits of another scene
 BEGIN = 0.9  # the latest timestep at which they begin, of N
 NO_CAPTION = 0.1  # share of samples without one, for guidance
@@ -87,7 +88,7 @@ def train(
     torch.manual_seed(seed)
     rounds = [int(samples * scale) for samples in (MORE if start else ROUNDS)]
     vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device)
-    tokenizer = make_tokenizer(folder / "tokenizer")
+    tokenizer = make_tokenizer(folder / "tokenizer", varied=start is not None)
     unet = UNet2DConditionModel(CONFIG)
     encoder = CLIPTextModel(encoder_config(tokenizer))
     initialize(unet, encoder)
@@ -98,7 +99,7 @@ def train(
         "text_encoder": encoder.to(device),
     }
     run = Run(folder, networks, optimizers(unet, encoder), decay=0.998)
-    pool = Pool(vae, tokenizer, rounds[0], POOL, pairs=start is not None)
+    pool = Pool(vae, tokenizer, rounds[0], POOL, varied=start is not None)
     pool.fill(run.step * FRESH)
     for _ in run.until(sum(rounds), BATCH):
         if run.step % 300 == 0:
@@ -143,10 +144,10 @@ class Batch(NamedTuple):
     latents: Tensor  # (B, C, h, w), scaled
     weight: Tensor  # (B, 1, h, w)
     tokens: Tensor  # (B, L)
-    left: Tensor  # (B, C, h, w), what the noise holds of another scene at most: see `leftover`
+    left: Tensor | None = None  # (B, C, h, w), another scene - latents: see `leftover`
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(part.to(device) for part in self))
+        return Batch(*(part if part is None else part.to(device) for part in self))
 
 
 def denoising_loss(
@@ -156,7 +157,8 @@ def denoising_loss(
     x0 = batch.latents
     timesteps = draw_timesteps(len(x0), strong)
     noise = torch.randn(x0.shape).to(x0)  # drawn on the CPU: the same on every device
-    noise += leftover(timesteps).view(-1, 1, 1, 1).to(x0) * batch.left
+    if batch.left is not None:
+        noise += leftover(timesteps).view(-1, 1, 1, 1).to(x0) * batch.left
     abar = ALPHAS[timesteps].view(-1, 1, 1, 1).to(x0)
     noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
     velocity = abar.sqrt() * noise - (1 - abar).sqrt() * x0
@@ -210,12 +212,12 @@ class Pool:
     """
 
     def __init__(
-        self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, first: int, size: int, pairs: bool = False
+        self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, first: int, size: int, varied: bool = False
     ):
-        self.vae, self.tokenizer, self.first, self.size, self.pairs = vae, tokenizer, first, size, pairs
+        self.vae, self.tokenizer, self.first, self.size, self.varied = vae, tokenizer, first, size, varied
         side = SIZE // vae.config.factor
         self.latents = torch.zeros(size, vae.config.latent_channels, side, side, dtype=torch.half)
-        self.others = torch.zeros_like(self.latents) if pairs else self.latents
+        self.others = torch.zeros_like(self.latents) if varied else None
         self.weight = torch.zeros(size, 1, side, side, dtype=torch.half)
         self.tokens = torch.zeros(size, tokenizer.model_max_length, dtype=torch.long)
         self.no_caption = self.encode_texts([""])
@@ -229,33 +231,29 @@ class Pool:
 
     def renew(self, count: int) -> None:
         """Exchange the oldest `count` scenes for new ones."""
-        drawn, others = [], []
         indices = range(self.next, self.next + count)
-        for index in indices:
-            now = plan(max(index - self.size, 0) * BATCH // FRESH, self.first)
-            if self.pairs:
-                pair = scenes.make_caption_pair(index, "train", (1, 2, 2), SIZE)
-                drawn.append(pair.target)
-                others.append(pair.source)
-            else:
-                drawn.append(training_scene(index, now.counts))
-        slots = torch.arange(self.next, self.next + count) % self.size
+        slots = torch.tensor(indices) % self.size
         self.next += count
-        self.latents[slots] = self.encode_scenes(drawn)
-        if self.pairs:
-            self.others[slots] = self.encode_scenes(others)
         side = self.weight.shape[-1]
-        weights = [cell_weights(scene, side) for scene in drawn]
-        for weight, other in zip(weights, others, strict=False):
-            torch.maximum(weight, cell_weights(other, side), out=weight)
-        self.weight[slots] = torch.stack(weights).half()
-        texts = (scenes.caption(scene) for scene in drawn)
-        self.tokens[slots] = self.encode_texts(
-            [
-                wording.reworded_caption(text, np.random.default_rng((12, index)))
-                for text, index in zip(texts, indices, strict=True)
+        if self.others is None:
+            plans = [plan(max(index - self.size, 0) * BATCH // FRESH, self.first) for index in indices]
+            drawn = [training_scene(i, now.counts) for i, now in zip(indices, plans, strict=True)]
+            weights = torch.stack([cell_weights(scene, side) for scene in drawn])
+            texts = [scenes.caption(scene) for scene in drawn]
+        else:
+            pairs = [scenes.make_caption_pair(index, "train", OF_PAIRS, SIZE) for index in indices]
+            drawn = [pair.target for pair in pairs]
+            self.others[slots] = self.encode_scenes([pair.source for pair in pairs])
+            weights = torch.stack(
+                [cell_weights(p.target, side).maximum(cell_weights(p.source, side)) for p in pairs]
+            )
+            texts = [
+                wording.told(pair.target_caption, index, wording.reworded_caption)
+                for index, pair in zip(indices, pairs, strict=True)
             ]
-        )
+        self.latents[slots] = self.encode_scenes(drawn)
+        self.weight[slots] = weights.half()
+        self.tokens[slots] = self.encode_texts(texts)
 
     @torch.no_grad()
     def encode_scenes(self, drawn: Sequence[scenes.Scene]) -> Tensor:
@@ -275,9 +273,10 @@ class Pool:
         slots = torch.randint(self.size, (count,))
         without = torch.rand(count, 1) < NO_CAPTION
         tokens = torch.where(without, self.no_caption, self.tokens[slots])
-        latents, others = self.latents[slots].float(), self.others[slots].float()
-        edited = (torch.rand(count, 1) < PAIRS) & ~without
-        left = (others - latents) * edited[..., None, None]
+        latents, left = self.latents[slots].float(), None
+        if self.others is not None:
+            edited = (torch.rand(count, 1) < PAIRS) & ~without
+            left = (self.others[slots].float() - latents) * edited[..., None, None]
         return Batch(latents, self.weight[slots].float(), tokens, left)
 
 
@@ -293,10 +292,10 @@ def as_seen(scene: scenes.Scene) -> np.ndarray:
     return scenes.to_levels(scenes.draw(scene, SIZE)).astype(np.float32) / 255
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, varied: bool = False) -> CLIPTokenizer:
     """The tokenizer of a run, kept in `folder`: a vocabulary must not change under a training."""
     if not (folder / "vocab.json").is_file():
-        clip_tokenizer(captions(), length=TOKENS).save_pretrained(folder)
+        clip_tokenizer(captions(varied=varied), length=TOKENS).save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -101,7 +100,7 @@ def train(
     total = int((MORE if start else SAMPLES) * scale)
     plan_of, share = (plan_more, MORE_RATE) if start else (plan, 1.0)
     vae = AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.float32).to(device)
-    processor = make_processor(folder / "tokenizer")
+    processor = make_processor(folder / "tokenizer", varied=start is not None)
     transformer = JoyImageEditTransformer3DModel(CONFIG)
     rates = initialize_editor(transformer, seed)
     encoder = Qwen3VLForConditionalGeneration(encoder_config(processor.tokenizer))
@@ -113,7 +112,7 @@ def train(
     parameters = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
     optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(folder, networks, [optimizer], decay=0.998)
-    pool = Pool(vae, processor, total, plan_of=plan_of)
+    pool = Pool(vae, processor, total, plan_of=plan_of, varied=start is not None)
     pool.fill(run.step * FRESH)
     for progress in run.until(total, BATCH):
         if run.step % 500 == 0:
@@ -208,8 +207,10 @@ class Pool:
         total: int,
         size: int = POOL,
         plan_of: Callable[[int, int], Plan] = plan,
+        varied: bool = False,
     ):
-        self.vae, self.processor, self.total, self.size, self.plan_of = vae, processor, total, size, plan_of
+        self.vae, self.processor, self.total, self.size = vae, processor, total, size
+        self.plan_of, self.varied = plan_of, varied
         config = vae.config
         self.mean, self.std = (
             torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
@@ -256,7 +257,7 @@ class Pool:
         self.weight[slots] = torch.stack([cell_weights(edit, self.weight.shape[-1]) for edit in edits]).half()
         self.pixels[slots] = torch.stack([self.processor.image_processor.resize(p) for p in pictures[::2]])
         for index, (slot, edit) in enumerate(zip(slots.tolist(), edits, strict=True), self.next - count):
-            text = wording.reworded(edit.instruction, np.random.default_rng((12, index)))
+            text = wording.told(edit.instruction, index) if self.varied else edit.instruction
             self.tokens[slot] = self.encode_text(text)
             self.lengths[slot] = len(self.tokens[slot])
 
@@ -305,11 +306,11 @@ def as_image(scene: scenes.Scene) -> Image.Image:
     return Image.fromarray(scenes.to_levels(scenes.draw(scene)))
 
 
-def make_processor(folder: Path) -> Qwen3VLProcessor:
+def make_processor(folder: Path, varied: bool = False) -> Qwen3VLProcessor:
     """The processor of a run, kept in `folder`: a vocabulary must not change under a training."""
     if not (folder / "tokenizer.json").is_file():
         images = Qwen2VLImageProcessor(Qwen2VLImageConfig(min_pixels=SEEN_PIXELS, max_pixels=SEEN_PIXELS))
-        Qwen3VLProcessor(images, qwen_tokenizer(instructions())).save_pretrained(folder)
+        Qwen3VLProcessor(images, qwen_tokenizer(instructions(varied=varied))).save_pretrained(folder)
     return Qwen3VLProcessor.from_pretrained(folder)
 
 

@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", choices=VAES + EDITORS)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--vae", type=Path, help="editors: the trained VAE, which must not change any more")
-    parser.add_argument("--from", type=Path, dest="start", help="editors: begin with the weights in this folder")
+    parser.add_argument(
+        "--from", type=Path, dest="start", help="editors: begin with the weights in this folder"
+    )
     parser.add_argument("--stages", nargs="+", help="VAEs: only these, in this order")
     parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of samples")
     parser.add_argument("--seed", type=int, default=0)

@@ -74,16 +74,16 @@ def umt5_tokenizer(texts: Iterable[str]) -> T5TokenizerFast:
     return unigram_tokenizer(sorted({word.strip(".,?") for text in texts for word in text.split()}))
 
 
-def instructions(count: int = 4000, kinds: Sequence[str] = scenes.KINDS) -> list[str]:
-    """What is said in the training world, of edits of some kinds: plainly, then in other ways."""
+def instructions(count: int = 4000, kinds: Sequence[str] = scenes.KINDS, varied: bool = False) -> list[str]:
+    """What is said in the training world, of edits of some kinds: plainly, and if `varied`, in other ways."""
     plain = [scenes.make_edit(i, kinds=kinds).instruction for i in range(count)]
-    return plain + _varied(plain, wording.reworded)
+    return plain + _varied(plain, wording.reworded) if varied else plain
 
 
-def captions(count: int = 4000) -> list[str]:
-    """What pictures of the training world show: plainly, then in other ways."""
+def captions(count: int = 4000, varied: bool = False) -> list[str]:
+    """What pictures of the training world show: plainly, and if `varied`, in other ways."""
     plain = [scenes.caption(scenes.make_edit(i).source) for i in range(count)]
-    return plain + _varied(plain, wording.reworded_caption)
+    return plain + _varied(plain, wording.reworded_caption) if varied else plain
 
 
 def _varied(plain: Sequence[str], change: Callable[[str, np.random.Generator], str]) -> list[str]:

@@ -10,7 +10,14 @@ from collections.abc import Callable
 import numpy as np
 
 # One whole sentence: what it is, and what may be said in its place.
-_REMOVE = ("Remove {it}.", "Delete {it}.", "Erase {it}.", "Take {it} away.", "Take away {it}.", "Get rid of {it}.")
+_REMOVE = (
+    "Remove {it}.",
+    "Delete {it}.",
+    "Erase {it}.",
+    "Take {it} away.",
+    "Take away {it}.",
+    "Get rid of {it}.",
+)
 _RECOLOUR = (
     "Change the colour of {it} to {colour}.",
     "Change {it} to {colour}.",
@@ -50,7 +57,10 @@ _GREY = (
 _NEGATIVE = ("Invert the picture.", "Invert all colors.", "Make it a negative.", "Reverse the colors.")
 SENTENCES = (
     (r"Move (?P<it>the .+) into the red box and finally remove the red box\.", _MOVE),
-    (r"(?:(?:Change|Make) the background (?:to )?|Replace the background with )(?P<colour>.+)\.", _BACKGROUND),
+    (
+        r"(?:(?:Change|Make) the background (?:to )?|Replace the background with )(?P<colour>.+)\.",
+        _BACKGROUND,
+    ),
     (r"(?:Make|Convert|Turn) .*(?:black and white|grayscale)\.", _GREY),
     (r"Invert .*|(?:Make|Turn) .*negative.*", _NEGATIVE),
     (r"(?:Remove|Delete|Erase|Take) (?P<it>the \w+ \w+)(?: from the picture| away)?\.", _REMOVE),
@@ -159,6 +169,11 @@ def reworded_caption(text: str, rng: np.random.Generator) -> str:
     if rng.random() < 0.2:
         text = text.replace(" on a ", ", ")
     return text + "." * bool(rng.random() < 0.5)
+
+
+def told(text: str, number: int, change: Callable[[str, np.random.Generator], str] = reworded) -> str:
+    """The text of sample `number` of a training, always the same."""
+    return change(text, np.random.default_rng((12, number)))
 
 
 def other_case(text: str, rng: np.random.Generator) -> str:
