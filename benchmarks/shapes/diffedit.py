@@ -172,8 +172,8 @@ def leftover(timesteps: Tensor) -> Tensor:
 
     At a timestep T it is sqrt(abar) other + sqrt(1 - abar) noise, and taken for x0 under its caption that is
     sqrt(abar) x0 + sqrt(1 - abar) (noise + r (other - x0)), r = sqrt(abar / (1 - abar)) at T. A network that
-    answers x0 keeps this noise down to timestep 0. Half of the edits begin at `timesteps`, as masks are found,
-    the others anywhere above, up to BEGIN.
+    answers x0 keeps this noise down to timestep 0. Half of the edits begin at `timesteps`, as masks are
+    found, the others anywhere above, up to BEGIN.
     """
     room = (BEGIN * len(ALPHAS) - timesteps).clamp_min(0) * (torch.rand(len(timesteps)) < 0.5)
     begun = ALPHAS[timesteps + (room * torch.rand(len(timesteps))).long()]

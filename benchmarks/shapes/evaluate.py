@@ -3,8 +3,8 @@
 Success takes three things at once: inside the changed region the result is near the target, outside it is as
 near the source as the VAE can make it, and what is new has the right outline (`outline`): a blob of the right
 colour fails. Beside each score stand that of the input itself (`nothing`) and that of the target after a trip
-through the VAE (`ceiling`). With `--wordings`, the same edits are also asked for in other letters, without a full
-stop and politely (`wording.WORDINGS`).
+through the VAE (`ceiling`). With `--wordings`, the same edits are also asked for in other letters, without
+a full stop and politely (`wording.WORDINGS`).
 
     python -m benchmarks.shapes.evaluate runs/joyimage/checkpoint --out joyimage.json
 """
@@ -143,8 +143,8 @@ def run(
 
 
 def asked(edit: scenes.Edit) -> tuple[Image.Image, str]:
-    """Picture and instruction as a user gives them: the red box of a move is drawn by `joyedit.spatial`, whose
-    words are those of the plain instruction."""
+    """Picture and instruction as a user gives them: the red box of a move is drawn by `joyedit.spatial`,
+    whose words are those of the plain instruction."""
     source = edit.source
     picture = Image.fromarray(scenes.to_levels(scenes.draw(source._replace(box=None))))
     if source.box is None:
@@ -199,8 +199,8 @@ def in_other_words(
     edited: Callable[[Sequence[scenes.Edit]], Sequence[np.ndarray]],
     wordings: Mapping[str, Callable[[str], str]] = wording.WORDINGS,
 ) -> dict[str, Any]:
-    """Success when the same edits are asked for in each of `wordings`, over all and by kind. `edited`: edits to
-    results."""
+    """Success when the same edits are asked for in each of `wordings`, over all and by kind. `edited`:
+    edits to results."""
     report = {}
     for name, change in wordings.items():
         told = [dataclasses.replace(edit, instruction=change(edit.instruction)) for edit in edits]

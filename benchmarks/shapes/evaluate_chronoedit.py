@@ -40,8 +40,8 @@ def evaluate(
     wordings: bool = False,
 ) -> tuple[dict[str, Any], Image.Image]:
     """`count` held-out edits of each kind in scenes of `counts` shapes: scores of the model without and with
-    temporal reasoning, of doing nothing and of the autoencoder; how near films are to the drawn ones; and with
-    `wordings` the success (without temporal reasoning) in each of them.
+    temporal reasoning, of doing nothing and of the autoencoder; how near films are to the drawn ones; and
+    with `wordings` the success (without temporal reasoning) in each of them.
 
     The picture shows some of the results with temporal reasoning."""
     edits = held_out(count, counts, kinds)

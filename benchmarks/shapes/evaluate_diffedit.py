@@ -157,8 +157,8 @@ def evaluate(
     **settings: Any,
 ) -> tuple[dict[str, Any], Image.Image]:
     """`count` held-out edits of each kind in scenes of `counts` shapes: the model's scores and, with
-    `references`, those of doing nothing and of the VAE, and with `wordings` the success in each of them; and the
-    picture of the first edits of each kind."""
+    `references`, those of doing nothing and of the VAE, and with `wordings` the success in each of them; and
+    the picture of the first edits of each kind."""
     cases = held_out(count, counts, kinds)
     answers = run(pipe, cases, **settings)
     sides = {"model": answers}

@@ -7,7 +7,7 @@
     python -m benchmarks.shapes.train diffedit --vae runs/sd-vae/vae --out runs/diffedit
     python -m benchmarks.shapes.train diffedit --from runs/diffedit/checkpoint --out runs/diffedit-more
 
-An editor trained `--from` a checkpoint begins with its weights and autoencoder, and with the words that it lacks.
+An editor trained `--from` a checkpoint begins with its weights and autoencoder, and reads varied wording.
 Training runs in one process, on the processor (OMP_NUM_THREADS threads) or on `--device cuda`. Metrics are in
 `metrics.jsonl` of the folder, the checkpoint is in its `checkpoint`, that of a VAE in its `vae`.
 """
