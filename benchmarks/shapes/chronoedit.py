@@ -16,9 +16,9 @@ B batch   C latent channels   T latent frames   h, w latent height and width   L
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.shapes import evaluate, evaluate_chronoedit, made_for, scenes
+from benchmarks.shapes import evaluate, evaluate_chronoedit, made_for, scenes, wording
 from benchmarks.shapes.flow_matching import SHIFT, flow_loss
 from benchmarks.shapes.init_chronoedit import initialize_editor, initialize_encoders
 from benchmarks.shapes.joyimage import OF_PICTURES, OF_SHAPES, Plan, as_image
 from benchmarks.shapes.training import RatedAdamW, Run, cosine
-from benchmarks.shapes.vocabulary import instructions, umt5_tokenizer
+from benchmarks.shapes.vocabulary import begin_with, instructions, umt5_tokenizer
 from joyedit.media.clip_images import CLIPImageConfig, CLIPImageProcessor
 from joyedit.media.images import to_latent_input
 from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel, Context
@@ -55,6 +55,7 @@ CONFIG = ChronoEditConfig(
 CPU = torch.device("cpu")
 SEEN_SIDE = 32  # pixels; CLIP sees a picture as 2 x 2 patches
 SAMPLES = 150_000
+MORE, MORE_RATE = 130_000, 0.7  # from a checkpoint: samples, and the share of the rate
 EDITS, FILMS = 23, 1  # of a batch
 FRESH_EDITS, FILM_STEPS = 4, 4  # new edits per batch; batches per new film
 EDIT_POOL, FILM_POOL = 4096, 512
@@ -64,6 +65,9 @@ WEIGHT = 4.0  # of cells that hold a shape or change
 FILM_WEIGHT = 0.2  # of the films in the loss
 NO_PROMPT = 0.05  # share of samples without an instruction, for guidance
 LEARNED = ("recolour",) * 3 + ("remove",) * 3 + ("add",) * 3 + ("move",) * 3 + ("grey", "negative")
+# From a checkpoint: what was not learned before, most often.
+WEAK = ("recolour",) * 2 + ("remove",) + ("add",) * 2 + ("move",) * 4 + ("replace",) * 4
+WEAK += ("background",) * 3 + ("grey", "negative")
 PADDING = (1, 1, 1, 8, 64, 500)  # rows, each equally often
 
 
@@ -84,19 +88,28 @@ def plan(samples: int, total: int) -> Plan:
     return Plan(LEARNED, (1, 2, 2), own=0.7 * (done >= 0.8))
 
 
+def plan_more(samples: int, total: int) -> Plan:
+    """Of a training from a checkpoint: up to two shapes; at last also from where the first step leads."""
+    return Plan(WEAK, (1, 2, 2), own=0.7 * (samples >= 0.75 * total))
+
+
 def train(
     folder: Path,
     vae_folder: Path,
     scale: float = 1.0,
     seed: int = 0,
     device: torch.device = CPU,
+    start: Path | None = None,
 ) -> None:
-    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint."""
+    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint. `start`: one to begin with."""
     torch.manual_seed(seed)
-    total = int(SAMPLES * scale)
+    total = int((MORE if start else SAMPLES) * scale)
+    plan_of, share = (plan_more, MORE_RATE) if start else (plan, 1.0)
     vae = AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.float32).to(device)
-    tokenizer = kept_tokenizer(folder / "tokenizer")
+    tokenizer = kept_tokenizer(folder / "tokenizer", varied=start is not None)
     editor, rates = make_editor(tokenizer, seed)
+    if start:
+        begin_with(start, editor._asdict(), tokenizer)
     for network in editor:
         network.to(device)
     shares = {p: rates[n].to(device) for n, p in editor.transformer.named_parameters() if n in rates}
@@ -104,16 +117,17 @@ def train(
     optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(folder, editor._asdict(), [optimizer], decay=0.998)
     batch = EDITS + FILMS
-    edits = Pool(vae, tokenizer, total, EDIT_FRAMES, EDIT_POOL, batch / FRESH_EDITS)
-    films = Pool(vae, tokenizer, total, REASONING_FRAMES, FILM_POOL, FILM_STEPS * batch)
+    how: dict[str, Any] = {"plan_of": plan_of, "varied": start is not None}
+    edits = Pool(vae, tokenizer, total, EDIT_FRAMES, EDIT_POOL, batch / FRESH_EDITS, **how)
+    films = Pool(vae, tokenizer, total, REASONING_FRAMES, FILM_POOL, FILM_STEPS * batch, **how)
     edits.fill(run.step * FRESH_EDITS)
     films.fill(run.step // FILM_STEPS)
     for progress in run.until(total, batch):
         if run.step % 500 == 0:
-            report(run, vae, tokenizer, total)
-        early = SLOW_START[1] if progress < SLOW_START[0] else 1
+            report(run, vae, tokenizer, plan_of(run.samples, total))
+        early = SLOW_START[1] if progress < SLOW_START[0] and not start else share
         run.set_rate(min(1, (run.step + 1) / 100) * early * cosine(progress, 0.03, start_at=0.5))
-        own = plan(run.samples, total).own
+        own = plan_of(run.samples, total).own
         edit_loss = editing_loss(editor, edits.draw(EDITS).to(device), own)
         ((1 - FILM_WEIGHT) * edit_loss).backward()
         film_loss = editing_loss(editor, films.draw(FILMS).to(device), own)
@@ -122,13 +136,12 @@ def train(
         edits.renew(FRESH_EDITS)
         if run.step % FILM_STEPS == FILM_STEPS - 1:
             films.renew(1)
-    report(run, vae, tokenizer, total)
+    report(run, vae, tokenizer, plan_of(run.samples, total))
 
 
-def report(run: Run, vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, total: int) -> None:
+def report(run: Run, vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, now: Plan) -> None:
     """Score held-out edits like those of now, write the checkpoint and every now and then a picture."""
     pipe = assemble(Editor(*map(run.averaged, Editor._fields)), vae, tokenizer)
-    now = plan(run.samples, total)
     edits = evaluate.held_out(8, now.counts, tuple(dict.fromkeys(now.kinds)))
     results = evaluate_chronoedit.run(pipe, edits, evaluate_chronoedit.STEPS)
     run.log(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
@@ -199,9 +212,11 @@ class Pool:
         frames: int,
         size: int,
         samples: float,
+        plan_of: Callable[[int, int], Plan] = plan,
+        varied: bool = False,
     ):
         self.vae, self.coder, self.tokenizer, self.total = vae, FrameCoder(vae), tokenizer, total
-        self.size, self.samples = size, samples
+        self.size, self.samples, self.plan_of, self.varied = size, samples, plan_of, varied
         self.times = torch.linspace(0, 1, 1 + (frames - 1) // vae.config.scale_factor_temporal).tolist()
         self.first = 2**30 if len(self.times) > 2 else 0  # films are not those of the edits
         side = scenes.SIZE // vae.config.scale_factor_spatial
@@ -224,7 +239,7 @@ class Pool:
         """Exchange the oldest `count` edits for new ones."""
         edits = []
         for index in range(self.next, self.next + count):
-            now = plan(int(max(index - self.size, 0) * self.samples), self.total)
+            now = self.plan_of(int(max(index - self.size, 0) * self.samples), self.total)
             edits.append(scenes.make_edit(self.first + index, "train", now.kinds, now.counts))
         slots = torch.arange(self.next, self.next + count) % self.size
         self.next += count
@@ -232,9 +247,11 @@ class Pool:
         pictures = [as_image(scene) for film in shown for scene in film]
         latents = self.encode(pictures).unflatten(0, (count, -1))  # (count, T, C, 1, h, w)
         self.frames[slots] = latents[:, :, :, 0].transpose(1, 2).half()
-        for slot, edit, film in zip(slots.tolist(), edits, shown, strict=True):
+        numbers = range(self.first + self.next - count, self.first + self.next)
+        for slot, edit, film, number in zip(slots.tolist(), edits, shown, numbers, strict=True):
             self.weight[slot] = cell_weights(edit, film, self.weight.shape[-1]).half()
-            self.tokens[slot] = torch.tensor(self.tokenizer.encode(edit.instruction))
+            text = wording.told(edit.instruction, number) if self.varied else edit.instruction
+            self.tokens[slot] = torch.tensor(self.tokenizer.encode(text))
         self.pixels[slots] = self.seen(pictures[:: len(self.times)])["pixel_values"].half()
 
     @torch.no_grad()
@@ -289,10 +306,10 @@ def cell_weights(edit: scenes.Edit, film: Sequence[scenes.Scene], side: int) -> 
     return weight[None]
 
 
-def kept_tokenizer(folder: Path) -> T5TokenizerFast:
+def kept_tokenizer(folder: Path, varied: bool = False) -> T5TokenizerFast:
     """The tokenizer of a run, kept in `folder`: a vocabulary must not change under a training."""
     if not (folder / "tokenizer.json").is_file():
-        umt5_tokenizer(instructions()).save_pretrained(folder)
+        umt5_tokenizer(instructions(varied=varied)).save_pretrained(folder)
     return T5TokenizerFast.from_pretrained(folder)
 
 

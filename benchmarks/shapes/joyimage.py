@@ -12,6 +12,7 @@ B batch   C latent channels   h, w latent height and width   L prompt tokens   D
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.random_checkpoint import SPECIAL_TOKENS
-from benchmarks.shapes import evaluate, made_for, scenes
+from benchmarks.shapes import evaluate, made_for, scenes, wording
 from benchmarks.shapes.flow_matching import SHIFT, flow_loss
 from benchmarks.shapes.init_mmdit import initialize_editor
 from benchmarks.shapes.training import RatedAdamW, Run, cosine
-from benchmarks.shapes.vocabulary import instructions, qwen_tokenizer
+from benchmarks.shapes.vocabulary import begin_with, instructions, qwen_tokenizer
 from joyedit.media.images import Qwen2VLImageConfig, Qwen2VLImageProcessor, patchify, to_latent_input
 from joyedit.models.joyimage_mmdit import JoyImageEditConfig, JoyImageEditTransformer3DModel
 from joyedit.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -49,6 +50,7 @@ CONFIG = JoyImageEditConfig(
 CPU = torch.device("cpu")
 SEEN_PIXELS = 64 * 64  # Qwen3-VL sees a picture as 2 x 2 tokens
 SAMPLES = 400_000
+MORE, MORE_RATE = 45_000, 0.5  # from a checkpoint: samples, and the share of the rate
 BATCH, GROUPS = 24, 3
 FRESH = 5  # new edits per batch
 POOL = 4096
@@ -79,35 +81,45 @@ def plan(samples: int, total: int) -> Plan:
     )
 
 
+def plan_more(samples: int, total: int) -> Plan:
+    """Of a training from a checkpoint: up to four shapes; then also from where the first step of an edit
+    leads."""
+    return Plan(OF_SHAPES + OF_PICTURES, (1, 2, 2, 3, 3, 4), own=0.7 * (samples >= 0.5 * total))
+
+
 def train(
     folder: Path,
     vae_folder: Path,
     scale: float = 1.0,
     seed: int = 0,
     device: torch.device = CPU,
+    start: Path | None = None,
 ) -> None:
-    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint."""
+    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint. `start`: one to begin with."""
     torch.manual_seed(seed)
-    total = int(SAMPLES * scale)
+    total = int((MORE if start else SAMPLES) * scale)
+    plan_of, share = (plan_more, MORE_RATE) if start else (plan, 1.0)
     vae = AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.float32).to(device)
-    processor = make_processor(folder / "tokenizer")
+    processor = make_processor(folder / "tokenizer", varied=start is not None)
     transformer = JoyImageEditTransformer3DModel(CONFIG)
     rates = initialize_editor(transformer, seed)
     encoder = Qwen3VLForConditionalGeneration(encoder_config(processor.tokenizer))
     initialize_encoder(encoder)
     networks = {"transformer": transformer.to(device), "text_encoder": encoder.to(device)}
+    if start:
+        begin_with(start, networks, processor.tokenizer)
     shares = {p: rates[n].to(device) for n, p in transformer.named_parameters() if n in rates}
     parameters = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
     optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(folder, networks, [optimizer], decay=0.998)
-    pool = Pool(vae, processor, total)
+    pool = Pool(vae, processor, total, plan_of=plan_of, varied=start is not None)
     pool.fill(run.step * FRESH)
     for progress in run.until(total, BATCH):
         if run.step % 500 == 0:
             pipe = assemble(run.averaged("transformer"), run.averaged("text_encoder"), vae, processor)
-            report(run, pipe, total)
-        run.set_rate(min(1, (run.step + 1) / 100) * cosine(progress, 0.03, start_at=0.5))
-        now = plan(run.samples, total)
+            report(run, pipe, plan_of(run.samples, total))
+        run.set_rate(min(1, (run.step + 1) / 100) * share * cosine(progress, 0.03, start_at=0.5))
+        now = plan_of(run.samples, total)
         losses = []
         for _ in range(GROUPS):
             batch = pool.draw(BATCH // GROUPS).to(device)
@@ -117,12 +129,11 @@ def train(
         run.update({"loss": sum(losses) / GROUPS}, clip=1.0)
         pool.renew(FRESH)
     pipe = assemble(run.averaged("transformer"), run.averaged("text_encoder"), vae, processor)
-    report(run, pipe, total)
+    report(run, pipe, plan_of(run.samples, total))
 
 
-def report(run: Run, pipe: JoyImageEditPipeline, total: int) -> None:
+def report(run: Run, pipe: JoyImageEditPipeline, now: Plan) -> None:
     """Score held-out edits like those of now, write the checkpoint and every now and then a picture."""
-    now = plan(run.samples, total)
     kinds = tuple(dict.fromkeys(now.kinds))
     edits = evaluate.held_out(8, now.counts, kinds)
     results = evaluate.run(pipe, edits, evaluate.STEPS)
@@ -189,8 +200,17 @@ class Pool:
     Which edits are in it depends on the progress alone, so an interrupted training finds the same again.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, processor: Qwen3VLProcessor, total: int, size: int = POOL):
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        processor: Qwen3VLProcessor,
+        total: int,
+        size: int = POOL,
+        plan_of: Callable[[int, int], Plan] = plan,
+        varied: bool = False,
+    ):
         self.vae, self.processor, self.total, self.size = vae, processor, total, size
+        self.plan_of, self.varied = plan_of, varied
         config = vae.config
         self.mean, self.std = (
             torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
@@ -222,7 +242,7 @@ class Pool:
         """Exchange the oldest `count` edits for new ones."""
         edits = []
         for index in range(self.next, self.next + count):
-            now = plan(max(index - self.size, 0) * BATCH // FRESH, self.total)
+            now = self.plan_of(max(index - self.size, 0) * BATCH // FRESH, self.total)
             edits.append(scenes.make_edit(index, "train", now.kinds, now.counts))
         slots = torch.arange(self.next, self.next + count) % self.size
         generators = [torch.Generator().manual_seed(self.next + i // 2) for i in range(2 * count)]
@@ -236,8 +256,9 @@ class Pool:
         self.target[slots] = ((target - self.mean) / self.std).half()
         self.weight[slots] = torch.stack([cell_weights(edit, self.weight.shape[-1]) for edit in edits]).half()
         self.pixels[slots] = torch.stack([self.processor.image_processor.resize(p) for p in pictures[::2]])
-        for slot, edit in zip(slots.tolist(), edits, strict=True):
-            self.tokens[slot] = self.encode_text(edit.instruction)
+        for index, (slot, edit) in enumerate(zip(slots.tolist(), edits, strict=True), self.next - count):
+            text = wording.told(edit.instruction, index) if self.varied else edit.instruction
+            self.tokens[slot] = self.encode_text(text)
             self.lengths[slot] = len(self.tokens[slot])
 
     def encode_text(self, instruction: str) -> Tensor:
@@ -285,11 +306,11 @@ def as_image(scene: scenes.Scene) -> Image.Image:
     return Image.fromarray(scenes.to_levels(scenes.draw(scene)))
 
 
-def make_processor(folder: Path) -> Qwen3VLProcessor:
+def make_processor(folder: Path, varied: bool = False) -> Qwen3VLProcessor:
     """The processor of a run, kept in `folder`: a vocabulary must not change under a training."""
     if not (folder / "tokenizer.json").is_file():
         images = Qwen2VLImageProcessor(Qwen2VLImageConfig(min_pixels=SEEN_PIXELS, max_pixels=SEEN_PIXELS))
-        Qwen3VLProcessor(images, qwen_tokenizer(instructions())).save_pretrained(folder)
+        Qwen3VLProcessor(images, qwen_tokenizer(instructions(varied=varied))).save_pretrained(folder)
     return Qwen3VLProcessor.from_pretrained(folder)
 
 
