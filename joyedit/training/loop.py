@@ -10,7 +10,6 @@ number of processes or of accumulated parts does not change what is seen.
 """
 
 import hashlib
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,25 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from joyedit.training.cache import Cache
 from joyedit.training.devices import device_of
 from joyedit.training.examples import Example, Order, form_of
 from joyedit.training.first_pass import fill, kept_of
 from joyedit.training.models import Trained, open_encoders, open_trained
+from joyedit.training.optimisers import make_optimizer
 from joyedit.training.pairs import FaultyPairs
 from joyedit.training.pictures import Samples
 from joyedit.training.plan import Plan, make_plan
 from joyedit.training.run import Run, Stopping, rate_at
 from joyedit.training.settings import Settings, settle
 from joyedit.training.systems import Drawing, Kept, Said, Sample
-
-log = logging.getLogger("joyedit")
+from joyedit.training.turns import turns
 
 VALID_SIGMAS = (0.9, 0.7, 0.5, 0.3, 0.1)
 SAMPLED = 4  # pairs that pictures are made of
-BETAS, WEIGHT_DECAY = (0.9, 0.99), 0.01
 KEPT_BYTES = 2**30  # of the cache in memory
 
 
@@ -69,39 +66,29 @@ def train(settings: Settings, out: str | Path, disable_progress: bool | None = F
     # The denoiser, what of it is trained, and where it was.
     torch.manual_seed(settings.seed)
     trained = open_trained(settings, plan, device)
-    optimizer = torch.optim.AdamW(
-        trained.parameters.values(), lr=settings.rate, betas=BETAS, weight_decay=WEIGHT_DECAY
-    )
+    optimizer = make_optimizer(settings.optimizer, list(trained.parameters.values()), settings.rate)
     run = Run(out, trained.parameters, optimizer, settings.ema)
     samples = Samples(out / "samples", plan, store, SAMPLED, settings.seed)
     how = Drawing.by(trained.pipe.scheduler, settings.sigma, settings.min_snr)
     order = Order([form_of({**kept, "prompt": said.words}) for kept, said in map(store, plan.examples)],
                   settings.batch, settings.seed)  # fmt: skip
-    looked_at = run.resumed  # a state was saved after all else that its step is due
 
-    bar = tqdm(total=settings.steps, initial=run.step, desc=out.name, disable=disable_progress)
-    with Stopping() as stopping, bar, trained.pipe.on_device(trained.network):
-        while True:
-            last = run.step >= settings.steps
-
+    with Stopping() as stopping, trained.pipe.on_device(trained.network):
+        for turn in turns(run, settings.steps, stopping, disable_progress):
             # Now and then, and after the last step: validate, make pictures, save.
-            if not looked_at:
+            if plan.valid and turn.due(settings.valid_every):
                 with run.averaged(), torch.no_grad():
-                    if plan.valid and due(run.step, settings.valid_every, last):
-                        for sigma, loss in validate(plan, store, trained, how, settings.seed, device):
-                            run.log(sigma=sigma, valid_loss=loss)
-                    if due(run.step, settings.sample_every, last):
-                        samples.make(run.step, trained.pipe)
-                if run.step > 0 and (due(run.step, settings.save_every, last) or stopping.number is not None):
-                    run.save()
-                    with run.averaged(), torch.no_grad():
-                        trained.write(out)
-            looked_at = False
-            if last:
+                    for sigma, loss in validate(plan, store, trained, how, settings.seed, device):
+                        run.log(sigma=sigma, valid_loss=loss)
+            if turn.due(settings.sample_every):
+                with run.averaged(), torch.no_grad():
+                    samples.make(run.step, trained.pipe)
+            if turn.saves(settings.save_every):
+                run.save()
+                with run.averaged(), torch.no_grad():
+                    trained.write(out)
+            if turn.ends:
                 break
-            if stopping.number is not None:
-                log.info("stopped after %d steps: the same command goes on", run.step)
-                stopping.act()
 
             # One step, on `batch` samples: those of one form together, in parts that fit into memory.
             run.set_rate(
@@ -124,16 +111,11 @@ def train(settings: Settings, out: str | Path, disable_progress: bool | None = F
                 )
             run.update(settings.clip)
             run.log(loss=total)
-            bar.update()
     made = trained.place(out)
     if not made.exists():
         with run.averaged(), torch.no_grad():
             trained.write(out)
     return made
-
-
-def due(step: int, every: int, last: bool) -> bool:
-    return every > 0 and (last or step % every == 0)
 
 
 def generator(*place: Any) -> torch.Generator:

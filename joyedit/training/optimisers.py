@@ -15,22 +15,24 @@ import torch
 from torch import Tensor, nn
 
 OPTIMIZERS = ("adamw", "muon")
+BETAS, WEIGHT_DECAY = (0.9, 0.99), 0.01
 
 
-def make_optimizer(kind: str, parameters: Sequence[nn.Parameter], rate: float, **options: Any) -> Any:
-    """AdamW of all parameters, or Muon of those that are kernels and AdamW of the others. options: of AdamW.
-    Raises ValueError for another word."""
+def make_optimizer(kind: str, parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """AdamW of all parameters; or Muon of those that are kernels, and AdamW of the others. Raises ValueError
+    for another word."""
     if kind not in OPTIMIZERS:
         raise ValueError(f"optimizer={kind!r}: must be one of {', '.join(OPTIMIZERS)}")
+    options: dict[str, Any] = {"lr": rate, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
     if kind == "adamw":
-        return torch.optim.AdamW(parameters, lr=rate, **options)
-    kernels = [p for p in parameters if is_kernel(p)]
-    return Muon(kernels, [p for p in parameters if not is_kernel(p)], rate, **options)
+        return torch.optim.AdamW(parameters, **options)
+    others = [p for p in parameters if not is_kernel(p)]
+    return Muon([p for p in parameters if is_kernel(p)], others, **options)
 
 
 def is_kernel(p: Tensor) -> bool:
-    """Whether it is a matrix, or a kernel that can be looked at as one, of more than one column."""
-    return p.ndim > 1 and p[0].numel() > 1
+    """Whether it is a matrix, or can be looked at as one, of more than one row and column."""
+    return p.ndim > 1 and len(p) > 1 and p[0].numel() > 1
 
 
 class Muon(torch.optim.AdamW):
@@ -59,14 +61,14 @@ class Muon(torch.optim.AdamW):
         orthogonal, plain = self.param_groups
         for p in orthogonal["params"]:
             if p.grad is not None:
-                self._step(p, orthogonal["lr"], orthogonal["momentum"])
+                self._move(p, orthogonal["lr"], orthogonal["momentum"])
         self.param_groups = [plain]
         try:
             super().step(closure)
         finally:
             self.param_groups = [orthogonal, plain]
 
-    def _step(self, p: nn.Parameter, lr: float, share: float) -> None:
+    def _move(self, p: nn.Parameter, lr: float, share: float) -> None:
         state, grad = self.state[p], p.grad
         assert grad is not None
         if not state:

@@ -62,8 +62,9 @@ class Run:
         return norm
 
     def set_rate(self, rate: float) -> None:
+        """Of the optimiser; a group with a `share` has that share of it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -136,20 +137,24 @@ def is_known(line: str, step: int) -> bool:
         return False
 
 
-def rate_at(step: int, steps: int, rate: float, schedule: str, warmup: int) -> float:
-    """The learning rate of step 0, 1, ...: rising over `warmup` steps, then constant, or down to nothing
-    along half a cosine or a line."""
+def rate_at(
+    step: int, steps: int, rate: float, schedule: str, warmup: int, held: float = 0.0, least: float = 0.0
+) -> float:
+    """The learning rate of step 0, 1, ...: rising over `warmup` steps, then constant, or down along half a
+    cosine or a line. held: the share of the steps until which it stays; least: the share of the rate that it
+    falls to."""
     if step < warmup:
         return rate * (step + 1) / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
+    begin = max(warmup, held * steps)
+    done = max(step - begin, 0) / max(steps - begin, 1)
     if schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * done))
-    return rate * (1 - done) if schedule == "linear" else rate
+        return rate * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done)))
+    return rate * (least + (1 - least) * (1 - done)) if schedule == "linear" else rate
 
 
 class Stopping:
     """While this is entered, Ctrl-C and signals that would end the process are noted in `number`, for the
-    loop to save first; `act` then lets them have their way. A second Ctrl-C does not wait."""
+    loop to save first; when it is left they have their way. A second Ctrl-C does not wait."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -164,19 +169,14 @@ class Stopping:
                         self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
-
-    def act(self) -> None:
-        """What the signal would have done at once."""
-        number = self.number
-        assert number is not None
-        self.__exit__()
-        signal.raise_signal(number)
+        if self.number is not None and kind is None:
+            signal.raise_signal(self.number)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.number == number == signal.SIGINT:
-            self.act()
+            self.__exit__()
         self.number = number
