@@ -73,6 +73,8 @@ class Muon(torch.optim.AdamW):
         assert grad is not None
         if not state:
             state["momentum"] = torch.zeros_like(p)
+            state["step"] = torch.zeros(())  # which AdamW looks for in every state that it loads
+        state["step"] += 1
         momentum = state["momentum"].lerp_(grad, 1 - share)
         update = grad.lerp(momentum, share).flatten(1)
         live = update.any(0)
