@@ -16,6 +16,7 @@ B batch   C latent channels   T latent frames   h, w latent height and width   L
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +31,11 @@ from benchmarks.shapes import evaluate, evaluate_chronoedit, made_for, scenes, w
 from benchmarks.shapes.flow_matching import SHIFT, flow_loss
 from benchmarks.shapes.init_chronoedit import initialize_editor, initialize_encoders
 from benchmarks.shapes.joyimage import OF_PICTURES, OF_SHAPES, Plan, as_image
-from benchmarks.shapes.training import RatedAdamW, Run, cosine
+from benchmarks.shapes.training import SAVE_EVERY, Log, parameters_of
 from benchmarks.shapes.vocabulary import begin_with, instructions, umt5_tokenizer
 from joyedit.media.clip_images import CLIPImageConfig, CLIPImageProcessor
 from joyedit.media.images import to_latent_input
-from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel, Context
+from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
 from joyedit.models.clip import CLIPVisionConfig, CLIPVisionModel
 from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel
 from joyedit.models.wan_vae import AutoencoderKLWan
@@ -42,6 +43,10 @@ from joyedit.pipelines.chronoedit import EDIT_FRAMES, REASONING_FRAMES, ChronoEd
 from joyedit.pipelines.chronoedit_frames import FrameCoder
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
 from joyedit.text.t5_tokenizer import T5TokenizerFast
+from joyedit.training import losses
+from joyedit.training.optimisers import RatedAdamW
+from joyedit.training.run import Run, Stopping, rate_at
+from joyedit.training.turns import turns
 
 CONFIG = ChronoEditConfig(
     num_attention_heads=6,
@@ -57,6 +62,7 @@ SEEN_SIDE = 32  # pixels; CLIP sees a picture as 2 x 2 patches
 SAMPLES = 150_000
 MORE, MORE_RATE = 130_000, 0.7  # from a checkpoint: samples, and the share of the rate
 EDITS, FILMS = 23, 1  # of a batch
+BATCH = EDITS + FILMS
 FRESH_EDITS, FILM_STEPS = 4, 4  # new edits per batch; batches per new film
 EDIT_POOL, FILM_POOL = 4096, 512
 RATE = 1.2e-3
@@ -115,44 +121,52 @@ def train(
     shares = {p: rates[n].to(device) for n, p in editor.transformer.named_parameters() if n in rates}
     parameters = [p for network in editor for p in network.parameters() if p.requires_grad]
     optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run(folder, editor._asdict(), [optimizer], decay=0.998)
-    batch = EDITS + FILMS
+    run = Run(folder, parameters_of(editor._asdict()), optimizer, decay=0.998)
+    log = Log(run, BATCH)
     how: dict[str, Any] = {"plan_of": plan_of, "varied": start is not None}
-    edits = Pool(vae, tokenizer, total, EDIT_FRAMES, EDIT_POOL, batch / FRESH_EDITS, **how)
-    films = Pool(vae, tokenizer, total, REASONING_FRAMES, FILM_POOL, FILM_STEPS * batch, **how)
+    edits = Pool(vae, tokenizer, total, EDIT_FRAMES, EDIT_POOL, BATCH / FRESH_EDITS, **how)
+    films = Pool(vae, tokenizer, total, REASONING_FRAMES, FILM_POOL, FILM_STEPS * BATCH, **how)
     edits.fill(run.step * FRESH_EDITS)
     films.fill(run.step // FILM_STEPS)
-    for progress in run.until(total, batch):
-        if run.step % 500 == 0:
-            report(run, vae, tokenizer, plan_of(run.samples, total))
-        early = SLOW_START[1] if progress < SLOW_START[0] and not start else share
-        run.set_rate(min(1, (run.step + 1) / 100) * early * cosine(progress, 0.03, start_at=0.5))
-        own = plan_of(run.samples, total).own
-        edit_loss = editing_loss(editor, edits.draw(EDITS).to(device), own)
-        ((1 - FILM_WEIGHT) * edit_loss).backward()
-        film_loss = editing_loss(editor, films.draw(FILMS).to(device), own)
-        (FILM_WEIGHT * film_loss).backward()
-        run.update({"loss": edit_loss.item(), "film_loss": film_loss.item()}, clip=1.0)
-        edits.renew(FRESH_EDITS)
-        if run.step % FILM_STEPS == FILM_STEPS - 1:
-            films.renew(1)
-    report(run, vae, tokenizer, plan_of(run.samples, total))
+    pipe = assemble(editor, vae, tokenizer)
+    steps = math.ceil(total / BATCH)
+    with Stopping() as stopping:
+        for turn in turns(run, steps, stopping):
+            now = plan_of(log.samples, total)
+            if turn.due(500):
+                with run.averaged():
+                    report(log, pipe, now)
+            if turn.saves(SAVE_EVERY):
+                run.save()
+            if turn.ends:
+                break
+            early = SLOW_START[1] if run.step < SLOW_START[0] * steps and not start else share
+            run.set_rate(rate_at(run.step, steps, early * RATE, "cosine", 100, held=0.5, least=0.03))
+            edit_loss = editing_loss(editor, edits.draw(EDITS).to(device), now.own)
+            ((1 - FILM_WEIGHT) * edit_loss).backward()
+            film_loss = editing_loss(editor, films.draw(FILMS).to(device), now.own)
+            (FILM_WEIGHT * film_loss).backward()
+            run.update(clip=1.0)
+            log.add(loss=edit_loss.item(), film_loss=film_loss.item())
+            edits.renew(FRESH_EDITS)
+            if run.step % FILM_STEPS == 0:
+                films.renew(1)
 
 
-def report(run: Run, vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, now: Plan) -> None:
+def report(log: Log, pipe: ChronoEditPipeline, now: Plan) -> None:
     """Score held-out edits like those of now, write the checkpoint and every now and then a picture."""
-    pipe = assemble(Editor(*map(run.averaged, Editor._fields)), vae, tokenizer)
     edits = evaluate.held_out(8, now.counts, tuple(dict.fromkeys(now.kinds)))
     results = evaluate_chronoedit.run(pipe, edits, evaluate_chronoedit.STEPS)
-    run.log(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
+    log.write(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
     picture = evaluate.grid(edits, results, columns=8)
-    picture.save(run.folder / "held-out.png")
+    folder = log.run.folder
+    picture.save(folder / "held-out.png")
     films = evaluate_chronoedit.film_grid(edits[::8], evaluate_chronoedit.films(pipe, edits[::8], steps=4))
-    films.save(run.folder / "films.png")
-    if run.step % 2500 == 0:
-        picture.save(run.folder / f"held-out-{run.samples:07d}.png")
-    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
-    made_for.stamp(run.folder / "checkpoint", "chronoedit")
+    films.save(folder / "films.png")
+    if log.run.step % 2500 == 0:
+        picture.save(folder / f"held-out-{log.samples:07d}.png")
+    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(folder / "checkpoint")
+    made_for.stamp(folder / "checkpoint", "chronoedit")
 
 
 class Batch(NamedTuple):
@@ -170,31 +184,15 @@ class Batch(NamedTuple):
 
 def editing_loss(editor: Editor, batch: Batch, own: float = 0.0) -> Tensor:
     """`flow_loss` of a batch."""
-
-    def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
-        return predict(editor, batch, noisy, sigma)
-
-    return flow_loss(velocity, batch.frames, batch.weight, own)
+    formulas = losses.chronoedit, losses.chronoedit_velocity
+    return flow_loss(*formulas, editor.transformer, batch.frames, read(editor, batch), batch.weight, own)
 
 
-def predict(editor: Editor, batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity (B, C, T, h, w) of `noisy` at noise levels sigma (B)."""
-    transformer, text_encoder, image_encoder = editor
-    states = F.pad(text_encoder.encode(batch.tokens, batch.mask), (0, 0, 0, 1))
-    text = repeat_last(transformer.embed_text(states), batch.padding)
-    image = transformer.embed_image(image_encoder.hidden_states(batch.pixels, layer=-2))
-    latents = torch.cat((noisy, batch.condition), dim=1)
-    rope = transformer.rope(transformer.token_grid(latents))
-    return transformer.predict(latents, transformer.embed_time(1000 * sigma), text, image, rope)
-
-
-def repeat_last(context: Context, count: int) -> Context:
-    """Keys and values whose last row stands for `count` of them: padding is all alike."""
-
-    def longer(x: Tensor) -> Tensor:
-        return torch.cat((x[:, :-1], x[:, -1:].expand(-1, count, -1, -1)), dim=1)
-
-    return tuple((longer(k), longer(v)) for k, v in context)
+def read(editor: Editor, batch: Batch) -> losses.ChronoEditConditioning:
+    """What the transformer is told of a batch. Padding is all alike: a row of zeros."""
+    states = F.pad(editor.text_encoder.encode(batch.tokens, batch.mask), (0, 0, 0, 1))
+    image = editor.image_encoder.hidden_states(batch.pixels, layer=-2)
+    return losses.ChronoEditConditioning(batch.condition, states, image, padding=batch.padding - 1)
 
 
 class Pool:

@@ -12,6 +12,7 @@ B batch   C latent channels   h, w latent height and width   L prompt tokens
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.shapes import evaluate_diffedit, made_for, scenes, wording
 from benchmarks.shapes.sd_vae import CPU, SIZE, to_tensor, training_scene
-from benchmarks.shapes.training import Muon, Run, cosine
+from benchmarks.shapes.training import SAVE_EVERY, Log, parameters_of
 from benchmarks.shapes.vocabulary import begin_with, captions, clip_tokenizer
 from joyedit.media.clip_images import CLIPImageConfig, CLIPImageProcessor
 from joyedit.models.clip import CLIPTextConfig, CLIPTextModel
@@ -33,6 +34,10 @@ from joyedit.models.sd_vae import AutoencoderKL
 from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
 from joyedit.schedulers.ddim import DDIMScheduler
 from joyedit.text.clip_tokenizer import CLIPTokenizer
+from joyedit.training import losses
+from joyedit.training.optimisers import Muon, is_kernel
+from joyedit.training.run import Run, Stopping, rate_at
+from joyedit.training.turns import turns
 
 # Transformers where there are 8 x 8 positions; at 16 x 16 they would cost as much as all the rest.
 CONFIG = UNet2DConditionConfig(
@@ -86,7 +91,8 @@ def train(
 ) -> None:
     """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint. `start`: one to begin with."""
     torch.manual_seed(seed)
-    rounds = [int(samples * scale) for samples in (MORE if start else ROUNDS)]
+    rounds = [math.ceil(samples * scale / BATCH) for samples in (MORE if start else ROUNDS)]
+    first = rounds[0] * BATCH
     vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device)
     tokenizer = make_tokenizer(folder / "tokenizer", varied=start is not None)
     unet = UNet2DConditionModel(CONFIG)
@@ -98,46 +104,57 @@ def train(
         "unet": unet.to(device, memory_format=torch.channels_last),
         "text_encoder": encoder.to(device),
     }
-    run = Run(folder, networks, optimizers(unet, encoder), decay=0.998)
-    pool = Pool(vae, tokenizer, rounds[0], POOL, varied=start is not None)
+    run = Run(folder, parameters_of(networks), make_optimizer(unet, encoder), decay=0.998)
+    log = Log(run, BATCH)
+    pool = Pool(vae, tokenizer, first, POOL, varied=start is not None)
     pool.fill(run.step * FRESH)
-    for _ in run.until(sum(rounds), BATCH):
-        if run.step % 300 == 0:
-            report(run, assemble(run.averaged("unet"), run.averaged("text_encoder"), vae, tokenizer))
-        run.set_rate(min(1, (run.step + 1) / 100) * rate(run.samples, rounds))
-        batch = pool.draw(BATCH).to(device)
-        loss = denoising_loss(unet, encoder, batch, not start and plan(run.samples, rounds[0]).strong)
-        loss.backward()
-        run.update({"loss": loss.item()}, clip=1.0)
-        pool.renew(FRESH)
-    report(run, assemble(run.averaged("unet"), run.averaged("text_encoder"), vae, tokenizer))
+    pipe = assemble(unet, encoder, vae, tokenizer)
+    with Stopping() as stopping:
+        for turn in turns(run, sum(rounds), stopping):
+            if turn.due(300):
+                with run.averaged():
+                    report(log, pipe)
+            if turn.saves(SAVE_EVERY):
+                run.save()
+            if turn.ends:
+                break
+            run.set_rate(rate(run.step, rounds))
+            batch = pool.draw(BATCH).to(device)
+            strong = not start and plan(log.samples, first).strong
+            loss = denoising_loss(unet, encoder, batch, strong)
+            loss.backward()
+            run.update(clip=1.0)
+            log.add(loss=loss.item())
+            pool.renew(FRESH)
 
 
-def rate(samples: int, rounds: Sequence[int]) -> float:
-    """The share of the learning rate: all of it for half of a round, then half a cosine down."""
+def rate(step: int, rounds: Sequence[int]) -> float:
+    """The learning rate: all of it for half of a round, then half a cosine down."""
+    warmup = 100
     for length in rounds:
-        if samples < length:
-            return cosine(samples / length, 0.02, start_at=0.5)
-        samples -= length
-    return 0.02
+        if step < length:
+            return rate_at(step, length, RATE, "cosine", warmup, held=0.5, least=0.02)
+        step, warmup = step - length, 0
+    return 0.02 * RATE
 
 
-def optimizers(unet: UNet2DConditionModel, encoder: CLIPTextModel) -> list[torch.optim.Optimizer]:
-    """Muon for the UNet's kernels; Adam at half its rate for gains and biases and for words."""
-    kernels = [p for p in unet.parameters() if p.ndim > 1]
-    others = [p for p in (*unet.parameters(), *encoder.parameters()) if not any(p is k for k in kernels)]
-    return [Muon(kernels, RATE), torch.optim.AdamW(others, RATE / 2, betas=(0.9, 0.98), weight_decay=0.01)]
+def make_optimizer(unet: UNet2DConditionModel, encoder: CLIPTextModel) -> Muon:
+    """Muon for the UNet's kernels; AdamW at half its rate for gains and biases and for words."""
+    kernels = [p for p in unet.parameters() if is_kernel(p)]
+    others = [p for p in unet.parameters() if not is_kernel(p)] + list(encoder.parameters())
+    return Muon(kernels, others, RATE, share=0.5, betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def report(run: Run, pipe: StableDiffusionDiffEditPipeline) -> None:
+def report(log: Log, pipe: StableDiffusionDiffEditPipeline) -> None:
     """Score held-out edits, write the checkpoint and every now and then a picture."""
     scores, picture = evaluate_diffedit.evaluate(pipe, 12, references=False)
-    run.log(**scores["model"])
-    picture.save(run.folder / "held-out.png")
-    if run.step % 1500 == 0:
-        picture.save(run.folder / f"held-out-{run.samples:07d}.png")
-    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
-    made_for.stamp(run.folder / "checkpoint", "diffedit")
+    folder = log.run.folder
+    log.write(**scores["model"])
+    picture.save(folder / "held-out.png")
+    if log.run.step % 1500 == 0:
+        picture.save(folder / f"held-out-{log.samples:07d}.png")
+    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(folder / "checkpoint")
+    made_for.stamp(folder / "checkpoint", "diffedit")
 
 
 class Batch(NamedTuple):
@@ -153,18 +170,16 @@ class Batch(NamedTuple):
 def denoising_loss(
     unet: UNet2DConditionModel, encoder: CLIPTextModel, batch: Batch, strong: bool = True
 ) -> Tensor:
-    """The weighted mean squared error of v = sqrt(abar) noise - sqrt(1 - abar) x0."""
+    """The weighted error of v, the mean over a batch."""
     x0 = batch.latents
     timesteps = draw_timesteps(len(x0), strong)
     noise = torch.randn(x0.shape).to(x0)  # drawn on the CPU: the same on every device
     if batch.left is not None:
         noise += leftover(timesteps).view(-1, 1, 1, 1).to(x0) * batch.left
-    abar = ALPHAS[timesteps].view(-1, 1, 1, 1).to(x0)
-    noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
-    velocity = abar.sqrt() * noise - (1 - abar).sqrt() * x0
-    context = unet.embed_context(encoder.encode(batch.tokens))
-    predicted = unet.predict(noisy, unet.embed_time(timesteps.to(x0.device)), context)
-    return (batch.weight * (predicted - velocity).square()).mean()
+    conditioning = losses.StableDiffusionConditioning(encoder.encode(batch.tokens))
+    sigma = losses.noise_levels(SCHEDULER)[timesteps].to(x0)
+    options = {"scheduler": SCHEDULER, "weight": batch.weight}
+    return losses.stable_diffusion(unet, x0, conditioning, noise, sigma, **options).mean()
 
 
 def leftover(timesteps: Tensor) -> Tensor:
@@ -201,7 +216,8 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-ALPHAS = make_scheduler().alphas_cumprod.float()  # abar of every timestep
+SCHEDULER = make_scheduler()
+ALPHAS = SCHEDULER.alphas_cumprod.float()  # abar of every timestep
 BRIGHTEST = ALPHAS[350]  # no edit begins with less noise than here
 
 

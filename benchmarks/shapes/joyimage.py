@@ -12,6 +12,7 @@ B batch   C latent channels   h, w latent height and width   L prompt tokens   D
 """
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from benchmarks.random_checkpoint import SPECIAL_TOKENS
 from benchmarks.shapes import evaluate, made_for, scenes, wording
 from benchmarks.shapes.flow_matching import SHIFT, flow_loss
 from benchmarks.shapes.init_mmdit import initialize_editor
-from benchmarks.shapes.training import RatedAdamW, Run, cosine
+from benchmarks.shapes.training import SAVE_EVERY, Log, parameters_of
 from benchmarks.shapes.vocabulary import begin_with, instructions, qwen_tokenizer
 from joyedit.media.images import Qwen2VLImageConfig, Qwen2VLImageProcessor, patchify, to_latent_input
 from joyedit.models.joyimage_mmdit import JoyImageEditConfig, JoyImageEditTransformer3DModel
@@ -37,6 +38,10 @@ from joyedit.pipelines.joyimage_prompts import SYSTEM, USER, VISION
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer
 from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor
+from joyedit.training import losses
+from joyedit.training.optimisers import RatedAdamW
+from joyedit.training.run import Run, Stopping, rate_at
+from joyedit.training.turns import turns
 
 CONFIG = JoyImageEditConfig(
     hidden_size=192,
@@ -111,39 +116,47 @@ def train(
     shares = {p: rates[n].to(device) for n, p in transformer.named_parameters() if n in rates}
     parameters = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
     optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run(folder, networks, [optimizer], decay=0.998)
+    run = Run(folder, parameters_of(networks), optimizer, decay=0.998)
+    log = Log(run, BATCH)
     pool = Pool(vae, processor, total, plan_of=plan_of, varied=start is not None)
     pool.fill(run.step * FRESH)
-    for progress in run.until(total, BATCH):
-        if run.step % 500 == 0:
-            pipe = assemble(run.averaged("transformer"), run.averaged("text_encoder"), vae, processor)
-            report(run, pipe, plan_of(run.samples, total))
-        run.set_rate(min(1, (run.step + 1) / 100) * share * cosine(progress, 0.03, start_at=0.5))
-        now = plan_of(run.samples, total)
-        losses = []
-        for _ in range(GROUPS):
-            batch = pool.draw(BATCH // GROUPS).to(device)
-            loss = editing_loss(transformer, encoder, batch, now.own)
-            (loss / GROUPS).backward()
-            losses.append(loss.item())
-        run.update({"loss": sum(losses) / GROUPS}, clip=1.0)
-        pool.renew(FRESH)
-    pipe = assemble(run.averaged("transformer"), run.averaged("text_encoder"), vae, processor)
-    report(run, pipe, plan_of(run.samples, total))
+    pipe = assemble(transformer, encoder, vae, processor)
+    steps = math.ceil(total / BATCH)
+    with Stopping() as stopping:
+        for turn in turns(run, steps, stopping):
+            now = plan_of(log.samples, total)
+            if turn.due(500):
+                with run.averaged():
+                    report(log, pipe, now)
+            if turn.saves(SAVE_EVERY):
+                run.save()
+            if turn.ends:
+                break
+            run.set_rate(rate_at(run.step, steps, share * RATE, "cosine", 100, held=0.5, least=0.03))
+            total_loss = 0.0
+            for _ in range(GROUPS):
+                batch = pool.draw(BATCH // GROUPS).to(device)
+                loss = editing_loss(transformer, encoder, batch, now.own) / GROUPS
+                loss.backward()
+                total_loss += loss.item()
+            run.update(clip=1.0)
+            log.add(loss=total_loss)
+            pool.renew(FRESH)
 
 
-def report(run: Run, pipe: JoyImageEditPipeline, now: Plan) -> None:
+def report(log: Log, pipe: JoyImageEditPipeline, now: Plan) -> None:
     """Score held-out edits like those of now, write the checkpoint and every now and then a picture."""
     kinds = tuple(dict.fromkeys(now.kinds))
     edits = evaluate.held_out(8, now.counts, kinds)
     results = evaluate.run(pipe, edits, evaluate.STEPS)
-    run.log(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
+    log.write(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
     picture = evaluate.grid(edits, results, columns=8)
-    picture.save(run.folder / "held-out.png")
-    if run.step % 2500 == 0:
-        picture.save(run.folder / f"held-out-{run.samples:07d}.png")
-    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
-    made_for.stamp(run.folder / "checkpoint", "joyimage")
+    folder = log.run.folder
+    picture.save(folder / "held-out.png")
+    if log.run.step % 2500 == 0:
+        picture.save(folder / f"held-out-{log.samples:07d}.png")
+    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(folder / "checkpoint")
+    made_for.stamp(folder / "checkpoint", "joyimage")
 
 
 class Batch(NamedTuple):
@@ -167,31 +180,17 @@ def editing_loss(
     own: float = 0.0,
 ) -> Tensor:
     """`flow_loss` of a batch."""
-
-    def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
-        return predict(transformer, encoder, batch, noisy, sigma)
-
-    return flow_loss(velocity, batch.target, batch.weight, own)
+    conditioning = losses.JoyImageConditioning(read(encoder, batch), (batch.reference,))
+    formulas = losses.joyimage, losses.joyimage_velocity
+    return flow_loss(*formulas, transformer, batch.target, conditioning, batch.weight, own)
 
 
-def predict(
-    transformer: JoyImageEditTransformer3DModel,
-    encoder: Qwen3VLForConditionalGeneration,
-    batch: Batch,
-    noisy: Tensor,
-    sigma: Tensor,
-) -> Tensor:
-    """The velocity (B, C, 1, h, w) of `noisy` at noise levels sigma (B)."""
+def read(encoder: Qwen3VLForConditionalGeneration, batch: Batch) -> Tensor:
+    """The embeddings of the prompts, (B, L, D)."""
     images = encoder.encode_images(batch.pixels, batch.grids)
     prefix = encoder.prefill(batch.prefix, keep_from=batch.dropped)
     states = encoder.hidden_states(batch.tokens, images=images, prefix=prefix)
-    shared = prefix.states.expand(len(states), -1, -1)
-    txt = transformer.embed_text(torch.cat((shared, states), dim=1))
-    img, reference = transformer.embed_image(noisy), transformer.embed_image(batch.reference)
-    _, rows, columns = transformer.token_grid(noisy)
-    grid = (2, rows, columns)
-    vec = transformer.embed_time(1000 * sigma)
-    return transformer.predict_target(img, reference, txt, vec, transformer.rope(grid), grid)
+    return torch.cat((prefix.states.expand(len(states), -1, -1), states), dim=1)
 
 
 class Pool:

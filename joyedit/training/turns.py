@@ -49,9 +49,7 @@ class Turn(NamedTuple):
         return self.last or self.stopped
 
 
-def turns(
-    run: Run, steps: int, stopping: Stopping, disable_progress: bool | None = False
-) -> Iterator[Turn]:
+def turns(run: Run, steps: int, stopping: Stopping, disable_progress: bool | None = False) -> Iterator[Turn]:
     """Turns until `steps` are done, or the process is asked to end; to be left when one `ends`."""
     seen = run.resumed
     bar = tqdm(total=steps, initial=run.step, desc=run.folder.name, disable=disable_progress)

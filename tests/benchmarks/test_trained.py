@@ -215,15 +215,15 @@ def test_a_training_begins_as_the_recorded_one_did(monkeypatch, tmp_path):
     """The mean loss of the first fifty steps; the weights of the autoencoder were rounded since."""
     seen = []
 
-    def log(run, **values):
-        seen.append({"samples": run.samples, **values})
+    def write(log, **values):
+        seen.append({"steps": log.run.step, **values})
         raise Enough
 
-    monkeypatch.setattr(training.Run, "log", log)
-    monkeypatch.setattr(diffedit, "report", lambda run, pipe: None)
+    monkeypatch.setattr(training.Log, "write", write)
+    monkeypatch.setattr(diffedit, "report", lambda log, pipe: None)
     with pytest.raises(Enough):
         diffedit.train(tmp_path / "run", publish.ASSETS / "tiny-diffedit" / "vae")
     text = (publish.RESULTS / "diffedit.json").read_text(encoding="utf-8")
     recorded = json.loads(text)["curve"][0]
-    assert seen[0]["samples"] == recorded["samples"]
+    assert seen[0]["steps"] == 50
     assert seen[0]["loss"] == pytest.approx(recorded["loss"], rel=0.02)
