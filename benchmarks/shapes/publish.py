@@ -5,8 +5,8 @@
 It copies the checkpoint, with the autoencoder as it is now, to `joyedit/assets/tiny-joyimage`, evaluates it
 there, writes the figures and what the trainings wrote down to `benchmarks/results/shapes/joyimage.json`, the
 card from that, and the map of its previews to `joyedit/assets/previews.json`. Without `--vae-run`, the
-training in `--run` began with the checkpoint that is in the package, and is added to what is recorded of it. Without
-`--run`, only the card is written again.
+training in `--run` began with the checkpoint that is in the package, and is added to what is recorded of it.
+Without `--run`, only the card is written again.
 """
 
 import argparse

@@ -93,6 +93,7 @@ def _varied(plain: Sequence[str], change: Callable[[str, np.random.Generator], s
     return [*once, *map(str.lower, once), *map(str.upper, once), *map(str.title, once)]
 
 
+SPACES = "\u0120\u2581"  # how Qwen and UMT5 write a space before a word
 # Where a text encoder keeps a row for each token.
 VOCABULARIES = ("embed_tokens.weight", "lm_head.weight", "shared.weight", "token_embedding.weight")
 
@@ -113,13 +114,14 @@ def rows_alike(old: Sequence[str], new: Sequence[str]) -> list[int]:
     """For each of the tokens `new`, which of `old` it begins as: itself, the same word in other letters or at
     another place of a text, a word that means the same (`wording.LIKE`), or one that means nothing."""
     exact = {token: i for i, token in enumerate(old)}
+    marked = {_small(token): i for token, i in exact.items()} | exact  # what is written small counts more
     words = {_word(token): i for i, token in reversed(list(enumerate(old)))}
     nothing = next(words[word] for word in wording.LIKE_NOTHING if word in words)
     rows = []
     for token in new:
         word = _word(token)
         like = words.get(word, words.get(wording.LIKE.get(word, word), nothing))
-        rows.append(exact.get(token, like))
+        rows.append(exact.get(token, marked.get(_small(token), like)))
     return rows
 
 
@@ -127,6 +129,11 @@ def _tokens(tokenizer: TextTokenizer) -> list[str]:
     return tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
 
 
+def _small(token: str) -> str:
+    """A token in small letters, with its mark."""
+    return token[:1] + token[1:].lower() if token[:1] in SPACES else token.lower()
+
+
 def _word(token: str) -> str:
     """A token without the marks for a space before it (Qwen, UMT5) and the end of a word (CLIP)."""
-    return re.sub("^[\u0120\u2581]|</w>$", "", token).lower()
+    return re.sub(f"^[{SPACES}]|</w>$", "", token).lower()

@@ -1,8 +1,8 @@
 """The sentences of the drawn world, said in other ways: letters, full stop, politeness and words.
 
 `scenes.Edit.instruction` and `scenes.caption` are the plain wording, by which models are scored. Trainings
-from a checkpoint read what `reworded` and `reworded_caption` make of it; WORDINGS and CAPTION_WORDINGS are the
-ways in which models are scored, too.
+from a checkpoint read what `reworded` and `reworded_caption` make of it; WORDINGS and CAPTION_WORDINGS are
+the ways in which models are scored, too.
 """
 
 import re

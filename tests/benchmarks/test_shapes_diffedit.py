@@ -258,7 +258,7 @@ def test_training_reaches_every_weight_and_learns(networks, pool):
 def small(monkeypatch):
     """A training of five steps, whose reports are short."""
     monkeypatch.setattr(diffedit, "CONFIG", SMALL)
-    monkeypatch.setattr(diffedit, "captions", lambda: captions(300))
+    monkeypatch.setattr(diffedit, "captions", lambda varied: captions(300))
     for name, value in (("ROUNDS", (12, 8)), ("BATCH", 4), ("FRESH", 2), ("POOL", 32)):
         monkeypatch.setattr(diffedit, name, value)
     full = evaluate_diffedit.evaluate

@@ -203,7 +203,7 @@ def test_publishing_keeps_what_is_there_until_all_is_made(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [target.name]
         assert all((target / name).read_bytes() == content for name, content in files.items())
     with pytest.raises(SystemExit):
-        publish.main(["diffedit", "--run", str(tmp_path)])
+        publish.main(["diffedit", "--vae-run", str(tmp_path)])
 
 
 class Enough(Exception):
