@@ -10,13 +10,13 @@
     def test_total(workers):                # the fixture of conftest.py
         assert workers.run(total, 3) == [7, 7]
 
-`run(function, *arguments, count=2, limit=300, **options)` calls a function in `count` processes and gives what
-each returned, in the order of ranks. Functions are found again by their name, so they stand at the top of a
-module; arguments and results are pickled (a folder of `tmp_path` serves for what is large). Each call has a
-gloo group of its own, found through a file, and RANK, WORLD_SIZE and LOCAL_RANK are those that torchrun sets;
-before it the seed is 0, and each process has one thread. What one process raises ends the call: `Failed`, with
-the trace of every process that had one. One that does not answer within `limit` seconds is killed, and `Failed`
-has where it was; the next call starts another. All end with the test run.
+`run(function, *arguments, count=2, limit=300, **options)` calls a function in `count` processes and gives
+what each returned, in the order of ranks. Functions are found again by their name, so they stand at the top
+of a module; arguments and results are pickled (a folder of `tmp_path` serves for what is large). Each call
+has a gloo group of its own, found through a file, and RANK, WORLD_SIZE and LOCAL_RANK are those that torchrun
+sets; before it the seed is 0, and each process has one thread. What one process raises ends the call:
+`Failed`, with the trace of every process that had one. One that does not answer within `limit` seconds is
+killed, and `Failed` has where it was; the next call starts another. All end with the test run.
 
 Tests that use the fixture are of one xdist group and are run first, so that one process of pytest-xdist has
 them and starts these.
@@ -129,7 +129,7 @@ def has(folder: str, rank: int) -> bool:
     return Path(folder, f"stack-{rank}").is_file()
 
 
-# ---------------------------------------------------------------------------------------- in the new processes
+# --------------------------------------------------------------------------------------- in the new processes
 def serve(connection: Connection) -> None:
     """Do calls until the other side closes."""
     import torch
