@@ -64,6 +64,11 @@ class Worker:
             return "failed", f"the process ended with exit code {self.process.exitcode}\n"
         return kind, content
 
+    def end(self) -> None:
+        self.connection.close()
+        self.process.join(GRACE)
+        self.kill()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
@@ -105,7 +110,7 @@ class Workers:
 
     def stop(self) -> None:
         for worker in self.all:
-            worker.kill()
+            worker.end()
         self.all = []
 
 
