@@ -124,10 +124,9 @@ def train_together(
             )
             chosen = [plan.examples[i] for i in order[run.step]]
             drawn = [
-                draw(plan, store(chosen[place]), how, generator(settings.seed, run.step, place),
-                     settings.dropout)
-                for place in share
-            ]  # fmt: skip
+                draw(plan, store(chosen[i]), how, generator(settings.seed, run.step, i), settings.dropout)
+                for i in share
+            ]
             total = 0.0
             for part, counts in processes.in_step(parts(drawn, len(share) // settings.accumulate)):
                 losses = plan.system.loss(trained.network, [sample.to(device) for sample in part], how)
@@ -144,7 +143,7 @@ def train_together(
             run.log(loss=total)
             bar.update()
     made = trained.place(out)
-    if not made.exists():
+    if processes.largest(not made.exists()):  # as one: all write it, or none
         with run.averaged(), torch.no_grad():
             trained.write(out)
     return made

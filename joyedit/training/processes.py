@@ -7,7 +7,7 @@ weights that are divided among them (`sharding.py`) asks every process for its p
 
 import contextlib
 import dataclasses
-import logging
+import datetime
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-log = logging.getLogger("joyedit")
+PATIENCE = datetime.timedelta(days=1)  # one that encodes or writes for hours has not failed
 
 
 class FailedElsewhere(RuntimeError):
@@ -131,7 +131,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
         return
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
     store, rank, count = next(rendezvous("env://"))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     try:
         yield processes
     except Exception as error:
