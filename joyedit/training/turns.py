@@ -55,7 +55,7 @@ def turns(run: Run, steps: int, stopping: Stopping, disable_progress: bool | Non
     bar = tqdm(total=steps, initial=run.step, desc=run.folder.name, disable=disable_progress)
     with bar:
         while True:
-            stopped = stopping.number is not None
+            stopped = stopping.agree()
             if stopped:
                 log.info("stopping after %d steps: the same command goes on", run.step)
             yield Turn(run.step, run.step >= steps, stopped, seen)
