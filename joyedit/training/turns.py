@@ -57,7 +57,7 @@ def turns(run: Run, steps: int, stopping: Stopping, disable_progress: bool | Non
         while True:
             stopped = stopping.agree()
             if stopped:
-                log.info("stopping after %d steps: the same command goes on", run.step)
+                log.info("stopped after %d steps: the same command goes on", run.step)
             yield Turn(run.step, run.step >= steps, stopped, seen)
             seen = False
             bar.update()

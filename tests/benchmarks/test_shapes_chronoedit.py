@@ -214,7 +214,7 @@ def test_editing_reaches_every_weight_that_takes_part_and_learns(made, pools):
     frozen = {n for n, p in named if not p.requires_grad}
     assert frozen and all(name.startswith(UNUSED) for name in frozen)
     shares = {p: rates[n] for n, p in editor.transformer.named_parameters() if n in rates}
-    optimizer = RatedAdamW([p for _, p in named if p.requires_grad], shares, lr=3e-4)
+    optimizer = RatedAdamW([p for _, p in named if p.requires_grad], shares, lr=1e-4)
     edits, films = pools[0].draw(8), pools[1].draw(1)._replace(padding=3)
     seen = []
     for _ in range(6):
