@@ -52,7 +52,7 @@ CONFIG = UNet2DConditionConfig(
 )
 TOKENS = 32  # a caption of three shapes has 21
 ROUNDS = (130_000, 40_000)  # samples; the rate falls in each
-MORE = (80_000,)  # from a checkpoint
+MORE = (44_000,)  # from a checkpoint
 BATCH = 32
 FRESH = 8  # new scenes per batch
 POOL = 8192
