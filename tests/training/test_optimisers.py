@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from joyedit.training.loop import check_share
 from joyedit.training.optimisers import Muon, RatedAdamW, is_kernel, make_optimizer, orthogonalize
+from joyedit.training.processes import Processes
+from joyedit.training.settings import Settings
 
 
 def test_rates_are_shares_of_the_step():
@@ -57,3 +60,11 @@ def test_what_is_no_kernel_is_trained_as_by_adamw_and_both_go_on():
     assert torch.allclose(found["muon"]["linear"], expected, atol=1e-6)
     with pytest.raises(ValueError, match="optimizer='sgd'"):
         make_optimizer("sgd", [], 0.1)
+
+
+def test_matrices_that_processes_divide_are_not_orthogonalised():
+    whole = Settings(data="d", model="m", full=True, optimizer="muon", batch=2)
+    check_share(whole, Processes())
+    check_share(Settings(data="d", model="m", optimizer="muon", batch=2), Processes(1, 2))
+    with pytest.raises(ValueError, match="optimizer='muon'"):
+        check_share(whole, Processes(1, 2))
