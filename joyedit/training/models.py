@@ -98,7 +98,7 @@ def open_trained(
     base = base_of(settings, device)
     parts: dict[str, Any] = {name: None for name in system.encoders if name in plan.checkpoint.pipeline.parts}
     if processes.several:
-        parts[system.denoiser] = open_divided(settings, plan, device, processes)
+        parts[system.denoiser] = None
     pipe = load(
         settings.model,
         device=device,
@@ -107,6 +107,8 @@ def open_trained(
         memory=settings.memory,
         **parts,
     )
+    if processes.several:
+        setattr(pipe, system.denoiser, open_divided(settings, plan, device, processes))
     network = getattr(pipe, system.denoiser)
     if base == "int8" and not quantised_weights(network):
         network = quantised(network)
@@ -128,10 +130,10 @@ def open_trained(
 def open_divided(settings: Settings, plan: Plan, device: torch.device, processes: Processes) -> Network:
     """The denoiser, of which each process reads some rows: never is it whole in the memory of one."""
     denoiser, base = plan.system.denoiser, base_of(settings, device)
-    options = {} if settings.revision is None else {"revision": settings.revision}
+    options: dict[str, Any] = {} if settings.revision is None else {"revision": settings.revision}
     network = getattr(open_unread(settings.model, dtype=BASES[base], **options), denoiser)
     if base == "int8" and not quantised_weights(network):
-        network = as_int8(network).opened(unread=True)
+        network = as_int8(network, BASES[base]).opened(unread=True)
     network.requires_grad_(settings.full)
     if settings.checkpointing:
         network.enable_gradient_checkpointing()
@@ -157,12 +159,12 @@ def quiet(pipe: Any) -> Any:
 
 def quantised(network: Network) -> Network:
     """The network with its linear layers in eight bits."""
-    return as_int8(network).read().to(network.device)
+    return as_int8(network, network.dtype).read().to(network.device)
 
 
-def as_int8(network: Network) -> PlannedNetwork:
+def as_int8(network: Network, dtype: torch.dtype) -> PlannedNetwork:
     files = as_int8_convrot(network.tensors(), quantisable(network))
-    return plan_network(type(network), network.config, files, network.dtype)
+    return plan_network(type(network), network.config, files, dtype)
 
 
 def saved_weights(trained: Trained, out: Path) -> TensorFiles:

@@ -72,11 +72,14 @@ class Rows:
 def shard(
     network: Network, processes: Processes, device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
-    """Divide the weights of a network on the meta device among the processes. dtype: what it computes in,
+    """Divide the weights of a network that was opened unread among the processes. dtype: what it computes in,
     except where it stays in fp32; None: what the weights are in."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    assert network.unread is not None
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(network.unread.dtypes[name])
     mesh = init_device_mesh(device.type, (processes.count,))
     # Networks cast what goes into a layer themselves, and leave in fp32 what shall be.
     policy: dict[str, Any] = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}

@@ -9,6 +9,8 @@ Both hold tensors and numbers alone, and are replaced whole.
 """
 
 import contextlib
+import errno
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from joyedit.checkpoints.replacing import replacing, replacing_folder
+from joyedit.checkpoints.replacing import DISK_FULL_WORDS, replacing, replacing_folder
 from joyedit.checkpoints.safetensors_files import metadata_json
 from joyedit.checkpoints.tensor_files import TensorFiles
 from joyedit.training.processes import Processes
@@ -142,7 +144,8 @@ def write_divided(
     for name, mean in (state["average"] or {}).items():
         tensors[AVERAGE + name] = mean
     with filled_together(folder / SHARDS, processes) as place:
-        torch.save(rest, place / f"rest-{processes.rank:05}.pt")
+        with replacing(place / f"rest-{processes.rank:05}.pt") as temporary:
+            torch.save(rest, temporary)
         save_rows(place, tensors, rows, processes)
     if processes.first:
         (folder / STATE).unlink(missing_ok=True)
@@ -188,4 +191,6 @@ def save_rows(
     try:
         save(held, storage_writer=writer)
     except CheckpointException as error:  # no Exception
+        if any(words in str(error) for words in DISK_FULL_WORDS):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {place} cannot be written") from error
         raise RuntimeError(str(error)) from error

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import joyedit
-from joyedit.training import loop, models
+from joyedit.training import loop, models, sharding
 from joyedit.training.processes import Processes, joined
 from joyedit.training.run import Run
 from joyedit.training.sharding import Rows
@@ -83,6 +83,40 @@ def toy_of_this(folder, until):
     toy(folder, until, dist.get_world_size(), dist.get_rank())
 
 
+def assert_readable(folder, state):
+    """By PyTorch's own reader, and equal."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    read = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    load(read, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert all(torch.equal(read[name], cut(state.parameters[name], None)) for name in SHAPES)
+
+
+def toy_on_a_full_disk(folder, until):
+    import torch.distributed as dist
+
+    def full(state, path):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(torch, "save", full)
+        try:
+            toy_of_this(folder, until)
+        except Exception as error:
+            return type(error).__name__, str(error)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_leaves_the_last_state(tmp_path, workers):
+    workers.run(toy_of_this, tmp_path, 2)
+    before = {path: path.read_bytes() for path in (tmp_path / "state").iterdir()}
+    first, second = workers.run(toy_on_a_full_disk, tmp_path, 3)
+    assert first is not None and second[0] == "OSError" and "No space left on device" in second[1]
+    assert {path: path.read_bytes() for path in (tmp_path / "state").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "state"]
+
+
 @pytest.mark.slow
 def test_states_go_from_one_number_of_processes_to_another(tmp_path, workers):
     """Rows, moments, averages and the length of gradients, through both forms of files."""
@@ -92,6 +126,7 @@ def test_states_go_from_one_number_of_processes_to_another(tmp_path, workers):
         workers.run(toy_of_this, tmp_path / "by", until, count=count)
         assert not (tmp_path / "by" / "state.pt").exists()
         torch.load(tmp_path / "by" / "state" / "rest-00001.pt", weights_only=True)
+        assert_readable(tmp_path / "by" / "state", saved(tmp_path / "by"))
     toy(tmp_path / "by", 4)
     assert not (tmp_path / "by" / "state").exists()
     one, other = (saved(tmp_path / name) for name in ("whole", "by"))
@@ -182,15 +217,31 @@ def test_bf16_with_masters_in_fp32(tmp_path, circles, workers):
     joyedit.load(tmp_path / "two" / "checkpoint", device="cpu")
 
 
+def trained_with_kinds(given, out):
+    """And the dtypes that the base is held in."""
+    kinds, plain = set(), models.fill
+
+    def fill(network, device):
+        plain(network, device)
+        kinds.update((p.dtype, len(sharding.local(p)) < len(p)) for p in network.parameters() if len(p) > 8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "fill", fill)
+        trained(given, out)
+    return kinds
+
+
 @pytest.mark.slow
-def test_an_int8_base_is_divided(tmp_path, circles, workers):
+def test_an_int8_base_is_divided_as_it_is(tmp_path, circles, workers):
+    """In eight bits, its scales in fp32 and the rest in bf16. One process takes one sample after the other,
+    since bf16 rounds otherwise in another batch."""
     options = {"base": "int8", "steps": 2, "batch": 2, "save_every": 2, "valid_every": 0, "lr": 1e-4}
-    given = settings(circles, **options)
-    workers.run(trained, given, tmp_path / "two")
+    kinds = workers.run(trained_with_kinds, settings(circles, **options), tmp_path / "two")[0]
+    assert kinds == {(kind, True) for kind in (torch.int8, torch.bfloat16, torch.float32)}
     shutil.copytree(tmp_path / "two" / "cache", tmp_path / "one" / "cache")
-    trained(given, tmp_path / "one")
-    parameters, _ = differences(saved(tmp_path / "one"), saved(tmp_path / "two"))
-    assert parameters < 1e-5
+    trained(settings(circles, **options, accumulate=2), tmp_path / "one")
+    parameters, moments = differences(saved(tmp_path / "one"), saved(tmp_path / "two"))
+    assert parameters < 1e-5 and moments < 1e-5
 
 
 ONE_IS_STOPPED = """
