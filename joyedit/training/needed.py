@@ -63,7 +63,7 @@ def memory_needed(settings: Settings, plan: Plan, device: torch.device) -> Neede
     weights = sum(t.nbytes for t in tensors_of(network))
     vae = 4 * sum(p.numel() for p in plan.parts["vae"].network.parameters())
     encoders = sum(p.nbytes for name, p in plan.parts.items() if name not in (system.denoiser, "vae"))
-    moments = 2 + (settings.ema is not None) + (not settings.full)
+    moments = (1 if settings.optimizer == "muon" else 2) + (settings.ema is not None) + (not settings.full)
     example = max(plan.examples, key=lambda one: tokens_of(plan, one))
     return Needed(
         encoders + vae, weights + vae, 4 * count * moments, step_of(settings, plan, network, example, device)

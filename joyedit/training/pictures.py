@@ -19,23 +19,37 @@ class Samples:
     """A picture for each time that is looked at: a row for a pair, with its controls, what the base model
     makes of them, what the trained one makes, and the target."""
 
-    def __init__(self, folder: Path, plan: Plan, store: Callable[[Example], Any], count: int, seed: int):
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        store: Callable[[Example], Any],
+        count: int,
+        seed: int,
+        writes: bool = True,
+    ):
+        """writes: False for a process that goes through a divided network with the one that does."""
         self.folder, self.system, self.store, self.seed = folder, plan.system, store, seed
+        self.writes = writes
         chosen = {example.pair.name: example for example in reversed(plan.valid or plan.examples)}
         self.examples = list(reversed(chosen.values()))[:count]
 
-    def make(self, step: int, pipe: Any) -> Path:
+    def make(self, step: int, pipe: Any) -> Path | None:
         """Write those of this step; step 0 is the base model's."""
         rows = []
         for i, example in enumerate(self.examples):
             target, controls = load_pair(example.pair, example.table)
             kept, said = self.store(example)
             made = self.system.edit(pipe, example, kept, controls, said, self.seed + i)
+            if not self.writes:
+                continue
             path = self.folder / f"base-{i}.png"
             if step == 0:
                 save_png(made, path, force=True)
             base = PIL.Image.open(path) if path.is_file() else PIL.Image.new("RGB", made.size, "grey")
             rows.append([*controls, base, made, target])
+        if not self.writes:
+            return None
         return save_png(sheet(rows), self.folder / f"{step:06}.png", force=True)
 
 
