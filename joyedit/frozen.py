@@ -1,7 +1,7 @@
 """Products with weights that stay as they are, and are stored narrower than what they are multiplied with.
 
-What a stored weight means is made where it is used. A gradient needs it once more; PyTorch would keep it from
-the one time to the other, for all layers at once, wide. Here it is made again: what is kept is what is stored.
+What a stored weight means is made where it is used. A gradient needs it once more; PyTorch would keep it
+until then, wide, for all layers at once. Here it is made again: what is kept is what is stored.
 
 O outputs   I inputs
 """

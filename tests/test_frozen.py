@@ -1,4 +1,4 @@
-"""What a product with a narrower weight keeps for its gradient, and that the gradient is that of the formula."""
+"""What a product with a narrower weight keeps for its gradient, and that this is the formula's."""
 
 import pytest
 import torch
