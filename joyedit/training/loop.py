@@ -9,6 +9,7 @@ sample's place in the batch alone. So a run that goes on repeats nothing and lea
 number of processes or of accumulated parts does not change what is seen.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -80,7 +81,8 @@ def train(settings: Settings, out: str | Path, disable_progress: bool | None = F
     looked_at = run.resumed  # a state was saved after all else that its step is due
 
     bar = tqdm(total=settings.steps, initial=run.step, desc=out.name, disable=disable_progress)
-    with Stopping() as stopping, bar, trained.pipe.on_device(trained.network):
+    with Stopping() as stopping, bar, contextlib.ExitStack() as here:
+        here.enter_context(trained.pipe.on_device(trained.network))
         while True:
             last = run.step >= settings.steps
 
@@ -91,11 +93,13 @@ def train(settings: Settings, out: str | Path, disable_progress: bool | None = F
                         for sigma, loss in validate(plan, store, trained, how, settings.seed, device):
                             run.log(sigma=sigma, valid_loss=loss)
                     if due(run.step, settings.sample_every, last):
+                        here.close()  # within a budget, the denoiser goes before the autoencoder comes
                         samples.make(run.step, trained.pipe)
+                        here.enter_context(trained.pipe.on_device(trained.network))
                 if run.step > 0 and (due(run.step, settings.save_every, last) or stopping.number is not None):
-                    run.save()
                     with run.averaged(), torch.no_grad():
                         trained.write(out)
+                    run.save()  # last: who goes on from a state takes what is there for that of its step
             looked_at = False
             if last:
                 break

@@ -64,18 +64,20 @@ def open_trained(settings: Settings, plan: Plan, device: torch.device) -> Traine
     absent: dict[str, Any] = {
         name: None for name in system.encoders if name in plan.checkpoint.pipeline.parts
     }
+    int8 = base == "int8"
     pipe = load(
         settings.model,
-        device=device,
+        device="cpu" if int8 else device,  # in eight bits it is half as large
         dtype={"default": "auto", "vae": torch.float32, system.denoiser: BASES[base]},
         revision=settings.revision,
-        memory=settings.memory,
+        memory=None if int8 else settings.memory,
         **absent,
     )
+    if int8:
+        if not quantised_weights(getattr(pipe, system.denoiser)):
+            setattr(pipe, system.denoiser, quantised(getattr(pipe, system.denoiser)))
+        pipe.to(device) if settings.memory is None else pipe.set_memory(settings.memory, device)
     network = getattr(pipe, system.denoiser)
-    if base == "int8" and not quantised_weights(network):
-        network = quantised(network)
-        setattr(pipe, system.denoiser, network)
     if settings.full:
         network.requires_grad_(True)
         parameters = {f"{system.denoiser}.{name}": p for name, p in network.named_parameters()}

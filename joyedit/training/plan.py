@@ -14,6 +14,7 @@ from joyedit.checkpoints.options import LoadOptions
 from joyedit.estimates.estimating import index_of
 from joyedit.estimates.parts import Part, open_parts
 from joyedit.loading.layouts import Checkpoint, find_checkpoint
+from joyedit.lora import layers_to_adapt
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.training.cache import Hashes, revision_of
 from joyedit.training.data import VALID, find_pairs, unreadable
@@ -48,7 +49,12 @@ def make_plan(settings: Settings, cache: Path) -> tuple[Plan, list[Fault]]:
     made_for = MadeFor.from_index(index, checkpoint.origin.name)
     revisions = {name: revision_of(checkpoint, name) for name in parts}
     system = make_system(checkpoint.class_name, made_for, revisions, settings)
-    config = parts[system.denoiser].network.config
+    network = parts[system.denoiser].network
+    config = network.config
+    if not settings.full and not layers_to_adapt(network, settings.targets):
+        raise ValueError(
+            f"targets={settings.targets!r} matches no linear layer or convolution of {type(network).__name__}"
+        )
     own = [(int(h), int(w)) for h, w in index.get("buckets") or []]
     tables = system.tables(settings.basesize, own, config, made_for)
 
@@ -58,7 +64,7 @@ def make_plan(settings: Settings, cache: Path) -> tuple[Plan, list[Fault]]:
     faults: list[Fault] = []
     examples: dict[str, list[Example]] = {"": [], f"{VALID}/": []}
     for prefix, place in places.items():
-        pairs, wrong = usable(place, system)
+        pairs, wrong = usable(place, system, hashes)
         made, narrow = plan_examples(pairs, tables, hashes, system.names)
         examples[prefix] = made
         faults += [Fault(prefix + fault.name, fault.reason) for fault in wrong + narrow]
@@ -92,8 +98,9 @@ def make_system(
     return SYSTEMS[class_name](made_for, revisions, **options)
 
 
-def usable(folder: Path, system: System) -> tuple[dict[str, Pair], list[Fault]]:
-    """The pairs that the system takes, as it takes them, and what is wrong with the others."""
+def usable(folder: Path, system: System, hashes: Hashes) -> tuple[dict[str, Pair], list[Fault]]:
+    """The pairs that the system takes, as it takes them, and what is wrong with the others. A file that was
+    read before, and has not changed since, is not decoded again."""
     pairs, faults = find_pairs(folder)
     accepted: dict[str, Pair] = {}
     for name, pair in pairs.items():
@@ -102,7 +109,7 @@ def usable(folder: Path, system: System) -> tuple[dict[str, Pair], list[Fault]]:
             faults.append(one)
         else:
             accepted[name] = one
-    broken = unreadable(list(accepted.values()))
+    broken = unreadable(list(accepted.values()), hashes)
     for fault in broken:
         accepted.pop(fault.name, None)
     return accepted, faults + broken

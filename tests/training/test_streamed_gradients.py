@@ -4,6 +4,7 @@ Where a weight waits it holds nonsense here, as if a device could not look at it
 may. What computes with a weight that is not there, forward or back, gives a wrong gradient.
 """
 
+import shutil
 import subprocess
 import sys
 
@@ -13,9 +14,11 @@ import torch
 import joyedit
 from joyedit.lora import Adapters
 from joyedit.memory import BlockStreaming, blocks_of, stream_blocks, visit
-from joyedit.memory.streaming import TwoBuffers, tensors_of
+from joyedit.memory.streaming import Passing, TwoBuffers, tensors_of
+from joyedit.training import loop
 from joyedit.training.models import quantised
 from tests.test_memory import ROOT, FixedRoom, Recorded
+from tests.training.test_training import circle, settings
 
 
 class Elsewhere(Recorded):
@@ -185,3 +188,32 @@ def test_training_stays_within_the_budget(tmp_path):
     budget = start + 8 * block
     _, peak, stays, total = run(budget)
     assert total == wanted and peak <= budget and 1 <= stays <= 6, (stays, peak - budget)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
+@pytest.mark.parametrize("base", ["fp32", "int8"])
+def test_a_run_within_a_budget_is_the_run_without(tmp_path, base, monkeypatch):
+    """The adapter and the pictures, bit by bit; blocks came and went."""
+    monkeypatch.setattr(loop, "SAMPLED", 1)
+    for name, color in (("target", "blue"), ("control", "red")):
+        circle(color, (96, 96), (9, 9)).save(folder(tmp_path / "set" / name) / "0.png")
+    (tmp_path / "set" / "target" / "0.txt").write_text("Make the red circle blue.")
+    made, passed = [], []
+    enter = Passing.enter
+    monkeypatch.setattr(Passing, "enter", lambda self, i, load: (passed.append(i), enter(self, i, load)))
+    for place, memory in (("without", None), ("within", "64G")):
+        out = tmp_path / place
+        shutil.copytree(tmp_path / "without" / "cache", out / "cache") if memory else None
+        given = settings(
+            tmp_path / "set", steps=2, batch=1, base=base, memory=memory, sample_every=2, valid_every=0
+        )
+        made.append(loop.train(given, out, disable_progress=True).read_bytes())
+        made.append((out / "samples" / "000002.png").read_bytes())
+        assert bool(passed) == (memory is not None)
+    assert made[:2] == made[2:]
+
+
+def folder(place):
+    place.mkdir(parents=True)
+    return place
