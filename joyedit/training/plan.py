@@ -21,7 +21,7 @@ from joyedit.training.data import VALID, find_pairs, unreadable
 from joyedit.training.examples import Example, plan_examples
 from joyedit.training.pairs import Fault, Pair
 from joyedit.training.settings import Settings
-from joyedit.training.systems import SYSTEMS, System
+from joyedit.training.systems import SYSTEMS, StableDiffusion, System
 
 LOOKED_AT = "files.json"  # in the cache: the hashes of files
 
@@ -51,10 +51,7 @@ def make_plan(settings: Settings, cache: Path) -> tuple[Plan, list[Fault]]:
     system = make_system(checkpoint.class_name, made_for, revisions, settings)
     network = parts[system.denoiser].network
     config = network.config
-    if not settings.full and not layers_to_adapt(network, settings.targets):
-        raise ValueError(
-            f"targets={settings.targets!r} matches no linear layer or convolution of {type(network).__name__}"
-        )
+    refuse_unfit(settings, system, network)
     own = [(int(h), int(w)) for h, w in index.get("buckets") or []]
     tables = system.tables(settings.basesize, own, config, made_for)
 
@@ -89,6 +86,22 @@ def find_model(settings: Settings) -> Checkpoint:
             f"model={settings.model!r} holds a {checkpoint.class_name}, which is not trained here"
         )
     return checkpoint
+
+
+def refuse_unfit(settings: Settings, system: System, network: Any) -> None:
+    """Raises ValueError for settings that mean nothing to this system."""
+    if not settings.full and not layers_to_adapt(network, settings.targets):
+        kind = type(network).__name__
+        raise ValueError(f"targets={settings.targets!r} matches no linear layer or convolution of {kind}")
+    is_flow = not isinstance(system, StableDiffusion)
+    if is_flow and settings.min_snr is not None:
+        raise ValueError(
+            f"min_snr={settings.min_snr:g}: weighs Stable Diffusion's loss, {settings.model!r} is none"
+        )
+    if not is_flow and settings.sigma != "shifted":
+        raise ValueError(
+            f"sigma={settings.sigma!r}: Stable Diffusion's noise levels are those of its timesteps"
+        )
 
 
 def make_system(
