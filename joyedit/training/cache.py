@@ -94,10 +94,9 @@ class Hashes:
 
     def _entry(self, path: Path) -> dict[str, Any]:
         """What is known of a file as it is now."""
-        entry = self.known.get(str(path.absolute()))
-        facts = path.stat()
-        unchanged = isinstance(entry, dict) and entry.get("stat") == [facts.st_size, facts.st_mtime_ns]
-        return entry if unchanged else {"stat": [facts.st_size, facts.st_mtime_ns]}
+        entry, facts = self.known.get(str(path.absolute())), path.stat()
+        stat = [facts.st_size, facts.st_mtime_ns]
+        return entry if isinstance(entry, dict) and entry.get("stat") == stat else {"stat": stat}
 
     def _note(self, path: Path, **facts: Any) -> None:
         self.known[str(path.absolute())] = {**self._entry(path), **facts}

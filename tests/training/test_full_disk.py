@@ -28,8 +28,9 @@ def files(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("place", ["what is made", "the state"])
+@pytest.mark.parametrize(
+    ("place", "full"), [("what is made", False), ("what is made", True), ("the state", True)]
+)
 def test_the_last_save_is_whole_and_the_run_goes_on(tmp_path, pairs, full, place, monkeypatch):
     """At the last of two steps, with an average; then the same command."""
     given = settings(pairs, steps=2, batch=1, full=full, ema=0.9, valid_every=0, save_every=1)

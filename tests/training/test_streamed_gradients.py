@@ -154,7 +154,7 @@ start = resident_bytes()
 thread = threading.Thread(target=sample)
 thread.start()
 with visit(network, None):
-    for step in range(4):
+    for step in range(3):
         network(*given)[0].square().sum().backward()
         if budget:
             stays.append(len(BlockStreaming.of(network).passing.staying))
@@ -168,9 +168,9 @@ print(start, peak, max(stays, default=0), total.item().hex())
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_training_stays_within_the_budget(tmp_path):
-    """Twelve blocks of 25 MB, forward and back: with room for some, and for no more than pass."""
+    """Nine blocks of 25 MB, forward and back, with room for some."""
     network = joyedit.JoyImageEditTransformer3DModel.from_config(
-        hidden_size=512, num_attention_heads=4, num_layers=12, text_dim=64
+        hidden_size=512, num_attention_heads=4, num_layers=9, text_dim=64
     )
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -184,16 +184,15 @@ def test_training_stays_within_the_budget(tmp_path):
         return int(start), int(peak), int(stays), total
 
     start, whole, _, wanted = run(0)
-    assert whole - start > 11 * block
-    budget = start + 8 * block
+    assert whole - start > 8 * block
+    budget = start + 6 * block
     _, peak, stays, total = run(budget)
-    assert total == wanted and peak <= budget and 1 <= stays <= 6, (stays, peak - budget)
+    assert total == wanted and peak <= budget and 1 <= stays <= 4, (stays, peak - budget)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
-@pytest.mark.parametrize("base", ["fp32", "int8"])
-def test_a_run_within_a_budget_is_the_run_without(tmp_path, base, monkeypatch):
+def test_a_run_within_a_budget_is_the_run_without(tmp_path, monkeypatch):
     """The adapter and the pictures, bit by bit; blocks came and went."""
     monkeypatch.setattr(loop, "SAMPLED", 1)
     for name, color in (("target", "blue"), ("control", "red")):
@@ -206,7 +205,7 @@ def test_a_run_within_a_budget_is_the_run_without(tmp_path, base, monkeypatch):
         out = tmp_path / place
         shutil.copytree(tmp_path / "without" / "cache", out / "cache") if memory else None
         given = settings(
-            tmp_path / "set", steps=2, batch=1, base=base, memory=memory, sample_every=2, valid_every=0
+            tmp_path / "set", steps=2, batch=1, base="int8", memory=memory, sample_every=2, valid_every=0
         )
         made.append(loop.train(given, out, disable_progress=True).read_bytes())
         made.append((out / "samples" / "000002.png").read_bytes())
