@@ -19,6 +19,7 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   drifts        the same by model, in a table
   quantised     results/quantised/: what eight bits cost the small models
   released      the same file: bytes of the released networks
+  training      results/training.json: a step of training beside diffusers and PEFT
   steps         results/step_cache/: what a step cache leaves out, and what that costs the small models
 """
 
@@ -487,6 +488,28 @@ def steps_table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def training_table(results: Path = RESULTS) -> str:
+    """Markdown: what a step of training takes beside diffusers and PEFT, in time and memory."""
+    found = json.loads((results / "training.json").read_text(encoding="utf-8"))
+    facts = found["machine"]
+    lines = [
+        f"Measured {facts['date']} on {facts['cpu']}, {facts['threads']} threads; torch {facts['torch']}, "
+        f"diffusers {facts['diffusers']}, peft {facts['peft']}.",
+        "",
+        "| what | shape | time: reference, ours | ratio | memory: both | ratio | gradients apart |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in found["rows"].items():
+        system, _, mode = name.partition(", ")
+        times = [quantity(row[f"seconds_{side}"], "s") for side in ("reference", "ours")]
+        sizes = [f"{row[f'bytes_{side}'] / 1e6:.0f} MB" for side in ("reference", "ours")]
+        cells = [f"{NAMES[system]}, {mode}", row["shape"]]
+        cells += [", ".join(times), f"{row['time_ratio']:.2f}x"]
+        cells += [", ".join(sizes), f"{row['memory_ratio']:.2f}x", distance(row["difference"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "edits": edits_table,
     "gpus": gpu_table,
@@ -500,6 +523,7 @@ TABLES = {
     "together": together_table,
     "full_size": full_size_table,
     "streaming": streaming_sentence,
+    "training": training_table,
     "drift": drift_sentence,
     "drifts": drift_table,
     "quantised": quantised_table,

@@ -9,6 +9,7 @@ sample's place in the batch alone. So a run that goes on repeats nothing and lea
 number of processes or of accumulated parts does not change what is seen.
 """
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Sequence
@@ -87,7 +88,8 @@ def train_together(
                   settings.batch, settings.seed)  # fmt: skip
     share = processes.share(settings.batch)
 
-    with Stopping(processes) as stopping, trained.pipe.on_device(trained.network):
+    with Stopping(processes) as stopping, contextlib.ExitStack() as here:
+        here.enter_context(trained.pipe.on_device(trained.network))
         for turn in turns(run, settings.steps, stopping, disable_progress):
             # Now and then, and after the last step: validate, make pictures, save.
             if plan.valid and turn.due(settings.valid_every):
@@ -95,12 +97,12 @@ def train_together(
                     for sigma, loss in validate(plan, store, trained, how, settings.seed, device):
                         run.log(sigma=sigma, valid_loss=loss)
             if turn.due(settings.sample_every):
+                here.close()  # within a budget, the denoiser goes before the autoencoder comes
                 with run.averaged(), trained.looked_at():
                     samples.make(run.step, trained.pipe)
+                here.enter_context(trained.pipe.on_device(trained.network))
             if turn.saves(settings.save_every):
-                run.save()
-                with run.averaged(), torch.no_grad():
-                    trained.write(out)
+                keep(run, trained, out)
             if turn.ends:
                 break
 
@@ -128,10 +130,22 @@ def train_together(
             run.update(settings.clip)
             run.log(loss=total)
     made = trained.place(out)
-    if processes.largest(not made.exists()):  # as one: all write it, or none
+    stale = run.resumed and trained.divided is not None  # of divided weights the state was saved first
+    if processes.largest(stale or not made.exists()):  # as one: all write it, or none
         with run.averaged(), torch.no_grad():
             trained.write(out)
     return made
+
+
+def keep(run: Run, trained: Trained, out: Path) -> None:
+    """The state, and what is made of it. The state goes last: who goes on from it takes what is there for
+    that of its step. Of divided weights it goes first, since they are written out of it."""
+    if trained.divided is not None:
+        run.save()
+    with run.averaged(), torch.no_grad():
+        trained.write(out)
+    if trained.divided is None:
+        run.save()
 
 
 def check_share(settings: Settings, processes: Processes) -> None:

@@ -99,20 +99,22 @@ def open_trained(
     parts: dict[str, Any] = {name: None for name in system.encoders if name in plan.checkpoint.pipeline.parts}
     if processes.several:
         parts[system.denoiser] = None
+    int8 = base == "int8" and not processes.several
     pipe = load(
         settings.model,
-        device=device,
+        device="cpu" if int8 else device,  # in eight bits it is half as large
         dtype={"default": "auto", "vae": torch.float32, system.denoiser: BASES[base]},
         revision=settings.revision,
-        memory=settings.memory,
+        memory=None if int8 else settings.memory,
         **parts,
     )
     if processes.several:
         setattr(pipe, system.denoiser, open_divided(settings, plan, device, processes))
+    elif int8:
+        if not quantised_weights(getattr(pipe, system.denoiser)):
+            setattr(pipe, system.denoiser, quantised(getattr(pipe, system.denoiser)))
+        pipe.to(device) if settings.memory is None else pipe.set_memory(settings.memory, device)
     network = getattr(pipe, system.denoiser)
-    if base == "int8" and not quantised_weights(network):
-        network = quantised(network)
-        setattr(pipe, system.denoiser, network)
     divided = None
     if settings.full:
         network.requires_grad_(True)

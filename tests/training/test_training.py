@@ -226,7 +226,7 @@ def test_pictures_stay_where_they_are_through_the_cache(tmp_path):
     from tests.training.test_pairs import centres, crossed, text
 
     draw = random.Random(2)
-    for i in range(12):
+    for i in range(30):
         height, width = draw.randrange(101, 300, 2), draw.randrange(101, 300, 2)
         factor = (1, 0.7, 1.4)[i % 3]
         for name, scale in (("target", 1), ("control", factor)):
@@ -236,7 +236,7 @@ def test_pictures_stay_where_they_are_through_the_cache(tmp_path):
         text(tmp_path / "target" / f"{i}.txt", "Make it blue.")
     given = settings(tmp_path, basesize=(96,))
     plan, faults = make_plan(given, tmp_path / "cache")
-    assert not faults and len(plan.examples) == 12
+    assert not faults and len(plan.examples) == 30
     cache, pipe = Cache(tmp_path / "cache"), open_encoders(given, plan, torch.device("cpu"))
     for example in plan.examples:
         with torch.no_grad():
