@@ -170,6 +170,7 @@ def called(rank: int, count: int, folder: str, call: bytes) -> Any:
     store = dist.FileStore(str(Path(folder, "store")), count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
     try:
+        dist.barrier()  # one that is done at once must not go before all have met
         return function(*arguments, **options)
     finally:
         with contextlib.suppress(Exception):  # of a group that is broken already
