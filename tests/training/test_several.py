@@ -142,7 +142,8 @@ def test_states_go_from_one_number_of_processes_to_another(tmp_path, workers):
 )
 def test_three_steps_in_two_processes_equal_those_of_one(tmp_path, circles, workers, model, full):
     """With validation on three pictures, of which one process has two; the norm of the gradient is cut."""
-    options = {"full": full, "steps": 3, "batch": 4, "save_every": 3, "valid_every": 3, "clip": 0.5}
+    options = {"full": full, "steps": 3, "batch": 2, "save_every": 3, "clip": 0.5}
+    options["valid_every"] = 0 if full else 3
     given = settings(circles, model, **options, lr=1e-5 if full else 1e-4)
     made = workers.run(trained, given, tmp_path / "two")
     shutil.copytree(tmp_path / "two" / "cache", tmp_path / "one" / "cache")
@@ -178,21 +179,23 @@ def test_all_weights_go_on_in_another_number_of_processes(tmp_path, circles, wor
 
 
 def trained_in_bf16(given, out):
-    """And the dtypes that a block sees, in which the network keeps its weights, and the gradients' sum."""
-    from joyedit.models.chronoedit_dit import Block
+    """And the dtypes in which a block, and a norm in it, compute."""
+    from joyedit.models.chronoedit_dit import Block, GatedResidualNorm
 
-    seen, plain = set(), Block.forward
+    seen, block, norm = set(), Block.forward, GatedResidualNorm.forward
 
-    def forward(self, *args):
-        seen.update(
-            (n, p.dtype) for n, p in self.named_parameters() if n in ("ffn.net.2.weight", "norm2.weight")
-        )
-        seen.add(("table", self.scale_shift_table.dtype))
-        return plain(self, *args)
+    def block_forward(self, *args):
+        seen.update({("ffn", self.ffn.net[2].weight.dtype), ("table", self.scale_shift_table.dtype)})
+        return block(self, *args)
+
+    def norm_forward(self, *args):
+        seen.add(("norm", self.weight.dtype))
+        return norm(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "computed_in", lambda *_: torch.bfloat16)
-        patch.setattr(Block, "forward", forward)
+        patch.setattr(Block, "forward", block_forward)
+        patch.setattr(GatedResidualNorm, "forward", norm_forward)
         trained(given, out)
     return seen
 
@@ -200,14 +203,10 @@ def trained_in_bf16(given, out):
 @pytest.mark.slow
 def test_bf16_with_masters_in_fp32(tmp_path, circles, workers):
     """What shall stay in fp32 does; the loss is that of fp32 within what bf16 resolves."""
-    options = {"full": True, "steps": 2, "batch": 2, "save_every": 2, "valid_every": 0, "lr": 1e-5}
+    options = {"full": True, "steps": 1, "batch": 2, "save_every": 1, "valid_every": 0, "lr": 1e-5}
     given = settings(circles, "tiny-chronoedit", **options)
     seen = workers.run(trained_in_bf16, given, tmp_path / "two")[0]
-    assert seen == {
-        ("ffn.net.2.weight", torch.bfloat16),
-        ("norm2.weight", torch.float32),
-        ("table", torch.float32),
-    }
+    assert seen == {("ffn", torch.bfloat16), ("norm", torch.float32), ("table", torch.float32)}
     shutil.copytree(tmp_path / "two" / "cache", tmp_path / "one" / "cache")
     trained(given, tmp_path / "one")
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two")]
@@ -235,7 +234,7 @@ def trained_with_kinds(given, out):
 def test_an_int8_base_is_divided_as_it_is(tmp_path, circles, workers):
     """In eight bits, its scales in fp32 and the rest in bf16. One process takes one sample after the other,
     since bf16 rounds otherwise in another batch."""
-    options = {"base": "int8", "steps": 2, "batch": 2, "save_every": 2, "valid_every": 0, "lr": 1e-4}
+    options = {"base": "int8", "steps": 1, "batch": 2, "save_every": 1, "valid_every": 0, "lr": 1e-4}
     kinds = workers.run(trained_with_kinds, settings(circles, **options), tmp_path / "two")[0]
     assert kinds == {(kind, True) for kind in (torch.int8, torch.bfloat16, torch.float32)}
     shutil.copytree(tmp_path / "two" / "cache", tmp_path / "one" / "cache")
