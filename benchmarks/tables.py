@@ -9,6 +9,8 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   problems      results/kernels/: what spills or does not compile, under each Triton
   measured      results/gpu/: blocks and steps on GPUs
   small         results/shapes/: the small models
+  learned       results/new_instruction.json: what an adapter of tiny-joyimage learned, in a sentence
+  kept          the same by kind, in a table
   machines      results/estimates/: with which flags the released models fit into which memory
   released_machines  the same with sizes, and how long an edit takes
   estimates     results/estimates/: peaks that were estimated and measured
@@ -156,6 +158,41 @@ def small_table(results: Path = RESULTS) -> str:
         size = f"{recorded['bytes'] / 1e6:.1f} MB"
         lines.append(f"| `tiny-{name}` | {size} | {minutes:.0f} min | {success} | {kept} |")
     return "\n".join(lines)
+
+
+def learned_sentence(results: Path = RESULTS) -> str:
+    """What the worked example of a training came to."""
+    report, kinds = learned(results)
+    new = kinds.pop(report["kind"])
+    worst, (before, after) = min(kinds.items(), key=lambda row: row[1][1] - row[1][0])
+    mean = [100 * sum(side) / len(kinds) for side in zip(*kinds.values(), strict=True)]
+    lost = f"most at {worst}, {percent(before)} to {percent(after)}" if after < before else "none less often"
+    minutes = report["processor_seconds"] / 60
+    return (
+        f"Of held-out scenes the edit succeeds in {percent(new[0])} before and {percent(new[1])} after it; "
+        f"the {len(kinds)} kinds that it knew in {mean[0]:.1f} % and {mean[1]:.1f} % ({lost}). "
+        f"Training takes {minutes:.1f} minutes of one core."
+    )
+
+
+def kept_table(results: Path = RESULTS) -> str:
+    """Markdown of the same by kind of edit."""
+    report, kinds = learned(results)
+    count = report["after"]["kinds"][report["kind"]]["edits"]
+    lines = [f"| {count} held-out edits of each kind | before | after |", "| --- | ---: | ---: |"]
+    lines += [f"| {kind} | {percent(a)} | {percent(b)} |" for kind, (a, b) in kinds.items()]
+    return "\n".join(lines)
+
+
+def learned(results: Path) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+    """The report, and the shares of edits that succeed before and after, by kind."""
+    report = json.loads((results / "new_instruction.json").read_text(encoding="utf-8"))
+    before, after = (report[side]["kinds"] for side in ("before", "after"))
+    return report, {kind: (before[kind]["ok"], row["ok"]) for kind, row in after.items()}
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def drift_sentence(results: Path = RESULTS) -> str:
@@ -524,6 +561,8 @@ TABLES = {
     "full_size": full_size_table,
     "streaming": streaming_sentence,
     "training": training_table,
+    "learned": learned_sentence,
+    "kept": kept_table,
     "drift": drift_sentence,
     "drifts": drift_table,
     "quantised": quantised_table,

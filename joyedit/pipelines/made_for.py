@@ -81,6 +81,15 @@ class World:
                 found[words[-1]] = None
         return list(found)
 
+    def taught(self, texts: Iterable[str]) -> Self:
+        """The world of a model that was trained on these texts as well."""
+        words, begins = dict.fromkeys(self.words), dict.fromkeys(self.begins)
+        for text in texts:
+            words |= dict.fromkeys(words_of(text))
+            if begins:
+                begins |= dict.fromkeys(re.findall(r"\w+", text)[:1])
+        return dataclasses.replace(self, words=tuple(words), begins=tuple(begins))
+
     def respelt(self, text: str) -> str | None:
         """The text in the spelling that it knows, where it has the words and another spelling of them."""
         lower = words_of(text)
@@ -126,6 +135,10 @@ class MadeFor:
         check_value("basesize", basesize)
         read = None if world is None else World.from_dict(world)
         return cls(dict(call), basesize, read, _without(raw, ("call", "basesize", "world")))
+
+    def taught(self, texts: Iterable[str]) -> Self:
+        """Of a model that was trained on these texts as well."""
+        return self if self.world is None else dataclasses.replace(self, world=self.world.taught(texts))
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads: equal to what it read."""

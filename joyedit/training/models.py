@@ -203,6 +203,7 @@ def write_checkpoint(
     made.came_with = getattr(network, "came_with", {})
     options = {} if settings.revision is None else {"revision": settings.revision}
     whole = open_unread(settings.model, components={plan.system.denoiser: made}, **options)
+    whole.made_for = plan.made_for.taught(example.pair.prompt for example in plan.examples)
     with replacing_folder(place) as folder:
         whole.save_pretrained(folder)
 

@@ -5,8 +5,9 @@ refused at once, with every faulty pair by its name.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,22 @@ from joyedit.loading.layouts import Checkpoint, find_checkpoint
 from joyedit.lora import layers_to_adapt
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.training.cache import Hashes, revision_of
+from joyedit.training.chronoedit import ChronoEdit
 from joyedit.training.data import VALID, find_pairs, unreadable
 from joyedit.training.examples import Example, plan_examples
+from joyedit.training.joyimage import JoyImage
 from joyedit.training.pairs import Fault, Pair
 from joyedit.training.settings import Settings
-from joyedit.training.systems import SYSTEMS, StableDiffusion, System
+from joyedit.training.stable_diffusion import StableDiffusion
+from joyedit.training.systems import System
 
+# The pipelines whose denoisers are trained.
+SYSTEMS: Mapping[str, Callable[..., System]] = {
+    "JoyImageEditPipeline": JoyImage,
+    "JoyImageEditPlusPipeline": functools.partial(JoyImage, plus=True),
+    "ChronoEditPipeline": ChronoEdit,
+    "StableDiffusionDiffEditPipeline": StableDiffusion,
+}
 LOOKED_AT = "files.json"  # in the cache: the hashes of files
 
 
