@@ -139,7 +139,8 @@ def small_table(results: Path = RESULTS) -> str:
     for name in ("joyimage", "chronoedit", "diffedit"):
         recorded = json.loads((results / "shapes" / f"{name}.json").read_text(encoding="utf-8"))
         training = recorded["training"]
-        minutes = sum(part["cpu_minutes"] for part in (*training["autoencoder"].values(), training["editor"]))
+        parts = [*training["autoencoder"].values(), training["editor"], training.get("more")]
+        minutes = sum(part["cpu_minutes"] for part in parts if part)
         held_out = recorded["held_out"]
         said = {"model": "", "reasoning": "with temporal reasoning: "}
         success = "; ".join(
@@ -155,6 +156,10 @@ def small_table(results: Path = RESULTS) -> str:
         else:
             kept = [row["outside"] for row in model["kinds"].values() if row["outside"] is not None]
             kept = f"{min(kept):.1f} to {max(kept):.1f} dB by kind"
+        if "wordings" in held_out:
+            plain, *others = (100 * said["ok"] for said in held_out["wordings"].values())
+            success += f". Of some of them in other wordings {min(others):.0f} to {max(others):.0f} %"
+            success += f", in the plain one {plain:.0f} %"
         size = f"{recorded['bytes'] / 1e6:.1f} MB"
         lines.append(f"| `tiny-{name}` | {size} | {minutes:.0f} min | {success} | {kept} |")
     return "\n".join(lines)

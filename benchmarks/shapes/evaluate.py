@@ -31,6 +31,7 @@ from joyedit.pipelines.joyimage import JoyImageEditPipeline
 INSIDE = 0.08  # largest mean absolute error in the changed region, of the full range
 OUTSIDE = 26.0  # least PSNR in dB elsewhere
 OVERLAP = 0.75  # least intersection over union of a new shape with the true one
+WORDED = 20  # edits of each kind that are asked for in all wordings
 EDITS, COUNTS = 40, (1, 2, 2, 3, 3, 4)  # of each kind; shapes in a scene, as often as listed
 STEPS = 2
 
@@ -195,22 +196,28 @@ def held_out(count: int, counts: Sequence[int], kinds: Sequence[str]) -> list[sc
 
 
 def in_other_words(
-    edits: Sequence[scenes.Edit],
-    edited: Callable[[Sequence[scenes.Edit]], Sequence[np.ndarray]],
-    wordings: Mapping[str, Callable[[str], str]] = wording.WORDINGS,
+    edits: Sequence[scenes.Edit], edited: Callable[[Sequence[scenes.Edit]], Sequence[np.ndarray]]
 ) -> dict[str, Any]:
-    """Success when the same edits are asked for in each of `wordings`, over all and by kind. `edited`:
-    edits to results."""
+    """Success when the same edits are asked for in each of `wording.WORDINGS`, over all and by kind; the
+    first WORDED of each kind. `edited`: edits to results."""
+    some = first_of_each(edits, [edit.kind for edit in edits], WORDED)
     report = {}
-    for name, change in wordings.items():
-        told = [dataclasses.replace(edit, instruction=change(edit.instruction)) for edit in edits]
-        report[name] = success(summarize(judge(e, r) for e, r in zip(edits, edited(told), strict=True)))
+    for name, change in wording.WORDINGS.items():
+        told = [dataclasses.replace(edit, instruction=change(edit.instruction)) for edit in some]
+        report[name] = success(summarize(judge(e, r) for e, r in zip(some, edited(told), strict=True)))
     return report
 
 
+def first_of_each(items: Sequence[Any], kinds: Sequence[str], count: int) -> list[Any]:
+    """The first `count` items of each kind, in their order."""
+    return [item for i, item in enumerate(items) if kinds[:i].count(kinds[i]) < count]
+
+
 def success(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a summary only the rates."""
-    return {"ok": summary["ok"], "kinds": {kind: row["ok"] for kind, row in summary["kinds"].items()}}
+    """Of a summary only the numbers of edits and the rates."""
+    kinds = summary["kinds"]
+    edits = sum(row["edits"] for row in kinds.values())
+    return {"edits": edits, "ok": summary["ok"], "kinds": {kind: row["ok"] for kind, row in kinds.items()}}
 
 
 def evaluate(

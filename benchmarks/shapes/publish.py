@@ -79,7 +79,8 @@ SYSTEMS = {
         f"{OF_EDITS} Scenes of one and two shapes. A caption does not say how large a new shape is, so of "
         "replaced ones the outline asks for more than the words do.",
         "The plan was shortened while it ran; the code has its phases and rates as they were, to within a "
-        "percent.",
+        "percent. From that checkpoint on, three in five samples began, as an edit does, with another scene "
+        "in the noise: the same scene before one shape became another or changed its colour.",
     ),
 }
 AUTOENCODERS = {"wan-vae": AutoencoderKLWan, "sd-vae": AutoencoderKL}
@@ -260,7 +261,8 @@ def _wordings(wordings: Mapping[str, Any]) -> list[str]:
     """Success in every wording, Markdown lines."""
     kinds = next(iter(wordings.values()))["kinds"]
     return [
-        "The same edits, asked for in other letters and words (`benchmarks/shapes/wording.py`):",
+        f"{next(iter(wordings.values()))['edits']} of these edits, asked for in other letters and politely "
+        "(`benchmarks/shapes/wording.py`):",
         "",
         *_table(
             ["wording", "all", *kinds],

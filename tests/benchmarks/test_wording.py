@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.shapes import diffedit, scenes, vocabulary, wording
+from benchmarks.shapes import diffedit, evaluate, publish, scenes, vocabulary, wording
 from benchmarks.shapes.vocabulary import clip_tokenizer, instructions, qwen_tokenizer, umt5_tokenizer
 from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel
 
@@ -124,3 +124,25 @@ def test_what_is_left_of_another_scene_is_what_an_edit_begins_with():
     noised = alpha.sqrt() * other + (1 - alpha).sqrt() * noise
     seen = alpha.sqrt() * x0 + (1 - alpha).sqrt() * (noise + rest * (other - x0))
     assert torch.allclose(noised[edited], seen[edited], atol=1e-6)
+
+
+def test_success_is_told_for_every_wording(monkeypatch):
+    """Of an editor that reads small letters only, and removes nothing."""
+    monkeypatch.setattr(evaluate, "WORDED", 2)
+    edits = evaluate.held_out(3, (1,), ("recolour", "remove"))
+    read = []
+
+    def edited(told):
+        read.extend(edit.instruction for edit in told)
+        able = [edit.instruction.islower() and edit.kind == "recolour" for edit in told]
+        return [scenes.draw(e.target if can else e.source) for e, can in zip(told, able, strict=True)]
+
+    found = evaluate.in_other_words(edits, edited)
+    assert list(found) == list(wording.WORDINGS)
+    for name, change in wording.WORDINGS.items():
+        ok = float(name == "lower case")
+        assert found[name] == {"edits": 4, "ok": ok / 2, "kinds": {"recolour": ok, "remove": 0.0}}
+        assert [change(edits[i].instruction) for i in (0, 1, 3, 4)] == read[:4]
+        del read[:4]
+    table = publish._wordings(found)
+    assert table[0].startswith("4 of these edits") and "| lower case | 50 % | 100 % | 0 % |" in table
