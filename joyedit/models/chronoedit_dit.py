@@ -401,7 +401,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Any, image: Any) -> Tensor:
         """x (B, N, D) -> (B, N, D). A text or image of one sample serves all."""
         q = heads(self.norm_q(self.to_q(x)), self.num_heads)
-        pairs: list[KeyValue] = [pair() if callable(pair) else pair for pair in (image, text) if pair]
+        pairs: list[Any] = [pair() if callable(pair) else pair for pair in (image, text) if pair]
         parts = [tuple(t.expand(len(x), -1, -1, -1) for t in pair) for pair in pairs]
         return self.to_out[0](self.attend(q, *zip(*parts, strict=True)).flatten(2))
 

@@ -124,6 +124,8 @@ def test_padding_is_the_last_row_again():
         losses.chronoedit(network, latents, one, noise, SIGMA) for one in (padded, longer, known)
     )
     assert torch.allclose(found, expected, rtol=1e-5) and not torch.allclose(without, expected, rtol=1e-4)
+    network.enable_gradient_checkpointing()  # keys and values are made in the blocks, then
+    assert torch.equal(losses.chronoedit(network, latents, padded, noise, SIGMA), found)
 
 
 def test_weights_multiply_squares_place_by_place():
