@@ -158,8 +158,8 @@ def small_table(results: Path = RESULTS) -> str:
             kept = f"{min(kept):.1f} to {max(kept):.1f} dB by kind"
         if "wordings" in held_out:
             plain, *others = (100 * said["ok"] for said in held_out["wordings"].values())
-            success += f". Of some of them in other wordings {min(others):.0f} to {max(others):.0f} %"
-            success += f", in the plain one {plain:.0f} %"
+            success += f". Of some of them {plain:.0f} % in the plain wording, "
+            success += f"at least {min(others):.0f} % in others"
         size = f"{recorded['bytes'] / 1e6:.1f} MB"
         lines.append(f"| `tiny-{name}` | {size} | {minutes:.0f} min | {success} | {kept} |")
     return "\n".join(lines)

@@ -66,9 +66,10 @@ SYSTEMS = {
         (1, 2, 2),
         f"{OF_EDITS} Judged is the last frame: of 5 (`model`), and after temporal reasoning about 29 in the "
         "first half of the steps (`reasoning`). Scenes of one and two shapes, no guidance. Replaced shapes "
-        "and backgrounds were left out of most of the training, and are not known.",
+        "and backgrounds were left out of most of the first training.",
         "Until 54,000 samples a part of the first layer learned more slowly than the code now has it; from "
-        "60,000 to 68,000 all kinds were drawn, in scenes of up to four shapes.",
+        "60,000 to 68,000 all kinds were drawn, in scenes of up to four shapes. In the second training a few "
+        "words in capitals (A, REMOVE within a sentence) began as other rows than the code now gives them.",
     ),
     "diffedit": System(
         "Stable Diffusion for DiffEdit",
