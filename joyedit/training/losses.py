@@ -19,7 +19,6 @@ Source: arXiv 2210.02747 (flow matching), 2403.03206 section 3 (levels, shift), 
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -121,15 +120,14 @@ def chronoedit_velocity(
 
 
 def repeat_last(context: Context, count: int) -> Context:
-    """Keys and values whose last row stands `count` times more."""
+    """Of which the last row stands `count` times more."""
 
-    def longer(made: Any) -> Any:
-        k, v = made if isinstance(made, tuple) else made()
-        return tuple(torch.cat((x, x[:, -1:].expand(-1, count, -1, -1)), dim=1) for x in (k, v))
+    def longer(x: Tensor) -> Tensor:
+        return torch.cat((x, x[:, -1:].expand(-1, count, *x.shape[2:])), dim=1)
 
     if not count:
         return context
-    return tuple(longer(one) if isinstance(one, tuple) else partial(longer, one) for one in context)
+    return tuple(longer(x) if isinstance(x, Tensor) else (longer(x[0]), longer(x[1])) for x in context)
 
 
 def ends(

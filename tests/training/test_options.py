@@ -11,8 +11,10 @@ from joyedit.schedulers.ddim import DDIMScheduler
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
 from joyedit.training import loop, losses
+from joyedit.training.joyimage import JoyImage
 from joyedit.training.plan import make_plan
-from joyedit.training.systems import Drawing, JoyImage, Said, StableDiffusion
+from joyedit.training.stable_diffusion import StableDiffusion
+from joyedit.training.systems import Drawing, Said
 from tests.training.test_losses import unet_case
 from tests.training.test_training import circle, settings
 
