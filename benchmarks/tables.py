@@ -9,6 +9,8 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   problems      results/kernels/: what spills or does not compile, under each Triton
   measured      results/gpu/: blocks and steps on GPUs
   small         results/shapes/: the small models
+  learned       results/new_instruction.json: what an adapter of tiny-joyimage learned, in a sentence
+  kept          the same by kind, in a table
   machines      results/estimates/: with which flags the released models fit into which memory
   released_machines  the same with sizes, and how long an edit takes
   estimates     results/estimates/: peaks that were estimated and measured
@@ -19,6 +21,7 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   drifts        the same by model, in a table
   quantised     results/quantised/: what eight bits cost the small models
   released      the same file: bytes of the released networks
+  training      results/training.json: a step of training beside diffusers and PEFT
   steps         results/step_cache/: what a step cache leaves out, and what that costs the small models
 """
 
@@ -136,7 +139,8 @@ def small_table(results: Path = RESULTS) -> str:
     for name in ("joyimage", "chronoedit", "diffedit"):
         recorded = json.loads((results / "shapes" / f"{name}.json").read_text(encoding="utf-8"))
         training = recorded["training"]
-        minutes = sum(part["cpu_minutes"] for part in (*training["autoencoder"].values(), training["editor"]))
+        parts = [*training["autoencoder"].values(), training["editor"], training.get("more")]
+        minutes = sum(part["cpu_minutes"] for part in parts if part)
         held_out = recorded["held_out"]
         said = {"model": "", "reasoning": "with temporal reasoning: "}
         success = "; ".join(
@@ -152,9 +156,48 @@ def small_table(results: Path = RESULTS) -> str:
         else:
             kept = [row["outside"] for row in model["kinds"].values() if row["outside"] is not None]
             kept = f"{min(kept):.1f} to {max(kept):.1f} dB by kind"
+        if "wordings" in held_out:
+            plain, *others = (100 * said["ok"] for said in held_out["wordings"].values())
+            success += f". Of some of them {plain:.0f} % in the plain wording, "
+            success += f"at least {min(others):.0f} % in others"
         size = f"{recorded['bytes'] / 1e6:.1f} MB"
         lines.append(f"| `tiny-{name}` | {size} | {minutes:.0f} min | {success} | {kept} |")
     return "\n".join(lines)
+
+
+def learned_sentence(results: Path = RESULTS) -> str:
+    """What the worked example of a training came to."""
+    report, kinds = learned(results)
+    new = kinds.pop(report["kind"])
+    worst, (before, after) = min(kinds.items(), key=lambda row: row[1][1] - row[1][0])
+    mean = [100 * sum(side) / len(kinds) for side in zip(*kinds.values(), strict=True)]
+    lost = f"most at {worst}, {percent(before)} to {percent(after)}" if after < before else "none less often"
+    minutes = report["processor_seconds"] / 60
+    return (
+        f"Of held-out scenes the edit succeeds in {percent(new[0])} before and {percent(new[1])} after it; "
+        f"the {len(kinds)} kinds that it knew in {mean[0]:.1f} % and {mean[1]:.1f} % ({lost}). "
+        f"Training takes {minutes:.1f} minutes of one core."
+    )
+
+
+def kept_table(results: Path = RESULTS) -> str:
+    """Markdown of the same by kind of edit."""
+    report, kinds = learned(results)
+    count = report["after"]["kinds"][report["kind"]]["edits"]
+    lines = [f"| {count} held-out edits of each kind | before | after |", "| --- | ---: | ---: |"]
+    lines += [f"| {kind} | {percent(a)} | {percent(b)} |" for kind, (a, b) in kinds.items()]
+    return "\n".join(lines)
+
+
+def learned(results: Path) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+    """The report, and the shares of edits that succeed before and after, by kind."""
+    report = json.loads((results / "new_instruction.json").read_text(encoding="utf-8"))
+    before, after = (report[side]["kinds"] for side in ("before", "after"))
+    return report, {kind: (before[kind]["ok"], row["ok"]) for kind, row in after.items()}
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def drift_sentence(results: Path = RESULTS) -> str:
@@ -487,6 +530,28 @@ def steps_table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def training_table(results: Path = RESULTS) -> str:
+    """Markdown: what a step of training takes beside diffusers and PEFT, in time and memory."""
+    found = json.loads((results / "training.json").read_text(encoding="utf-8"))
+    facts = found["machine"]
+    lines = [
+        f"Measured {facts['date']} on {facts['cpu']}, {facts['threads']} threads; torch {facts['torch']}, "
+        f"diffusers {facts['diffusers']}, peft {facts['peft']}.",
+        "",
+        "| what | shape | time: reference, ours | ratio | memory: both | ratio | gradients apart |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in found["rows"].items():
+        system, _, mode = name.partition(", ")
+        times = [quantity(row[f"seconds_{side}"], "s") for side in ("reference", "ours")]
+        sizes = [f"{row[f'bytes_{side}'] / 1e6:.0f} MB" for side in ("reference", "ours")]
+        cells = [f"{NAMES[system]}, {mode}", row["shape"]]
+        cells += [", ".join(times), f"{row['time_ratio']:.2f}x"]
+        cells += [", ".join(sizes), f"{row['memory_ratio']:.2f}x", distance(row["difference"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "edits": edits_table,
     "gpus": gpu_table,
@@ -500,6 +565,9 @@ TABLES = {
     "together": together_table,
     "full_size": full_size_table,
     "streaming": streaming_sentence,
+    "training": training_table,
+    "learned": learned_sentence,
+    "kept": kept_table,
     "drift": drift_sentence,
     "drifts": drift_table,
     "quantised": quantised_table,

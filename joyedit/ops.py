@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from joyedit import frozen
 from joyedit.convolutions import Size as Size
 from joyedit.convolutions import conv2d as conv2d
 from joyedit.convolutions import conv3d as conv3d
@@ -166,7 +167,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D_in), weight (D_out, D_in), bias (D_out) -> (..., D_out) in the dtype of x."""
     if not isinstance(weight, Tensor):  # quantised or with adapters, it knows how it is multiplied
         return weight.linear(x, bias)
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if weight.dtype != x.dtype:
+        return frozen.linear(x, bias, Tensor.to, weight)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -19,10 +19,9 @@ import os
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from joyedit import ops
+from joyedit import frozen, ops
 from joyedit.eight_bits import turned_back
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -85,7 +84,10 @@ class QuantisedWeight:
         fast = _products == "fast" and self.stored.dtype == torch.int8
         if fast and not (torch.is_grad_enabled() and x.requires_grad):
             return ops.int8_linear(x, self.stored, self.scale, bias, self.group)
-        return F.linear(x, self.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return frozen.linear(x, bias, self._meant, self.stored, self.scale)
+
+    def _meant(self, stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return QuantisedWeight(stored, scale, self.group, self.dtype).to(dtype)
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The weight, in memory of its own."""

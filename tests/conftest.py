@@ -95,6 +95,14 @@ def pytest_cmdline_main(config):
         os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests in several processes come first and are one group, so that these processes are started once."""
+    together = {item for item in items if "workers" in getattr(item, "fixturenames", ())}
+    for item in together:
+        item.add_marker(pytest.mark.xdist_group("workers"))
+    items.sort(key=lambda item: item not in together)  # else as it was
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     return usable_cores()
@@ -118,6 +126,16 @@ def fixed_seed():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Processes that work together: see tests/workers.py."""
+    from tests.workers import Workers
+
+    together = Workers()
+    yield together
+    together.stop()
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from benchmarks.random_checkpoint import (
     write_random_chronoedit_checkpoint,
     write_random_diffedit_checkpoint,
 )
-from benchmarks.shapes import evaluate, joyimage, train, wan_vae
+from benchmarks.shapes import evaluate, joyimage, new_instruction, train, wan_vae
 from joyedit.command.cli import main
 from joyedit.pipelines.rewriting import rewrite
 from tests.answering import answering, rewritten
@@ -166,7 +166,7 @@ def run_joyedit(words, published, capsys):
     """Runs a command of a page, small and in one step. Every path that it prints is there."""
     small = ["--steps", "1"] if words[0] in ("edit", "generate", "train") else []
     if words[0] == "train":
-        small += ["--basesize", "64", "--sample-every", "0", "--device", "cpu"]
+        small += ["--basesize", "64", "--sample-every", "0", "--valid-every", "0", "--device", "cpu"]
     if "nvidia/ChronoEdit-14B-Diffusers" in words or "--height" in words:
         small += ["--height", "32", "--width", "48"]
     if "--reasoning-steps" in words:
@@ -194,7 +194,11 @@ def run_training(words, monkeypatch):
     monkeypatch.setattr(
         evaluate, "evaluate_checkpoint", lambda folder, *_: called.append(folder.name) or 1 / 0
     )
+    monkeypatch.setattr(new_instruction, "PAIRS", 1)
+    monkeypatch.setattr(new_instruction, "VALID", 1)
+    monkeypatch.setattr(evaluate, "EDITS", 1)
     programs = {"benchmarks.shapes.train": train.main, "benchmarks.shapes.evaluate": evaluate.main}
+    programs["benchmarks.shapes.new_instruction"] = new_instruction.main
     python, option, module, *arguments = words
     assert (python, option) == ("python", "-m")
     with contextlib.suppress(ZeroDivisionError):

@@ -7,6 +7,7 @@ longer tells the truth. What is asked beside it is in `CHECKS`, one for each sec
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import joyedit
 
@@ -178,10 +180,38 @@ def test_the_page_does_what_it_says(section, fork, published):
 def test_the_tests_that_the_page_names_pass_in_the_fork(section, fork):
     for edits in blocks(section, "diff"):
         apply_edits(edits, fork)
-    (command,) = blocks(section, "bash")
+    command, *_ = blocks(section, "bash")
     program, *words = command.split()
     assert program == "pytest"
     assert " passed" in run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words], fork)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", [name for name in CHECKS if len(blocks(name, "bash")) > 1])
+def test_what_was_changed_is_trained(section, fork):
+    """By the command of the page, for a step: what it writes is there, and what is new has moved."""
+    for edits in blocks(section, "diff"):
+        apply_edits(edits, fork)
+    for name in ("target", "control"):
+        (fork / "pairs" / name).mkdir(parents=True)
+        shutil.copy(ROOT / "examples" / "coffee.jpg", fork / "pairs" / name / "0.jpg")
+    (fork / "pairs" / "target" / "0.txt").write_text("Make it blue.")
+    (code,) = blocks(section, "python")
+    run([sys.executable, "-c", code], fork)
+    _, command = blocks(section, "bash")
+    program, *words = shlex.split(command)
+    words[words.index("--steps") + 1] = "1"
+    made = run([sys.executable, "-m", program, *words, "--device", "cpu", "--sample-every", "0"], fork)
+    state = torch.load(fork / words[words.index("--out") + 1] / "state.pt", weights_only=True)
+    new = {name: p for name, p in state["parameters"].items() if "temperature" in name or ".gate" in name}
+    if "--full" in words:
+        assert Path(made.strip()).name == "checkpoint" and len(state["parameters"]) > 2 * len(new) > 0
+        assert all((p != 1).any() for p in new.values())
+    else:
+        assert Path(made.strip()).name == "lora.safetensors" and list(new) == list(state["parameters"])
+        # The last block's words lead nowhere, and nothing is learned there.
+        assert len(new) == 2 * len([n for n in new if ".lora_A" in n]) > 8
+        assert len([name for name, p in new.items() if not p.any()]) == 1
 
 
 def test_every_file_of_the_table_is_there():

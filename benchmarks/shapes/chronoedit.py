@@ -16,9 +16,10 @@ B batch   C latent channels   T latent frames   h, w latent height and width   L
 """
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +27,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.shapes import evaluate, evaluate_chronoedit, made_for, scenes
+from benchmarks.shapes import evaluate, evaluate_chronoedit, made_for, scenes, wording
 from benchmarks.shapes.flow_matching import SHIFT, flow_loss
 from benchmarks.shapes.init_chronoedit import initialize_editor, initialize_encoders
 from benchmarks.shapes.joyimage import OF_PICTURES, OF_SHAPES, Plan, as_image
-from benchmarks.shapes.training import RatedAdamW, Run, cosine
-from benchmarks.shapes.vocabulary import instructions, umt5_tokenizer
+from benchmarks.shapes.training import SAVE_EVERY, Log, parameters_of
+from benchmarks.shapes.vocabulary import begin_with, instructions, umt5_tokenizer
 from joyedit.media.clip_images import CLIPImageConfig, CLIPImageProcessor
 from joyedit.media.images import to_latent_input
-from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel, Context
+from joyedit.models.chronoedit_dit import ChronoEditConfig, ChronoEditTransformer3DModel
 from joyedit.models.clip import CLIPVisionConfig, CLIPVisionModel
 from joyedit.models.umt5 import UMT5Config, UMT5EncoderModel
 from joyedit.models.wan_vae import AutoencoderKLWan
@@ -42,6 +43,10 @@ from joyedit.pipelines.chronoedit import EDIT_FRAMES, REASONING_FRAMES, ChronoEd
 from joyedit.pipelines.chronoedit_frames import FrameCoder
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
 from joyedit.text.t5_tokenizer import T5TokenizerFast
+from joyedit.training import losses
+from joyedit.training.optimisers import RatedAdamW
+from joyedit.training.run import Run, Stopping, rate_at
+from joyedit.training.turns import turns
 
 CONFIG = ChronoEditConfig(
     num_attention_heads=6,
@@ -55,7 +60,9 @@ CONFIG = ChronoEditConfig(
 CPU = torch.device("cpu")
 SEEN_SIDE = 32  # pixels; CLIP sees a picture as 2 x 2 patches
 SAMPLES = 150_000
+MORE, MORE_RATE = 75_000, 0.7  # from a checkpoint: samples, and the share of the rate
 EDITS, FILMS = 23, 1  # of a batch
+BATCH = EDITS + FILMS
 FRESH_EDITS, FILM_STEPS = 4, 4  # new edits per batch; batches per new film
 EDIT_POOL, FILM_POOL = 4096, 512
 RATE = 1.2e-3
@@ -64,6 +71,9 @@ WEIGHT = 4.0  # of cells that hold a shape or change
 FILM_WEIGHT = 0.2  # of the films in the loss
 NO_PROMPT = 0.05  # share of samples without an instruction, for guidance
 LEARNED = ("recolour",) * 3 + ("remove",) * 3 + ("add",) * 3 + ("move",) * 3 + ("grey", "negative")
+# From a checkpoint: what was not learned before, most often.
+WEAK = ("recolour",) * 2 + ("remove",) + ("add",) * 2 + ("move",) * 4 + ("replace",) * 4
+WEAK += ("background",) * 3 + ("grey", "negative")
 PADDING = (1, 1, 1, 8, 64, 500)  # rows, each equally often
 
 
@@ -84,62 +94,79 @@ def plan(samples: int, total: int) -> Plan:
     return Plan(LEARNED, (1, 2, 2), own=0.7 * (done >= 0.8))
 
 
+def plan_more(samples: int, total: int) -> Plan:
+    """Of a training from a checkpoint: up to two shapes; at last also from where the first step leads."""
+    return Plan(WEAK, (1, 2, 2), own=0.7 * (samples >= 0.75 * total))
+
+
 def train(
     folder: Path,
     vae_folder: Path,
     scale: float = 1.0,
     seed: int = 0,
     device: torch.device = CPU,
+    start: Path | None = None,
 ) -> None:
-    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint."""
+    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint. `start`: one to begin with."""
     torch.manual_seed(seed)
-    total = int(SAMPLES * scale)
+    total = int((MORE if start else SAMPLES) * scale)
+    plan_of, share = (plan_more, MORE_RATE) if start else (plan, 1.0)
     vae = AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.float32).to(device)
-    tokenizer = kept_tokenizer(folder / "tokenizer")
+    tokenizer = kept_tokenizer(folder / "tokenizer", varied=start is not None)
     editor, rates = make_editor(tokenizer, seed)
+    if start:
+        begin_with(start, editor._asdict(), tokenizer)
     for network in editor:
         network.to(device)
     shares = {p: rates[n].to(device) for n, p in editor.transformer.named_parameters() if n in rates}
     parameters = [p for network in editor for p in network.parameters() if p.requires_grad]
     optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run(folder, editor._asdict(), [optimizer], decay=0.998)
-    batch = EDITS + FILMS
-    edits = Pool(vae, tokenizer, total, EDIT_FRAMES, EDIT_POOL, batch / FRESH_EDITS)
-    films = Pool(vae, tokenizer, total, REASONING_FRAMES, FILM_POOL, FILM_STEPS * batch)
+    run = Run(folder, parameters_of(editor._asdict()), optimizer, decay=0.998)
+    log = Log(run, BATCH)
+    how: dict[str, Any] = {"plan_of": plan_of, "varied": start is not None}
+    edits = Pool(vae, tokenizer, total, EDIT_FRAMES, EDIT_POOL, BATCH / FRESH_EDITS, **how)
+    films = Pool(vae, tokenizer, total, REASONING_FRAMES, FILM_POOL, FILM_STEPS * BATCH, **how)
     edits.fill(run.step * FRESH_EDITS)
     films.fill(run.step // FILM_STEPS)
-    for progress in run.until(total, batch):
-        if run.step % 500 == 0:
-            report(run, vae, tokenizer, total)
-        early = SLOW_START[1] if progress < SLOW_START[0] else 1
-        run.set_rate(min(1, (run.step + 1) / 100) * early * cosine(progress, 0.03, start_at=0.5))
-        own = plan(run.samples, total).own
-        edit_loss = editing_loss(editor, edits.draw(EDITS).to(device), own)
-        ((1 - FILM_WEIGHT) * edit_loss).backward()
-        film_loss = editing_loss(editor, films.draw(FILMS).to(device), own)
-        (FILM_WEIGHT * film_loss).backward()
-        run.update({"loss": edit_loss.item(), "film_loss": film_loss.item()}, clip=1.0)
-        edits.renew(FRESH_EDITS)
-        if run.step % FILM_STEPS == FILM_STEPS - 1:
-            films.renew(1)
-    report(run, vae, tokenizer, total)
+    pipe = assemble(editor, vae, tokenizer)
+    steps = math.ceil(total / BATCH)
+    with Stopping() as stopping:
+        for turn in turns(run, steps, stopping):
+            now = plan_of(log.samples, total)
+            if turn.due(500):
+                with run.averaged():
+                    report(log, pipe, now)
+            if turn.saves(SAVE_EVERY):
+                run.save()
+            if turn.ends:
+                break
+            early = SLOW_START[1] if run.step < SLOW_START[0] * steps and not start else share
+            run.set_rate(rate_at(run.step, steps, early * RATE, "cosine", 100, held=0.5, least=0.03))
+            edit_loss = editing_loss(editor, edits.draw(EDITS).to(device), now.own)
+            ((1 - FILM_WEIGHT) * edit_loss).backward()
+            film_loss = editing_loss(editor, films.draw(FILMS).to(device), now.own)
+            (FILM_WEIGHT * film_loss).backward()
+            run.update(clip=1.0)
+            log.add(loss=edit_loss.item(), film_loss=film_loss.item())
+            edits.renew(FRESH_EDITS)
+            if run.step % FILM_STEPS == 0:
+                films.renew(1)
 
 
-def report(run: Run, vae: AutoencoderKLWan, tokenizer: T5TokenizerFast, total: int) -> None:
+def report(log: Log, pipe: ChronoEditPipeline, now: Plan) -> None:
     """Score held-out edits like those of now, write the checkpoint and every now and then a picture."""
-    pipe = assemble(Editor(*map(run.averaged, Editor._fields)), vae, tokenizer)
-    now = plan(run.samples, total)
     edits = evaluate.held_out(8, now.counts, tuple(dict.fromkeys(now.kinds)))
     results = evaluate_chronoedit.run(pipe, edits, evaluate_chronoedit.STEPS)
-    run.log(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
+    log.write(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
     picture = evaluate.grid(edits, results, columns=8)
-    picture.save(run.folder / "held-out.png")
+    folder = log.run.folder
+    picture.save(folder / "held-out.png")
     films = evaluate_chronoedit.film_grid(edits[::8], evaluate_chronoedit.films(pipe, edits[::8], steps=4))
-    films.save(run.folder / "films.png")
-    if run.step % 2500 == 0:
-        picture.save(run.folder / f"held-out-{run.samples:07d}.png")
-    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
-    made_for.stamp(run.folder / "checkpoint", "chronoedit")
+    films.save(folder / "films.png")
+    if log.run.step % 2500 == 0:
+        picture.save(folder / f"held-out-{log.samples:07d}.png")
+    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(folder / "checkpoint")
+    made_for.stamp(folder / "checkpoint", "chronoedit")
 
 
 class Batch(NamedTuple):
@@ -157,31 +184,15 @@ class Batch(NamedTuple):
 
 def editing_loss(editor: Editor, batch: Batch, own: float = 0.0) -> Tensor:
     """`flow_loss` of a batch."""
-
-    def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
-        return predict(editor, batch, noisy, sigma)
-
-    return flow_loss(velocity, batch.frames, batch.weight, own)
+    formulas = losses.chronoedit, losses.chronoedit_velocity
+    return flow_loss(*formulas, editor.transformer, batch.frames, read(editor, batch), batch.weight, own)
 
 
-def predict(editor: Editor, batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity (B, C, T, h, w) of `noisy` at noise levels sigma (B)."""
-    transformer, text_encoder, image_encoder = editor
-    states = F.pad(text_encoder.encode(batch.tokens, batch.mask), (0, 0, 0, 1))
-    text = repeat_last(transformer.embed_text(states), batch.padding)
-    image = transformer.embed_image(image_encoder.hidden_states(batch.pixels, layer=-2))
-    latents = torch.cat((noisy, batch.condition), dim=1)
-    rope = transformer.rope(transformer.token_grid(latents))
-    return transformer.predict(latents, transformer.embed_time(1000 * sigma), text, image, rope)
-
-
-def repeat_last(context: Context, count: int) -> Context:
-    """Keys and values whose last row stands for `count` of them: padding is all alike."""
-
-    def longer(x: Tensor) -> Tensor:
-        return torch.cat((x[:, :-1], x[:, -1:].expand(-1, count, -1, -1)), dim=1)
-
-    return tuple((longer(k), longer(v)) for k, v in context)
+def read(editor: Editor, batch: Batch) -> losses.ChronoEditConditioning:
+    """What the transformer is told of a batch. Padding is all alike: a row of zeros."""
+    states = F.pad(editor.text_encoder.encode(batch.tokens, batch.mask), (0, 0, 0, 1))
+    image = editor.image_encoder.hidden_states(batch.pixels, layer=-2)
+    return losses.ChronoEditConditioning(batch.condition, states, image, padding=batch.padding - 1)
 
 
 class Pool:
@@ -199,9 +210,11 @@ class Pool:
         frames: int,
         size: int,
         samples: float,
+        plan_of: Callable[[int, int], Plan] = plan,
+        varied: bool = False,
     ):
         self.vae, self.coder, self.tokenizer, self.total = vae, FrameCoder(vae), tokenizer, total
-        self.size, self.samples = size, samples
+        self.size, self.samples, self.plan_of, self.varied = size, samples, plan_of, varied
         self.times = torch.linspace(0, 1, 1 + (frames - 1) // vae.config.scale_factor_temporal).tolist()
         self.first = 2**30 if len(self.times) > 2 else 0  # films are not those of the edits
         side = scenes.SIZE // vae.config.scale_factor_spatial
@@ -224,7 +237,7 @@ class Pool:
         """Exchange the oldest `count` edits for new ones."""
         edits = []
         for index in range(self.next, self.next + count):
-            now = plan(int(max(index - self.size, 0) * self.samples), self.total)
+            now = self.plan_of(int(max(index - self.size, 0) * self.samples), self.total)
             edits.append(scenes.make_edit(self.first + index, "train", now.kinds, now.counts))
         slots = torch.arange(self.next, self.next + count) % self.size
         self.next += count
@@ -232,9 +245,11 @@ class Pool:
         pictures = [as_image(scene) for film in shown for scene in film]
         latents = self.encode(pictures).unflatten(0, (count, -1))  # (count, T, C, 1, h, w)
         self.frames[slots] = latents[:, :, :, 0].transpose(1, 2).half()
-        for slot, edit, film in zip(slots.tolist(), edits, shown, strict=True):
+        numbers = range(self.first + self.next - count, self.first + self.next)
+        for slot, edit, film, number in zip(slots.tolist(), edits, shown, numbers, strict=True):
             self.weight[slot] = cell_weights(edit, film, self.weight.shape[-1]).half()
-            self.tokens[slot] = torch.tensor(self.tokenizer.encode(edit.instruction))
+            text = wording.told(edit.instruction, number) if self.varied else edit.instruction
+            self.tokens[slot] = torch.tensor(self.tokenizer.encode(text))
         self.pixels[slots] = self.seen(pictures[:: len(self.times)])["pixel_values"].half()
 
     @torch.no_grad()
@@ -289,10 +304,10 @@ def cell_weights(edit: scenes.Edit, film: Sequence[scenes.Scene], side: int) -> 
     return weight[None]
 
 
-def kept_tokenizer(folder: Path) -> T5TokenizerFast:
+def kept_tokenizer(folder: Path, varied: bool = False) -> T5TokenizerFast:
     """The tokenizer of a run, kept in `folder`: a vocabulary must not change under a training."""
     if not (folder / "tokenizer.json").is_file():
-        umt5_tokenizer(instructions()).save_pretrained(folder)
+        umt5_tokenizer(instructions(varied=varied)).save_pretrained(folder)
     return T5TokenizerFast.from_pretrained(folder)
 
 

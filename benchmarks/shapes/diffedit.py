@@ -12,6 +12,7 @@ B batch   C latent channels   h, w latent height and width   L prompt tokens
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.shapes import evaluate_diffedit, made_for, scenes
+from benchmarks.shapes import evaluate_diffedit, made_for, scenes, wording
 from benchmarks.shapes.sd_vae import CPU, SIZE, to_tensor, training_scene
-from benchmarks.shapes.training import Muon, Run, cosine
-from benchmarks.shapes.vocabulary import captions, clip_tokenizer
+from benchmarks.shapes.training import SAVE_EVERY, Log, parameters_of
+from benchmarks.shapes.vocabulary import begin_with, captions, clip_tokenizer
 from joyedit.media.clip_images import CLIPImageConfig, CLIPImageProcessor
 from joyedit.models.clip import CLIPTextConfig, CLIPTextModel
 from joyedit.models.sd_unet import UNet2DConditionConfig, UNet2DConditionModel
@@ -33,6 +34,10 @@ from joyedit.models.sd_vae import AutoencoderKL
 from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
 from joyedit.schedulers.ddim import DDIMScheduler
 from joyedit.text.clip_tokenizer import CLIPTokenizer
+from joyedit.training import losses
+from joyedit.training.optimisers import Muon, is_kernel
+from joyedit.training.run import Run, Stopping, rate_at
+from joyedit.training.turns import turns
 
 # Transformers where there are 8 x 8 positions; at 16 x 16 they would cost as much as all the rest.
 CONFIG = UNet2DConditionConfig(
@@ -47,11 +52,15 @@ CONFIG = UNet2DConditionConfig(
 )
 TOKENS = 32  # a caption of three shapes has 21
 ROUNDS = (130_000, 40_000)  # samples; the rate falls in each
+MORE = (44_000,)  # from a checkpoint
 BATCH = 32
 FRESH = 8  # new scenes per batch
 POOL = 8192
 RATE = 2e-3  # of kernels, under Muon
 WEIGHT = 4.0  # of cells that hold a shape
+OF_PAIRS = (1, 2, 2)  # shapes in a scene
+PAIRS = 0.6  # from a checkpoint: share of samples that are edits of another scene
+BEGIN = 0.9  # the latest timestep at which they begin, of N
 NO_CAPTION = 0.1  # share of samples without one, for guidance
 
 
@@ -78,83 +87,112 @@ def train(
     scale: float = 1.0,
     seed: int = 0,
     device: torch.device = CPU,
+    start: Path | None = None,
 ) -> None:
-    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint."""
+    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint. `start`: one to begin with."""
     torch.manual_seed(seed)
-    rounds = [int(samples * scale) for samples in ROUNDS]
+    rounds = [math.ceil(samples * scale / BATCH) for samples in (MORE if start else ROUNDS)]
+    first = rounds[0] * BATCH
     vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device)
-    tokenizer = make_tokenizer(folder / "tokenizer")
+    tokenizer = make_tokenizer(folder / "tokenizer", varied=start is not None)
     unet = UNet2DConditionModel(CONFIG)
     encoder = CLIPTextModel(encoder_config(tokenizer))
     initialize(unet, encoder)
+    if start:
+        begin_with(start, {"unet": unet, "text_encoder": encoder}, tokenizer)
     networks = {
         "unet": unet.to(device, memory_format=torch.channels_last),
         "text_encoder": encoder.to(device),
     }
-    run = Run(folder, networks, optimizers(unet, encoder), decay=0.998)
-    pool = Pool(vae, tokenizer, rounds[0], POOL)
+    run = Run(folder, parameters_of(networks), make_optimizer(unet, encoder), decay=0.998)
+    log = Log(run, BATCH)
+    pool = Pool(vae, tokenizer, first, POOL, varied=start is not None)
     pool.fill(run.step * FRESH)
-    for _ in run.until(sum(rounds), BATCH):
-        if run.step % 300 == 0:
-            report(run, assemble(run.averaged("unet"), run.averaged("text_encoder"), vae, tokenizer))
-        run.set_rate(min(1, (run.step + 1) / 100) * rate(run.samples, rounds))
-        batch = pool.draw(BATCH).to(device)
-        loss = denoising_loss(unet, encoder, batch, plan(run.samples, rounds[0]).strong)
-        loss.backward()
-        run.update({"loss": loss.item()}, clip=1.0)
-        pool.renew(FRESH)
-    report(run, assemble(run.averaged("unet"), run.averaged("text_encoder"), vae, tokenizer))
+    pipe = assemble(unet, encoder, vae, tokenizer)
+    with Stopping() as stopping:
+        for turn in turns(run, sum(rounds), stopping):
+            if turn.due(300):
+                with run.averaged():
+                    report(log, pipe)
+            if turn.saves(SAVE_EVERY):
+                run.save()
+            if turn.ends:
+                break
+            run.set_rate(rate(run.step, rounds))
+            batch = pool.draw(BATCH).to(device)
+            strong = not start and plan(log.samples, first).strong
+            loss = denoising_loss(unet, encoder, batch, strong)
+            loss.backward()
+            run.update(clip=1.0)
+            log.add(loss=loss.item())
+            pool.renew(FRESH)
 
 
-def rate(samples: int, rounds: Sequence[int]) -> float:
-    """The share of the learning rate: all of it for half of a round, then half a cosine down."""
+def rate(step: int, rounds: Sequence[int]) -> float:
+    """The learning rate: all of it for half of a round, then half a cosine down."""
+    warmup = 100
     for length in rounds:
-        if samples < length:
-            return cosine(samples / length, 0.02, start_at=0.5)
-        samples -= length
-    return 0.02
+        if step < length:
+            return rate_at(step, length, RATE, "cosine", warmup, held=0.5, least=0.02)
+        step, warmup = step - length, 0
+    return 0.02 * RATE
 
 
-def optimizers(unet: UNet2DConditionModel, encoder: CLIPTextModel) -> list[torch.optim.Optimizer]:
-    """Muon for the UNet's kernels; Adam at half its rate for gains and biases and for words."""
-    kernels = [p for p in unet.parameters() if p.ndim > 1]
-    others = [p for p in (*unet.parameters(), *encoder.parameters()) if not any(p is k for k in kernels)]
-    return [Muon(kernels, RATE), torch.optim.AdamW(others, RATE / 2, betas=(0.9, 0.98), weight_decay=0.01)]
+def make_optimizer(unet: UNet2DConditionModel, encoder: CLIPTextModel) -> Muon:
+    """Muon for the UNet's kernels; AdamW at half its rate for gains and biases and for words."""
+    kernels = [p for p in unet.parameters() if is_kernel(p)]
+    others = [p for p in unet.parameters() if not is_kernel(p)] + list(encoder.parameters())
+    return Muon(kernels, others, RATE, share=0.5, betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def report(run: Run, pipe: StableDiffusionDiffEditPipeline) -> None:
+def report(log: Log, pipe: StableDiffusionDiffEditPipeline) -> None:
     """Score held-out edits, write the checkpoint and every now and then a picture."""
     scores, picture = evaluate_diffedit.evaluate(pipe, 12, references=False)
-    run.log(**scores["model"])
-    picture.save(run.folder / "held-out.png")
-    if run.step % 1500 == 0:
-        picture.save(run.folder / f"held-out-{run.samples:07d}.png")
-    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
-    made_for.stamp(run.folder / "checkpoint", "diffedit")
+    folder = log.run.folder
+    log.write(**scores["model"])
+    picture.save(folder / "held-out.png")
+    if log.run.step % 1500 == 0:
+        picture.save(folder / f"held-out-{log.samples:07d}.png")
+    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(folder / "checkpoint")
+    made_for.stamp(folder / "checkpoint", "diffedit")
 
 
 class Batch(NamedTuple):
     latents: Tensor  # (B, C, h, w), scaled
     weight: Tensor  # (B, 1, h, w)
     tokens: Tensor  # (B, L)
+    left: Tensor | None = None  # (B, C, h, w), another scene - latents: see `leftover`
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(part.to(device) for part in self))
+        return Batch(*(part if part is None else part.to(device) for part in self))
 
 
 def denoising_loss(
     unet: UNet2DConditionModel, encoder: CLIPTextModel, batch: Batch, strong: bool = True
 ) -> Tensor:
-    """The weighted mean squared error of v = sqrt(abar) noise - sqrt(1 - abar) x0."""
+    """The weighted error of v, the mean over a batch."""
     x0 = batch.latents
     timesteps = draw_timesteps(len(x0), strong)
     noise = torch.randn(x0.shape).to(x0)  # drawn on the CPU: the same on every device
-    abar = ALPHAS[timesteps].view(-1, 1, 1, 1).to(x0)
-    noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
-    velocity = abar.sqrt() * noise - (1 - abar).sqrt() * x0
-    context = unet.embed_context(encoder.encode(batch.tokens))
-    predicted = unet.predict(noisy, unet.embed_time(timesteps.to(x0.device)), context)
-    return (batch.weight * (predicted - velocity).square()).mean()
+    if batch.left is not None:
+        noise += leftover(timesteps).view(-1, 1, 1, 1).to(x0) * batch.left
+    conditioning = losses.StableDiffusionConditioning(encoder.encode(batch.tokens))
+    sigma = losses.noise_levels(SCHEDULER)[timesteps].to(x0)
+    options = {"scheduler": SCHEDULER, "weight": batch.weight}
+    return losses.stable_diffusion(unet, x0, conditioning, noise, sigma, **options).mean()
+
+
+def leftover(timesteps: Tensor) -> Tensor:
+    """How much of (another scene - x0) the noise holds, (B), when an edit begins with that scene.
+
+    At a timestep T it is sqrt(abar) other + sqrt(1 - abar) noise, and taken for x0 under its caption that is
+    sqrt(abar) x0 + sqrt(1 - abar) (noise + r (other - x0)), r = sqrt(abar / (1 - abar)) at T. A network that
+    answers x0 keeps this noise down to timestep 0. Half of the edits begin at `timesteps`, as masks are
+    found, the others anywhere above, up to BEGIN.
+    """
+    room = (BEGIN * len(ALPHAS) - timesteps).clamp_min(0) * (torch.rand(len(timesteps)) < 0.5)
+    begun = ALPHAS[timesteps + (room * torch.rand(len(timesteps))).long()]
+    return (begun / (1 - begun)).sqrt() * (begun < BRIGHTEST)
 
 
 def draw_timesteps(count: int, strong: bool) -> Tensor:
@@ -178,7 +216,9 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-ALPHAS = make_scheduler().alphas_cumprod.float()  # abar of every timestep
+SCHEDULER = make_scheduler()
+ALPHAS = SCHEDULER.alphas_cumprod.float()  # abar of every timestep
+BRIGHTEST = ALPHAS[350]  # no edit begins with less noise than here
 
 
 class Pool:
@@ -187,10 +227,13 @@ class Pool:
     Which scenes are in it depends on the progress alone, so an interrupted training finds the same again.
     """
 
-    def __init__(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, first: int, size: int):
-        self.vae, self.tokenizer, self.first, self.size = vae, tokenizer, first, size
+    def __init__(
+        self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, first: int, size: int, varied: bool = False
+    ):
+        self.vae, self.tokenizer, self.first, self.size, self.varied = vae, tokenizer, first, size, varied
         side = SIZE // vae.config.factor
         self.latents = torch.zeros(size, vae.config.latent_channels, side, side, dtype=torch.half)
+        self.others = torch.zeros_like(self.latents) if varied else None
         self.weight = torch.zeros(size, 1, side, side, dtype=torch.half)
         self.tokens = torch.zeros(size, tokenizer.model_max_length, dtype=torch.long)
         self.no_caption = self.encode_texts([""])
@@ -204,19 +247,36 @@ class Pool:
 
     def renew(self, count: int) -> None:
         """Exchange the oldest `count` scenes for new ones."""
-        drawn = []
-        for index in range(self.next, self.next + count):
-            now = plan(max(index - self.size, 0) * BATCH // FRESH, self.first)
-            drawn.append(training_scene(index, now.counts))
-        slots = torch.arange(self.next, self.next + count) % self.size
+        indices = range(self.next, self.next + count)
+        slots = torch.tensor(indices) % self.size
         self.next += count
-        pixels = to_tensor([as_seen(scene) for scene in drawn])
-        with torch.no_grad():
-            latents = self.vae.encode(pixels.to(self.vae.device)).latent_dist.mean
-        self.latents[slots] = (self.vae.config.scaling_factor * latents).half().cpu()
         side = self.weight.shape[-1]
-        self.weight[slots] = torch.stack([cell_weights(scene, side) for scene in drawn]).half()
-        self.tokens[slots] = self.encode_texts([scenes.caption(scene) for scene in drawn])
+        if self.others is None:
+            plans = [plan(max(index - self.size, 0) * BATCH // FRESH, self.first) for index in indices]
+            drawn = [training_scene(i, now.counts) for i, now in zip(indices, plans, strict=True)]
+            weights = torch.stack([cell_weights(scene, side) for scene in drawn])
+            texts = [scenes.caption(scene) for scene in drawn]
+        else:
+            pairs = [scenes.make_caption_pair(index, "train", OF_PAIRS, SIZE) for index in indices]
+            drawn = [pair.target for pair in pairs]
+            self.others[slots] = self.encode_scenes([pair.source for pair in pairs])
+            weights = torch.stack(
+                [cell_weights(p.target, side).maximum(cell_weights(p.source, side)) for p in pairs]
+            )
+            texts = [
+                wording.told(pair.target_caption, index, wording.reworded_caption)
+                for index, pair in zip(indices, pairs, strict=True)
+            ]
+        self.latents[slots] = self.encode_scenes(drawn)
+        self.weight[slots] = weights.half()
+        self.tokens[slots] = self.encode_texts(texts)
+
+    @torch.no_grad()
+    def encode_scenes(self, drawn: Sequence[scenes.Scene]) -> Tensor:
+        """Their latents, scaled."""
+        pixels = to_tensor([as_seen(scene) for scene in drawn])
+        latents = self.vae.encode(pixels.to(self.vae.device)).latent_dist.mean
+        return (self.vae.config.scaling_factor * latents).half().cpu()
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Padded as the pipeline does, (B, L)."""
@@ -229,7 +289,11 @@ class Pool:
         slots = torch.randint(self.size, (count,))
         without = torch.rand(count, 1) < NO_CAPTION
         tokens = torch.where(without, self.no_caption, self.tokens[slots])
-        return Batch(self.latents[slots].float(), self.weight[slots].float(), tokens)
+        latents, left = self.latents[slots].float(), None
+        if self.others is not None:
+            edited = (torch.rand(count, 1) < PAIRS) & ~without
+            left = (self.others[slots].float() - latents) * edited[..., None, None]
+        return Batch(latents, self.weight[slots].float(), tokens, left)
 
 
 def cell_weights(scene: scenes.Scene, side: int) -> Tensor:
@@ -244,10 +308,10 @@ def as_seen(scene: scenes.Scene) -> np.ndarray:
     return scenes.to_levels(scenes.draw(scene, SIZE)).astype(np.float32) / 255
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, varied: bool = False) -> CLIPTokenizer:
     """The tokenizer of a run, kept in `folder`: a vocabulary must not change under a training."""
     if not (folder / "vocab.json").is_file():
-        clip_tokenizer(captions(), length=TOKENS).save_pretrained(folder)
+        clip_tokenizer(captions(varied=varied), length=TOKENS).save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 

@@ -3,16 +3,18 @@
 Success takes three things at once: inside the changed region the result is near the target, outside it is as
 near the source as the VAE can make it, and what is new has the right outline (`outline`): a blob of the right
 colour fails. Beside each score stand that of the input itself (`nothing`) and that of the target after a trip
-through the VAE (`ceiling`).
+through the VAE (`ceiling`). With `--wordings`, the same edits are also asked for in other letters, without
+a full stop and politely (`wording.WORDINGS`).
 
     python -m benchmarks.shapes.evaluate runs/joyimage/checkpoint --out joyimage.json
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.shapes import scenes
+from benchmarks.shapes import scenes, wording
 from joyedit.loading.layouts import load, pipeline_name
 from joyedit.media import spatial
 from joyedit.media.images import to_latent_input, to_output
@@ -29,16 +31,14 @@ from joyedit.pipelines.joyimage import JoyImageEditPipeline
 INSIDE = 0.08  # largest mean absolute error in the changed region, of the full range
 OUTSIDE = 26.0  # least PSNR in dB elsewhere
 OVERLAP = 0.75  # least intersection over union of a new shape with the true one
+WORDED = 20  # edits of each kind that are asked for in all wordings
 EDITS, COUNTS = 40, (1, 2, 2, 3, 3, 4)  # of each kind; shapes in a scene, as often as listed
 STEPS = 2
 
 # The module that evaluates a pipeline, and the kinds of edits it knows.
 EVALUATIONS = {
     "JoyImageEditPipeline": ("benchmarks.shapes.evaluate", scenes.KINDS),
-    "ChronoEditPipeline": (
-        "benchmarks.shapes.evaluate_chronoedit",
-        ("recolour", "remove", "add", "move", "grey", "negative"),
-    ),
+    "ChronoEditPipeline": ("benchmarks.shapes.evaluate_chronoedit", scenes.KINDS),
     "StableDiffusionDiffEditPipeline": ("benchmarks.shapes.evaluate_diffedit", ("recolour", "replace")),
 }
 
@@ -144,7 +144,8 @@ def run(
 
 
 def asked(edit: scenes.Edit) -> tuple[Image.Image, str]:
-    """Picture and instruction as a user gives them: the red box of a move is drawn by `joyedit.spatial`."""
+    """Picture and instruction as a user gives them: the red box of a move is drawn by `joyedit.spatial`,
+    whose words are those of the plain instruction."""
     source = edit.source
     picture = Image.fromarray(scenes.to_levels(scenes.draw(source._replace(box=None))))
     if source.box is None:
@@ -152,7 +153,7 @@ def asked(edit: scenes.Edit) -> tuple[Image.Image, str]:
     thing = next(before for before, after in edit.pairs if before != after and before is not None)
     half = source.box.half + scenes.BOX_LINE / 2
     box = ((source.box.x - half + 1) / 2, (source.box.y - half + 1) / 2, half, half)
-    return spatial.move(picture, f"the {thing.name}", box)
+    return spatial.move(picture, f"the {thing.name}", box).image, edit.instruction
 
 
 @torch.no_grad()
@@ -194,11 +195,40 @@ def held_out(count: int, counts: Sequence[int], kinds: Sequence[str]) -> list[sc
     ]
 
 
+def in_other_words(
+    edits: Sequence[scenes.Edit], edited: Callable[[Sequence[scenes.Edit]], Sequence[np.ndarray]]
+) -> dict[str, Any]:
+    """Success when the same edits are asked for in each of `wording.WORDINGS`, over all and by kind; the
+    first WORDED of each kind. `edited`: edits to results."""
+    some = first_of_each(edits, [edit.kind for edit in edits], WORDED)
+    report = {}
+    for name, change in wording.WORDINGS.items():
+        told = [dataclasses.replace(edit, instruction=change(edit.instruction)) for edit in some]
+        report[name] = success(summarize(judge(e, r) for e, r in zip(some, edited(told), strict=True)))
+    return report
+
+
+def first_of_each(items: Sequence[Any], kinds: Sequence[str], count: int) -> list[Any]:
+    """The first `count` items of each kind, in their order."""
+    return [item for i, item in enumerate(items) if kinds[:i].count(kinds[i]) < count]
+
+
+def success(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a summary only the numbers of edits and the rates."""
+    kinds = summary["kinds"]
+    edits = sum(row["edits"] for row in kinds.values())
+    return {"edits": edits, "ok": summary["ok"], "kinds": {kind: row["ok"] for kind, row in kinds.items()}}
+
+
 def evaluate(
-    pipe: JoyImageEditPipeline, count: int, counts: Sequence[int], kinds: Sequence[str]
+    pipe: JoyImageEditPipeline,
+    count: int,
+    counts: Sequence[int],
+    kinds: Sequence[str],
+    wordings: bool = False,
 ) -> tuple[dict[str, Any], Image.Image]:
     """`count` held-out edits of each kind in scenes of `counts` shapes: the model's scores, those of doing
-    nothing and of the VAE."""
+    nothing and of the VAE, and with `wordings` the success in each of them."""
     edits = held_out(count, counts, kinds)
     results = run(pipe, edits, STEPS)
     ceiling = through_vae(pipe, [scenes.draw(edit.target) for edit in edits])
@@ -206,18 +236,24 @@ def evaluate(
     report = {
         name: summarize(judge(e, r) for e, r in zip(edits, side, strict=True)) for name, side in sides.items()
     }
+    if wordings:
+        report["wordings"] = in_other_words(edits, lambda told: run(pipe, told, STEPS))
     shown = [i for i in range(len(edits)) if i % count < 4]
     return report, grid([edits[i] for i in shown], [results[i] for i in shown])
 
 
 def evaluate_checkpoint(
-    folder: Path, count: int, counts: Sequence[int], kinds: Sequence[str] | None = None
+    folder: Path,
+    count: int,
+    counts: Sequence[int],
+    kinds: Sequence[str] | None = None,
+    wordings: bool = False,
 ) -> tuple[dict[str, Any], Image.Image]:
     """The report of a checkpoint of any of the three systems, and a picture of its first results."""
     module, known = EVALUATIONS[pipeline_name(folder)]
     pipe = load(folder, device="cpu", dtype="float32")
     pipe.set_progress_bar_config(disable=True)
-    return importlib.import_module(module).evaluate(pipe, count, counts, kinds or known)
+    return importlib.import_module(module).evaluate(pipe, count, counts, kinds or known, wordings=wordings)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -227,8 +263,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--edits", type=int, default=EDITS, help="of each kind")
     parser.add_argument("--shapes", type=int, nargs="+", default=COUNTS, help="in a scene")
     parser.add_argument("--kinds", nargs="+", choices=scenes.KINDS, help="of edits")
+    parser.add_argument("--wordings", action="store_true", help="ask in each of them, too")
     given = parser.parse_args(arguments)
-    report, picture = evaluate_checkpoint(given.checkpoint, given.edits, given.shapes, given.kinds)
+    report, picture = evaluate_checkpoint(
+        given.checkpoint, given.edits, given.shapes, given.kinds, given.wordings
+    )
     given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     picture.save(given.out.with_suffix(".png"))
     for name, side in report.items():

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks.shapes import scenes
-from benchmarks.shapes.evaluate import grid, held_out, judge, summarize
+from benchmarks.shapes.evaluate import grid, held_out, in_other_words, judge, summarize
 from benchmarks.shapes.wan_vae import to_tensor
 from joyedit.media.images import to_output
 from joyedit.pipelines.chronoedit import EDIT_FRAMES, REASONING_FRAMES, ChronoEditPipeline
@@ -37,9 +37,11 @@ def evaluate(
     kinds: Sequence[str],
     steps: int = STEPS,
     reasoning: int = REASONING_STEPS,
+    wordings: bool = False,
 ) -> tuple[dict[str, Any], Image.Image]:
     """`count` held-out edits of each kind in scenes of `counts` shapes: scores of the model without and with
-    temporal reasoning, of doing nothing and of the autoencoder; and how near films are to the drawn ones.
+    temporal reasoning, of doing nothing and of the autoencoder; how near films are to the drawn ones; and
+    with `wordings` the success (without temporal reasoning) in each of them.
 
     The picture shows some of the results with temporal reasoning."""
     edits = held_out(count, counts, kinds)
@@ -54,6 +56,8 @@ def evaluate(
         name: summarize(judge(e, r) for e, r in zip(edits, side, strict=True)) for name, side in sides.items()
     }
     some = [i for i in range(len(edits)) if i % count < FILMS]
+    if wordings:
+        report["wordings"] = in_other_words(edits, lambda told: run(pipe, told, steps))
     report["way"] = way([edits[i] for i in some], films(pipe, [edits[i] for i in some], steps), pipe)
     shown = [i for i in range(len(edits)) if i % count < 4]
     return report, grid([edits[i] for i in shown], [sides["reasoning"][i] for i in shown])

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.shapes import evaluate as evaluate_edits
-from benchmarks.shapes import scenes
+from benchmarks.shapes import scenes, wording
 from benchmarks.shapes.sd_vae import SIZE, to_tensor
 from joyedit.media.images import to_output
 from joyedit.pipelines.diffedit import StableDiffusionDiffEditPipeline
@@ -27,13 +27,13 @@ KINDS = ("recolour", "replace")
 # What the small model is called with. Its pictures are small, so a shape is seen through more noise than in
 # a photograph, and takes up more of the picture.
 SETTINGS: dict[str, Any] = {
-    "num_inference_steps": 20,
-    "inpaint_strength": 0.8,
+    "num_inference_steps": 14,
+    "inpaint_strength": 0.7,
     "guidance_scale": 2.0,
     "negative_prompt": "",
     "num_maps_per_mask": 10,
-    "mask_encode_strength": 0.6,
-    "mask_thresholding_ratio": 8.0,
+    "mask_encode_strength": 0.5,
+    "mask_thresholding_ratio": 10.0,
 }
 
 
@@ -153,10 +153,12 @@ def evaluate(
     counts: Sequence[int] = COUNTS,
     kinds: Sequence[str] = KINDS,
     references: bool = True,
+    wordings: bool = False,
     **settings: Any,
 ) -> tuple[dict[str, Any], Image.Image]:
     """`count` held-out edits of each kind in scenes of `counts` shapes: the model's scores and, with
-    `references`, those of doing nothing and of the VAE; and the picture of the first edits of each kind."""
+    `references`, those of doing nothing and of the VAE, and with `wordings` the success in each of them; and
+    the picture of the first edits of each kind."""
     cases = held_out(count, counts, kinds)
     answers = run(pipe, cases, **settings)
     sides = {"model": answers}
@@ -166,8 +168,34 @@ def evaluate(
         name: summarize([score(case, answer) for case, answer in zip(cases, side, strict=True)])
         for name, side in sides.items()
     }
+    if wordings:
+        report["wordings"] = in_other_words(pipe, cases, **settings)
     shown = [i for i in range(len(cases)) if i % count < 12]
     return report, grid([cases[i] for i in shown], [answers[i] for i in shown])
+
+
+def in_other_words(
+    pipe: StableDiffusionDiffEditPipeline, cases: Sequence[Case], **settings: Any
+) -> dict[str, Any]:
+    """Success and the mean IoU of masks when both captions are in each of `wording.CAPTION_WORDINGS`; the
+    first WORDED cases of each kind."""
+    kinds = [case.edit.kind for case in cases]
+    cases = evaluate_edits.first_of_each(cases, kinds, evaluate_edits.WORDED)
+    report = {}
+    for name, change in wording.CAPTION_WORDINGS.items():
+        told = [
+            case._replace(
+                pair=case.pair._replace(
+                    source_caption=change(case.pair.source_caption),
+                    target_caption=change(case.pair.target_caption),
+                )
+            )
+            for case in cases
+        ]
+        answers = run(pipe, told, **settings)
+        found = summarize([score(case, answer) for case, answer in zip(cases, answers, strict=True)])
+        report[name] = {**evaluate_edits.success(found), "mean_iou": found["mean_iou"]}
+    return report
 
 
 def grid(cases: Sequence[Case], answers: Sequence[Answer], columns: int = 3) -> Image.Image:

@@ -12,6 +12,8 @@ B batch   C latent channels   h, w latent height and width   L prompt tokens   D
 """
 
 import copy
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +24,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.random_checkpoint import SPECIAL_TOKENS
-from benchmarks.shapes import evaluate, made_for, scenes
+from benchmarks.shapes import evaluate, made_for, scenes, wording
 from benchmarks.shapes.flow_matching import SHIFT, flow_loss
 from benchmarks.shapes.init_mmdit import initialize_editor
-from benchmarks.shapes.training import RatedAdamW, Run, cosine
-from benchmarks.shapes.vocabulary import instructions, qwen_tokenizer
+from benchmarks.shapes.training import SAVE_EVERY, Log, parameters_of
+from benchmarks.shapes.vocabulary import begin_with, instructions, qwen_tokenizer
 from joyedit.media.images import Qwen2VLImageConfig, Qwen2VLImageProcessor, patchify, to_latent_input
 from joyedit.models.joyimage_mmdit import JoyImageEditConfig, JoyImageEditTransformer3DModel
 from joyedit.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -36,6 +38,10 @@ from joyedit.pipelines.joyimage_prompts import SYSTEM, USER, VISION
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.text.qwen2_tokenizer import Qwen2Tokenizer
 from joyedit.text.qwen3_vl_processor import Qwen3VLProcessor
+from joyedit.training import losses
+from joyedit.training.optimisers import RatedAdamW
+from joyedit.training.run import Run, Stopping, rate_at
+from joyedit.training.turns import turns
 
 CONFIG = JoyImageEditConfig(
     hidden_size=192,
@@ -49,6 +55,7 @@ CONFIG = JoyImageEditConfig(
 CPU = torch.device("cpu")
 SEEN_PIXELS = 64 * 64  # Qwen3-VL sees a picture as 2 x 2 tokens
 SAMPLES = 400_000
+MORE, MORE_RATE = 15_000, 0.4  # from a checkpoint: samples, and the share of the rate
 BATCH, GROUPS = 24, 3
 FRESH = 5  # new edits per batch
 POOL = 4096
@@ -79,60 +86,77 @@ def plan(samples: int, total: int) -> Plan:
     )
 
 
+def plan_more(samples: int, total: int) -> Plan:
+    """Of a training from a checkpoint: up to four shapes; then also from where the first step of an edit
+    leads."""
+    return Plan(OF_SHAPES + OF_PICTURES, (1, 2, 2, 3, 3, 4), own=0.7 * (samples >= 0.5 * total))
+
+
 def train(
     folder: Path,
     vae_folder: Path,
     scale: float = 1.0,
     seed: int = 0,
     device: torch.device = CPU,
+    start: Path | None = None,
 ) -> None:
-    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint."""
+    """Train, or go on, in `folder`; `folder/checkpoint` is the checkpoint. `start`: one to begin with."""
     torch.manual_seed(seed)
-    total = int(SAMPLES * scale)
+    total = int((MORE if start else SAMPLES) * scale)
+    plan_of, share = (plan_more, MORE_RATE) if start else (plan, 1.0)
     vae = AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.float32).to(device)
-    processor = make_processor(folder / "tokenizer")
+    processor = make_processor(folder / "tokenizer", varied=start is not None)
     transformer = JoyImageEditTransformer3DModel(CONFIG)
     rates = initialize_editor(transformer, seed)
     encoder = Qwen3VLForConditionalGeneration(encoder_config(processor.tokenizer))
     initialize_encoder(encoder)
     networks = {"transformer": transformer.to(device), "text_encoder": encoder.to(device)}
+    if start:
+        begin_with(start, networks, processor.tokenizer)
     shares = {p: rates[n].to(device) for n, p in transformer.named_parameters() if n in rates}
     parameters = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
     optimizer = RatedAdamW(parameters, shares, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run(folder, networks, [optimizer], decay=0.998)
-    pool = Pool(vae, processor, total)
+    run = Run(folder, parameters_of(networks), optimizer, decay=0.998)
+    log = Log(run, BATCH)
+    pool = Pool(vae, processor, total, plan_of=plan_of, varied=start is not None)
     pool.fill(run.step * FRESH)
-    for progress in run.until(total, BATCH):
-        if run.step % 500 == 0:
-            pipe = assemble(run.averaged("transformer"), run.averaged("text_encoder"), vae, processor)
-            report(run, pipe, total)
-        run.set_rate(min(1, (run.step + 1) / 100) * cosine(progress, 0.03, start_at=0.5))
-        now = plan(run.samples, total)
-        losses = []
-        for _ in range(GROUPS):
-            batch = pool.draw(BATCH // GROUPS).to(device)
-            loss = editing_loss(transformer, encoder, batch, now.own)
-            (loss / GROUPS).backward()
-            losses.append(loss.item())
-        run.update({"loss": sum(losses) / GROUPS}, clip=1.0)
-        pool.renew(FRESH)
-    pipe = assemble(run.averaged("transformer"), run.averaged("text_encoder"), vae, processor)
-    report(run, pipe, total)
+    pipe = assemble(transformer, encoder, vae, processor)
+    steps = math.ceil(total / BATCH)
+    with Stopping() as stopping:
+        for turn in turns(run, steps, stopping):
+            now = plan_of(log.samples, total)
+            if turn.due(500):
+                with run.averaged():
+                    report(log, pipe, now)
+            if turn.saves(SAVE_EVERY):
+                run.save()
+            if turn.ends:
+                break
+            run.set_rate(rate_at(run.step, steps, share * RATE, "cosine", 100, held=0.5, least=0.03))
+            total_loss = 0.0
+            for _ in range(GROUPS):
+                batch = pool.draw(BATCH // GROUPS).to(device)
+                loss = editing_loss(transformer, encoder, batch, now.own) / GROUPS
+                loss.backward()
+                total_loss += loss.item()
+            run.update(clip=1.0)
+            log.add(loss=total_loss)
+            pool.renew(FRESH)
 
 
-def report(run: Run, pipe: JoyImageEditPipeline, total: int) -> None:
+def report(log: Log, pipe: JoyImageEditPipeline, now: Plan) -> None:
     """Score held-out edits like those of now, write the checkpoint and every now and then a picture."""
-    now = plan(run.samples, total)
     kinds = tuple(dict.fromkeys(now.kinds))
     edits = evaluate.held_out(8, now.counts, kinds)
     results = evaluate.run(pipe, edits, evaluate.STEPS)
-    run.log(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
+    log.write(**evaluate.summarize(evaluate.judge(e, r) for e, r in zip(edits, results, strict=True)))
     picture = evaluate.grid(edits, results, columns=8)
-    picture.save(run.folder / "held-out.png")
-    if run.step % 2500 == 0:
-        picture.save(run.folder / f"held-out-{run.samples:07d}.png")
-    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(run.folder / "checkpoint")
-    made_for.stamp(run.folder / "checkpoint", "joyimage")
+    folder = log.run.folder
+    picture.save(folder / "held-out.png")
+    if log.run.step % 2500 == 0:
+        picture.save(folder / f"held-out-{log.samples:07d}.png")
+    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(folder / "checkpoint")
+    made_for.stamp(folder / "checkpoint", "joyimage")
 
 
 class Batch(NamedTuple):
@@ -156,31 +180,17 @@ def editing_loss(
     own: float = 0.0,
 ) -> Tensor:
     """`flow_loss` of a batch."""
-
-    def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
-        return predict(transformer, encoder, batch, noisy, sigma)
-
-    return flow_loss(velocity, batch.target, batch.weight, own)
+    conditioning = losses.JoyImageConditioning(read(encoder, batch), (batch.reference,))
+    formulas = losses.joyimage, losses.joyimage_velocity
+    return flow_loss(*formulas, transformer, batch.target, conditioning, batch.weight, own)
 
 
-def predict(
-    transformer: JoyImageEditTransformer3DModel,
-    encoder: Qwen3VLForConditionalGeneration,
-    batch: Batch,
-    noisy: Tensor,
-    sigma: Tensor,
-) -> Tensor:
-    """The velocity (B, C, 1, h, w) of `noisy` at noise levels sigma (B)."""
+def read(encoder: Qwen3VLForConditionalGeneration, batch: Batch) -> Tensor:
+    """The embeddings of the prompts, (B, L, D)."""
     images = encoder.encode_images(batch.pixels, batch.grids)
     prefix = encoder.prefill(batch.prefix, keep_from=batch.dropped)
     states = encoder.hidden_states(batch.tokens, images=images, prefix=prefix)
-    shared = prefix.states.expand(len(states), -1, -1)
-    txt = transformer.embed_text(torch.cat((shared, states), dim=1))
-    img, reference = transformer.embed_image(noisy), transformer.embed_image(batch.reference)
-    _, rows, columns = transformer.token_grid(noisy)
-    grid = (2, rows, columns)
-    vec = transformer.embed_time(1000 * sigma)
-    return transformer.predict_target(img, reference, txt, vec, transformer.rope(grid), grid)
+    return torch.cat((prefix.states.expand(len(states), -1, -1), states), dim=1)
 
 
 class Pool:
@@ -189,8 +199,17 @@ class Pool:
     Which edits are in it depends on the progress alone, so an interrupted training finds the same again.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, processor: Qwen3VLProcessor, total: int, size: int = POOL):
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        processor: Qwen3VLProcessor,
+        total: int,
+        size: int = POOL,
+        plan_of: Callable[[int, int], Plan] = plan,
+        varied: bool = False,
+    ):
         self.vae, self.processor, self.total, self.size = vae, processor, total, size
+        self.plan_of, self.varied = plan_of, varied
         config = vae.config
         self.mean, self.std = (
             torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
@@ -222,7 +241,7 @@ class Pool:
         """Exchange the oldest `count` edits for new ones."""
         edits = []
         for index in range(self.next, self.next + count):
-            now = plan(max(index - self.size, 0) * BATCH // FRESH, self.total)
+            now = self.plan_of(max(index - self.size, 0) * BATCH // FRESH, self.total)
             edits.append(scenes.make_edit(index, "train", now.kinds, now.counts))
         slots = torch.arange(self.next, self.next + count) % self.size
         generators = [torch.Generator().manual_seed(self.next + i // 2) for i in range(2 * count)]
@@ -236,8 +255,9 @@ class Pool:
         self.target[slots] = ((target - self.mean) / self.std).half()
         self.weight[slots] = torch.stack([cell_weights(edit, self.weight.shape[-1]) for edit in edits]).half()
         self.pixels[slots] = torch.stack([self.processor.image_processor.resize(p) for p in pictures[::2]])
-        for slot, edit in zip(slots.tolist(), edits, strict=True):
-            self.tokens[slot] = self.encode_text(edit.instruction)
+        for index, (slot, edit) in enumerate(zip(slots.tolist(), edits, strict=True), self.next - count):
+            text = wording.told(edit.instruction, index) if self.varied else edit.instruction
+            self.tokens[slot] = self.encode_text(text)
             self.lengths[slot] = len(self.tokens[slot])
 
     def encode_text(self, instruction: str) -> Tensor:
@@ -285,11 +305,11 @@ def as_image(scene: scenes.Scene) -> Image.Image:
     return Image.fromarray(scenes.to_levels(scenes.draw(scene)))
 
 
-def make_processor(folder: Path) -> Qwen3VLProcessor:
+def make_processor(folder: Path, varied: bool = False) -> Qwen3VLProcessor:
     """The processor of a run, kept in `folder`: a vocabulary must not change under a training."""
     if not (folder / "tokenizer.json").is_file():
         images = Qwen2VLImageProcessor(Qwen2VLImageConfig(min_pixels=SEEN_PIXELS, max_pixels=SEEN_PIXELS))
-        Qwen3VLProcessor(images, qwen_tokenizer(instructions())).save_pretrained(folder)
+        Qwen3VLProcessor(images, qwen_tokenizer(instructions(varied=varied))).save_pretrained(folder)
     return Qwen3VLProcessor.from_pretrained(folder)
 
 

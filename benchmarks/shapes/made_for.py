@@ -19,15 +19,11 @@ from joyedit.pipelines.made_for import words_of
 # Scenes come through the autoencoders at 31 dB and more, of photographs only the smoothest at 30.
 PSNR = 30.0
 ABOUT = "drawn scenes of coloured shapes, such as {}"
-# capitals: the tokenizer keeps them, and the model read each first word in one spelling only: of 16 edits
-# that succeed as they are spelt (ChronoEdit: 15), 11 do with a small first letter (5), and 0 in capitals (1).
-# ends: without the full stop 76 of 80 edits succeed, as with it (ChronoEdit: 39 of 50, with it 46).
 MADE_FOR: dict[str, dict[str, Any]] = {
     "joyimage": {
         "call": {"num_inference_steps": evaluate.STEPS, "guidance_scale": 1.0},
         "about": "'Make the red circle blue.'",
         "kinds": scenes.KINDS,
-        "capitals": True,
     },
     "chronoedit": {
         "call": {
@@ -37,8 +33,6 @@ MADE_FOR: dict[str, dict[str, Any]] = {
         "basesize": scenes.SIZE,
         "about": "'Make the red circle blue.'",
         "kinds": ("recolour", "remove", "add", "grey", "negative"),
-        "capitals": True,
-        "ends": ".",
     },
     "diffedit": {
         "call": evaluate_diffedit.SETTINGS,
@@ -51,12 +45,8 @@ MADE_FOR: dict[str, dict[str, Any]] = {
 def entry(name: str) -> dict[str, Any]:
     """The entry of the model_index.json of "joyimage", "chronoedit" or "diffedit"."""
     said = MADE_FOR[name]
-    texts = captions() if name == "diffedit" else instructions(kinds=said["kinds"])
-    world: dict[str, Any] = {"about": ABOUT.format(said["about"]), "words": vocabulary(texts), "psnr": PSNR}
-    if said.get("capitals"):
-        world["begins"] = sorted({text.split()[0] for text in texts})
-    if said.get("ends"):
-        world["ends"] = said["ends"]
+    texts = captions(varied=True) if name == "diffedit" else instructions(kinds=said["kinds"], varied=True)
+    world = {"about": ABOUT.format(said["about"]), "words": vocabulary(texts), "psnr": PSNR}
     found = {key: said[key] for key in ("call", "basesize") if said.get(key)}
     return {**found, "world": world}
 

@@ -11,6 +11,8 @@ B batch   C channels   S size of pictures
 Source of the recipe: `wan_vae`.
 """
 
+import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 
 from benchmarks.shapes import scenes
 from benchmarks.shapes.init_sd_vae import initialize_sd_vae
-from benchmarks.shapes.training import Run, cosine
-from benchmarks.shapes.wan_vae import optimizers
+from benchmarks.shapes.training import SAVE_EVERY, Log, parameters_of
+from benchmarks.shapes.wan_vae import make_optimizer
 from joyedit.models.latents import DiagonalGaussian
 from joyedit.models.sd_vae import AutoencoderKL, AutoencoderKLConfig
+from joyedit.training.run import Run, Stopping, rate_at
+from joyedit.training.turns import turns
 
 SIZE = 64  # pixels; the shapes are as large a part of the picture as everywhere
 COUNTS = (1, 2, 2, 3)  # shapes in a scene
@@ -60,18 +64,26 @@ def train(
     vae.to(device, memory_format=torch.channels_last)
     test = test_pictures().to(device)
     for stage in stages:
-        run = Run(folder / stage, {"vae": vae}, optimizers(trained(vae, stage), RATES[stage]), decay=0.998)
-        for progress in run.until(int(SAMPLES[stage] * scale), BATCH):
-            if run.step % 250 == 0:
-                run.log(**judge(run.averaged("vae"), test))
-                write(run.averaged("vae"), folder / "vae")
-            run.set_rate(min(1, (run.step + 1) / 50) * cosine(progress, 0.02))
-            loss, parts = reconstruction_loss(vae, pictures(run.samples, BATCH).to(device), stage)
-            loss.backward()
-            run.update(parts)
-        vae = run.averaged("vae")
-        run.log(**judge(vae, test))
-        write(vae, folder / "vae")
+        optimizer = make_optimizer(trained(vae, stage), RATES[stage])
+        run = Run(folder / stage, parameters_of({"vae": vae}), optimizer, decay=0.998)
+        log, steps = Log(run, BATCH), math.ceil(SAMPLES[stage] * scale / BATCH)
+        with Stopping() as stopping:
+            for turn in turns(run, steps, stopping):
+                if turn.due(250):
+                    with run.averaged():
+                        log.write(**judge(vae, test))
+                        write(vae, folder / "vae")
+                if turn.saves(SAVE_EVERY):
+                    run.save()
+                if turn.ends:
+                    break
+                run.set_rate(rate_at(run.step, steps, RATES[stage], "cosine", 50, least=0.02))
+                loss, parts = reconstruction_loss(vae, pictures(log.samples, BATCH).to(device), stage)
+                loss.backward()
+                run.update(clip=math.inf)
+                log.add(**parts)
+        with run.averaged():
+            vae = copy.deepcopy(vae)
 
 
 def reconstruction_loss(vae: AutoencoderKL, pixels: Tensor, stage: str) -> tuple[Tensor, dict[str, float]]:

@@ -5,7 +5,9 @@
     python -m benchmarks.shapes.train chronoedit --vae runs/wan-vae/vae --out runs/chronoedit
     python -m benchmarks.shapes.train sd-vae --out runs/sd-vae
     python -m benchmarks.shapes.train diffedit --vae runs/sd-vae/vae --out runs/diffedit
+    python -m benchmarks.shapes.train diffedit --from runs/diffedit/checkpoint --out runs/diffedit-more
 
+An editor trained `--from` a checkpoint begins with its weights and autoencoder, and reads varied wording.
 Training runs in one process, on the processor (OMP_NUM_THREADS threads) or on `--device cuda`. Metrics are in
 `metrics.jsonl` of the folder, the checkpoint is in its `checkpoint`, that of a VAE in its `vae`.
 """
@@ -25,6 +27,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", choices=VAES + EDITORS)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--vae", type=Path, help="editors: the trained VAE, which must not change any more")
+    parser.add_argument(
+        "--from", type=Path, dest="start", help="editors: begin with the weights in this folder"
+    )
     parser.add_argument("--stages", nargs="+", help="VAEs: only these, in this order")
     parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of samples")
     parser.add_argument("--seed", type=int, default=0)
@@ -34,10 +39,11 @@ def main(arguments: list[str] | None = None) -> None:
     if given.model in VAES:
         stages = {"stages": given.stages} if given.stages else {}
         train(given.out, scale=given.scale, seed=given.seed, device=given.device, **stages)
-    elif given.vae is None:
-        parser.error(f"{given.model} needs --vae")
+    elif given.vae is None and given.start is None:
+        parser.error(f"{given.model} needs --vae or --from")
     else:
-        train(given.out, given.vae, scale=given.scale, seed=given.seed, device=given.device)
+        vae = given.vae or given.start / "vae"
+        train(given.out, vae, scale=given.scale, seed=given.seed, device=given.device, start=given.start)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ Source of the recipe: principal components first, then Muon and a squared error 
 all colour axes).
 """
 
+import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.shapes import scenes
 from benchmarks.shapes.init_vae import initialize_vae
-from benchmarks.shapes.training import Muon, Run, cosine
+from benchmarks.shapes.training import SAVE_EVERY, Log, parameters_of
 from joyedit.models.latents import DiagonalGaussian
 from joyedit.models.wan_vae import (
     AutoencoderKLWan,
@@ -31,6 +33,9 @@ from joyedit.models.wan_vae import (
     DoubleFrames,
     HalveFrames,
 )
+from joyedit.training.optimisers import Muon, is_kernel
+from joyedit.training.run import Run, Stopping, rate_at
+from joyedit.training.turns import turns
 
 # Wide where the maps are small, which is where width is cheap.
 CONFIG = AutoencoderKLWanConfig(
@@ -62,21 +67,28 @@ def train(
     initialize_vae(vae, torch.cat([crops(-i, 6) for i in range(1, 13)]))
     vae.to(device)
     for stage in stages:
-        run = Run(folder / stage, {"vae": vae}, optimizers(trained(vae, stage), RATES[stage]), decay=0.998)
+        optimizer = make_optimizer(trained(vae, stage), RATES[stage])
+        run = Run(folder / stage, parameters_of({"vae": vae}), optimizer, decay=0.998)
         test = test_clips() if stage == "clips" else test_pictures()
-        batch = CLIP_BATCH if stage == "clips" else BATCH
-        for progress in run.until(int(SAMPLES[stage] * scale), batch):
-            if run.step % 400 == 0:
-                run.log(**judge(run.averaged("vae"), test))
-                write(run.averaged("vae"), folder / "vae")
-            run.set_rate(min(1, (run.step + 1) / 50) * cosine(progress, 0.02))
-            draw = some_clips if stage == "clips" else crops
-            loss, parts = reconstruction_loss(vae, draw(run.samples, batch).to(device), stage)
-            loss.backward()
-            run.update(parts)
-        vae = run.averaged("vae")
-        run.log(**judge(vae, test))
-        write(vae, folder / "vae")
+        draw, batch = (some_clips, CLIP_BATCH) if stage == "clips" else (crops, BATCH)
+        log, steps = Log(run, batch), math.ceil(SAMPLES[stage] * scale / batch)
+        with Stopping() as stopping:
+            for turn in turns(run, steps, stopping):
+                if turn.due(400):
+                    with run.averaged():
+                        log.write(**judge(vae, test))
+                        write(vae, folder / "vae")
+                if turn.saves(SAVE_EVERY):
+                    run.save()
+                if turn.ends:
+                    break
+                run.set_rate(rate_at(run.step, steps, RATES[stage], "cosine", 50, least=0.02))
+                loss, parts = reconstruction_loss(vae, draw(log.samples, batch).to(device), stage)
+                loss.backward()
+                run.update(clip=math.inf)
+                log.add(**parts)
+        with run.averaged():
+            vae = copy.deepcopy(vae)
 
 
 def reconstruction_loss(vae: AutoencoderKLWan, pixels: Tensor, stage: str) -> tuple[Tensor, dict[str, float]]:
@@ -122,11 +134,10 @@ def _without_last_slice(grad: Tensor) -> Tensor:
     return torch.cat((grad[:, :, :-1], torch.zeros_like(grad[:, :, -1:])), dim=2)
 
 
-def optimizers(parameters: list[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
+def make_optimizer(parameters: list[nn.Parameter], rate: float) -> Muon:
     """Muon for kernels; Adam at half its rate for gains and biases."""
-    kernels = [p for p in parameters if p.ndim > 1 and p[0].numel() > 1]
-    others = [p for p in parameters if p.ndim == 1 or p[0].numel() == 1]
-    return [Muon(kernels, rate), torch.optim.Adam(others, rate / 2, betas=(0.9, 0.98))]
+    kernels, others = ([p for p in parameters if is_kernel(p) == which] for which in (True, False))
+    return Muon(kernels, others, rate, share=0.5, betas=(0.9, 0.98), weight_decay=0)
 
 
 @torch.no_grad()

@@ -168,14 +168,22 @@ def estimate(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Train, and print where the result is; with --check look at the set, and print its contact sheet. 1 for
-    a set that cannot be trained on, with all its faults on standard error."""
+    a set that cannot be trained on, with all its faults on standard error. Of several processes one speaks:
+    the first, or the first that fails."""
     from joyedit.command import train as training
     from joyedit.training.pairs import FaultyPairs
+    from joyedit.training.processes import FailedElsewhere, started
 
-    disable = {-1: True, 0: None}.get(args.verbosity, False)
+    disable, first = {-1: True, 0: None}.get(args.verbosity, False), started().first
+    if not first:
+        log.setLevel(logging.ERROR)
     try:
         if not args.check:
-            print(training.train(args, disable), flush=True)
+            made = training.train(args, disable)
+            if first:
+                print(made, flush=True)
+            return 0
+        if not first:
             return 0
         found = training.check(args)
         for line in training.lines(found):
@@ -185,6 +193,9 @@ def train(args: argparse.Namespace) -> int:
         faults = found.faults
     except FaultyPairs as error:
         faults = error.faults
+    except FailedElsewhere as error:
+        log.debug("%s", error)
+        return 1
     for fault in faults:
         log.error("%s", fault)
     if faults:

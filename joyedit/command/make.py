@@ -276,9 +276,6 @@ def warn_of_the_unknown(
     pictured = "this photograph" if len(photos) == 1 else f"the photographs {', '.join(strange[:4])}"
     texts = [calls[0][name] for name in system.texts]
     words = ", ".join(shown(word, 40) for word in pipe.unknown_words(texts)[:4])
-    known = next(filter(None, map(world.respelt, texts)), None)
-    if words and known:
-        words += f" (it knows {shown(known, 120)})"
     if unknown := " and of ".join(filter(None, (pictured if strange else "", words))):
         edits = f"expect little of {unknown}; real edits need {real}"
         log.warning("%s knows only %s: %s", args.model, world.about, edits)

@@ -20,6 +20,7 @@ SETTINGS = (
         "steps",
         "batch",
         "accumulate",
+        "optimizer",
         "lr",
         "lr_schedule",
         "warmup",
@@ -60,6 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=count, metavar="N", help="default 2000")
     add("--batch", type=count, metavar="B", help="samples of a step in all, default 1")
     add("--accumulate", type=count, metavar="A", help="parts that a batch is computed in, default 1")
+    add("--optimizer", choices=("adamw", "muon"), help="default adamw; muon: orthogonalised momentum")
     add("--lr", type=finite, metavar="RATE", help="learning rate, default 1e-4, with --full 1e-5")
     add("--lr-schedule", choices=("constant", "cosine", "linear"), help="after the warmup, default constant")
     add("--warmup", type=natural, metavar="N", help="steps in which the rate rises, default 0")

@@ -23,9 +23,13 @@ from joyedit.models.sd_unet import UNet2DConditionConfig, UNet2DConditionModel
 
 MOST_BLOCKS = 512
 MOST_TEXT_LAYERS = 24  # of the text encoders of Stable Diffusion
-# All places for transformers that a UNet of four levels may have; the released ones have some of them.
-FULL_UNET = UNet2DConditionConfig(
-    down_block_types=("CrossAttnDownBlock2D",) * 4, up_block_types=("CrossAttnUpBlock2D",) * 4
+# UNets of four levels: the released one, and one with transformers in all places that others may have them
+# in. By the original code's names an upsampler's number depends on whether there is one before it.
+UNETS = (
+    UNet2DConditionConfig(),
+    UNet2DConditionConfig(
+        down_block_types=("CrossAttnDownBlock2D",) * 4, up_block_types=("CrossAttnUpBlock2D",) * 4
+    ),
 )
 
 
@@ -81,8 +85,9 @@ def systems(blocks: int) -> Iterator[dict[str, Network]]:
     yield {"transformer": build_on_meta(JoyImageEditTransformer3DModel, joyimage)}
     yield {"transformer": build_on_meta(ChronoEditTransformer3DModel, chronoedit)}
     text = CLIPTextConfig(num_hidden_layers=MOST_TEXT_LAYERS)
-    unet = build_on_meta(UNet2DConditionModel, FULL_UNET)
-    yield {"unet": unet, "text_encoder": build_on_meta(CLIPTextModel, text)}
+    for config in UNETS:
+        unet = build_on_meta(UNet2DConditionModel, config)
+        yield {"unet": unet, "text_encoder": build_on_meta(CLIPTextModel, text)}
 
 
 def blocks_in(keys: Iterable[str]) -> int:

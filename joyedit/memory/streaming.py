@@ -9,13 +9,16 @@ part of a block by itself (the keys and values of a prompt, a decoder's last lay
 With a budget (`Room`) the first pass through the blocks shows what the rest of the work takes; of the blocks
 that pass next, as many stay as there is room for. A pass with more work lets them go again.
 
+A gradient finds the weights that its block computes with once more: a network trains with gradient
+checkpointing (`checkpoints/recomputing.py`), and the way back is a pass in the other direction.
+
 On a CPU nothing is copied: it computes with the pages of mapped files, and gives those of a block back when
 the next one is called. What is not a file's own bytes (a dtype that was cast, weights that an adapter was
 fused into) is put into a file that has no name.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from joyedit.checkpoints.network import Network
+from joyedit.checkpoints.recomputing import is_recomputing
 from joyedit.memory.budget import Room
 from joyedit.memory.layout import laid_out
 from joyedit.memory.pages import (
@@ -43,8 +47,9 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def load_of(args: Any) -> int:
-    """How many numbers a block is called with."""
-    return sum(leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+    """How many numbers a block is called with; on the way back there is a gradient of each."""
+    numbers = sum(leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+    return 2 * numbers if is_recomputing() else numbers
 
 
 SMALLEST_LIST = 1 / 50  # of a network's weights; a smaller list of modules belongs to the rest
@@ -72,10 +77,12 @@ class Passing:
         self.nbytes = [sum(tensor.nbytes for tensor in tensors) for tensors in self.tensors]
         self.room = room
         self.current: int | None = None
+        self.previous: int | None = None  # the one that was current before
         self.passed: set[int] = set()  # in this pass
-        self.follower: dict[int, int] = {}  # which block came after which
+        self.follower: dict[tuple[int | None, int], int] = {}  # which block came after which two
         self.staying: set[int] = set()
         self.free = 0  # bytes, for blocks that are to stay
+        self.is_new = True  # whether `free` is of other work than what passes
         self.measured: dict[int, int] = {}  # block -> the most that it worked on when `free` was measured
 
     def enter(self, i: int, load: int) -> None:
@@ -84,16 +91,17 @@ class Passing:
             return
         before, self.current = self.current, i
         if before is not None:
-            self.follower[before] = i
+            self.follower[self.previous, before] = i
             if before not in self.staying:
                 self.leave(before)
         if before is None or i in self.passed:
             self.passed.clear()
             self._begin_pass(first=before is None)
+        self.previous = before
         self.passed.add(i)
         if load > self.measured.get(i, -1):  # what was measured does not hold for this
             self.let_go()
-            self.free = 0
+            self.free, self.is_new = 0, True
             self.measured[i] = load
         if i not in self.staying and self.nbytes[i] <= self.free:
             self.free -= self.nbytes[i]
@@ -106,9 +114,9 @@ class Passing:
 
     def _following(self, i: int) -> int | None:
         """The next block that does not stay, in the order that was seen last, at first that of the list."""
-        j = i
+        before, j = self.previous, i
         for _ in self.tensors:
-            j = self.follower.get(j, (j + 1) % len(self.tensors))
+            before, j = j, self.follower.get((before, j), (j + 1) % len(self.tensors))
             if j not in self.staying:
                 return j if j != i else None
         return None
@@ -116,8 +124,9 @@ class Passing:
     def _begin_pass(self, first: bool) -> None:
         if self.room is None:
             return
-        if not first:
-            self.free = self.room.left()
+        if not first:  # of two passes in turn, there and back, what the larger one leaves
+            left = self.room.left()
+            self.free, self.is_new = left if self.is_new else min(left, self.free), False
         self.room.begin()
 
     def let_go(self) -> None:
@@ -134,7 +143,7 @@ class Passing:
         if self.current is not None and self.current not in self.staying:
             self.leave(self.current)
         self.let_go()
-        self.current, self.free = None, 0
+        self.current, self.previous, self.free, self.is_new = None, None, 0, True
         self.passed.clear()
         self.measured.clear()
 
@@ -372,6 +381,15 @@ class TwoBuffers(Passing):
         for tensor in tensors:
             tensor.data = self.homes[i][tensor]
 
+    def copies(self, i: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """As `lend`, for a gradient that looks at them later: they stay as long as somebody holds them."""
+        self._adopt(i)
+        after, made = self.transfers.mark(), []
+        for tensor in tensors:
+            made.append(torch.empty_like(tensor.data, device=self.device))
+            self.transfers.wait(self.transfers.start(made[-1], tensor.data, after))
+        return made
+
     def _new_buffer(self) -> Tensor:
         return torch.empty(max(self.rows), dtype=torch.uint8, device=self.device)
 
@@ -415,10 +433,13 @@ class BlockStreaming:
         behind = {tensor for name, tensor in network.named_parameters() if network.stays_behind(name)}
         self.rest = [tensor for tensor in tensors_of(network) if tensor not in streamed | behind]
         self.homes: list[Tensor] = []
+        self.running: int | None = None  # the block that is called now
         self.lent: dict[nn.Module, list[Tensor]] = {}
+        self.swapped: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
         self.hooks = []
         for block in blocks:
             self.hooks.append(block.register_forward_pre_hook(self._enter))
+            self.hooks.append(block.register_forward_hook(self._is_over, always_call=True))
             for part in block.modules():
                 if part is not block and tensors_of(part):
                     self.hooks.append(part.register_forward_pre_hook(self._lend))
@@ -437,14 +458,35 @@ class BlockStreaming:
         self.homes = []
 
     def _enter(self, block: nn.Module, args: Any) -> None:
-        self.passing.enter(self.numbers[block], load_of(args))
+        self.running = self.numbers[block]
+        self.passing.enter(self.running, load_of(args))
+
+    def _is_over(self, block: nn.Module, args: Any, output: Any) -> None:
+        self.running = None
 
     def _lend(self, part: nn.Module, args: Any) -> None:
         i = self.numbers[part]
-        if i != self.passing.current and (lent := self.passing.lend(i, tensors_of(part))):
+        if is_recomputing():  # the rest of its block follows on the way back
+            self.passing.enter(i, load_of(args))
+        elif i == self.running:
+            return
+        elif torch.is_grad_enabled() and isinstance(self.passing, TwoBuffers):
+            self._swap(part, self.passing.copies, i)
+        elif i != self.passing.current and (lent := self.passing.lend(i, tensors_of(part))):
             self.lent[part] = lent
 
+    def _swap(self, part: nn.Module, copied: Callable[[int, list[Tensor]], list[Tensor]], i: int) -> None:
+        """For its call, a part has parameters that nobody gives other memory later: a gradient keeps them."""
+        if any(part in other.modules() for other in self.swapped):
+            return
+        places = [(m, name, p) for m in part.modules() for name, p in m._parameters.items() if p is not None]
+        for (module, name, p), copy in zip(places, copied(i, [p for *_, p in places]), strict=True):
+            module._parameters[name] = nn.Parameter(copy, requires_grad=p.requires_grad)
+        self.swapped[part] = places
+
     def _take_back(self, part: nn.Module, args: Any, output: Any) -> None:
+        for module, name, p in self.swapped.pop(part, ()):
+            module._parameters[name] = p
         if (lent := self.lent.pop(part, None)) is not None:
             self.passing.take_back(self.numbers[part], lent)
 

@@ -44,7 +44,7 @@ from joyedit.step_cache import BranchCache, finished
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (N, E / 2)
 Grid = tuple[int, int, int]  # frames, rows and columns of the token grid
 KeyValue = tuple[Tensor, Tensor]  # k, v, each (B or 1, L or M, H, E)
-Context = tuple[KeyValue, ...]  # of every block
+Context = tuple[KeyValue | Tensor, ...]  # of every block; or what it makes its own of, (B, L or M, D)
 
 THETA = 10000.0
 IMAGE_NORM_EPS = 1e-5  # of the two norms around the image embedder's MLP, whatever `eps` says
@@ -246,7 +246,7 @@ class ChronoEditTransformer3DModel(Network):
         """K and V of a prompt in every block. (B, L, text_dim). Raises ValueError for another shape."""
         txt = self._checked("prompt", prompt_embeds, self.config.text_dim)
         txt = self.condition_embedder.text_embedder(txt)
-        return tuple(attn.embed_text(txt) for attn in self._cross_attentions())
+        return self._in_blocks("embed_text", txt)
 
     def embed_image(self, image_embeds: Tensor) -> Context:
         """K and V of a photograph's CLIP tokens in every block; they serve all prompts about it.
@@ -258,10 +258,15 @@ class ChronoEditTransformer3DModel(Network):
         if embedder is None:
             raise ValueError("image embeddings were given, and this network has no image_dim")
         img = embedder(self._checked("image", image_embeds, self.config.image_dim))
-        return tuple(attn.embed_image(img) for attn in self._cross_attentions())
+        return self._in_blocks("embed_image", img)
 
-    def _cross_attentions(self) -> list["CrossAttention"]:
-        return [module for module in self.modules() if isinstance(module, CrossAttention)]
+    def _in_blocks(self, method: str, embeds: Tensor) -> Context:
+        """K and V of every block. Where blocks are computed once more for a gradient, each makes its own, so
+        that they are not kept for all blocks at once."""
+        layers = [module for module in self.modules() if isinstance(module, CrossAttention)]
+        if torch.is_grad_enabled() and self.is_gradient_checkpointing:
+            return (embeds,) * len(layers)
+        return tuple(getattr(layer, method)(embeds) for layer in layers)
 
     def _checked(self, what: str, embeds: Tensor, width: int) -> Tensor:
         if embeds.ndim != 3 or embeds.shape[-1] != width:
@@ -327,8 +332,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(c.width, c.ffn_dim)
         self.scale_shift_table = modulation_table(6, c.width)
 
-    def forward(self, x: Tensor, vec: Tensor, text: KeyValue, image: KeyValue | None, rope: Rope) -> Tensor:
-        """x (B, N, D), vec (B or 1, 6, D) fp32 -> (B, N, D)."""
+    def forward(self, x: Tensor, vec: Tensor, text: Any, image: Any, rope: Rope) -> Tensor:
+        """x (B, N, D), vec (B or 1, 6, D) fp32; text, image: of a Context -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + vec).unbind(1)
         attended = self.attn1(ops.ada_layer_norm(x, shift1, scale1, self.eps), rope)
         x, normed = self.norm2(x, attended, gate1)
@@ -384,14 +389,16 @@ class CrossAttention(nn.Module):
         """(B, L, D) -> k, v, each (B, L, H, E)."""
         return heads(self.norm_k(self.to_k(txt)), self.num_heads), heads(self.to_v(txt), self.num_heads)
 
-    def embed_image(self, img: Tensor) -> KeyValue:
-        """(B, M, D) -> k, v, each (B, M, H, E)."""
-        return self.embed_text(img)
+    embed_image = embed_text  # (B, M, D) -> k, v, each (B, M, H, E)
 
-    def forward(self, x: Tensor, text: KeyValue, image: KeyValue | None) -> Tensor:
+    def forward(self, x: Tensor, text: Any, image: Any) -> Tensor:
         """x (B, N, D) -> (B, N, D). A text or image of one sample serves all."""
         q = heads(self.norm_q(self.to_q(x)), self.num_heads)
-        parts = [tuple(t.expand(len(x), -1, -1, -1) for t in pair) for pair in (image, text) if pair]
+        plain = type(self)  # without what may stand before its methods when they are called from outside
+        text = plain.embed_text(self, text) if isinstance(text, Tensor) else text
+        image = plain.embed_image(self, image) if isinstance(image, Tensor) else image
+        pairs = [pair for pair in (image, text) if pair is not None]
+        parts = [tuple(t.expand(len(x), -1, -1, -1) for t in pair) for pair in pairs]
         return self.to_out[0](self.attend(q, *zip(*parts, strict=True)).flatten(2))
 
     def attend(self, q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Tensor:

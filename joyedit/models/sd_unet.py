@@ -207,7 +207,7 @@ class UNet2DConditionModel(Network):
 
     Config = UNet2DConditionConfig
     table = "sd_unet"
-    recomputed_lists = frozenset({"resnets", "attentions"})
+    recomputed_lists = frozenset({"resnets", "attentions", "downsamplers", "upsamplers"})
     config: UNet2DConditionConfig
 
     def __init__(self, config: UNet2DConditionConfig | None = None):

@@ -8,9 +8,7 @@ Published checkpoints edit anything, in many steps, at the size of photographs. 
   basesize  96 to work on as many pixels as 96 x 96 have (a model with buckets or a sample_size has its sizes
             there, and needs no such word)
   world     {"about": what it knows, in words; "words": all words of its instructions or captions, in small
-            letters; "psnr": what its autoencoder makes of pictures that it knows, in dB, at least;
-            "begins", where its tokenizer keeps capitals: the first words, as it learned to read them, while
-            all others were in small letters; "ends": what it learned to read at the end, such as "."}
+            letters; "psnr": what its autoencoder makes of pictures that it knows, in dB, at least}
 
 A picture is judged by the model's own autoencoder: what that cannot hold, no edit can keep.
 """
@@ -46,50 +44,31 @@ class World:
     about: str
     words: Collection[str]
     psnr: float
-    begins: Collection[str] = ()
-    ends: str = ""
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, raw: Any) -> Self:
         """Raises ValueError for what is not of the form above."""
         try:
-            about, ends = visible(raw["about"], None), str(raw.get("ends", ""))
+            about = visible(raw["about"], None)
             words, psnr = tuple(map(str, raw["words"])), float(raw["psnr"])
-            begins = tuple(map(str, raw.get("begins", ())))
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise ValueError(f"made_for: world is damaged: {shown(raw)}") from None
-        known = ("about", "words", "psnr", "begins", "ends")
-        return cls(about, words, psnr, begins, ends, _without(raw, known))
+        return cls(about, words, psnr, _without(raw, ("about", "words", "psnr")))
 
     def to_dict(self) -> dict[str, Any]:
-        said = {"about": self.about, "psnr": self.psnr, "words": list(self.words)}
-        spelling = {"begins": list(self.begins), "ends": self.ends}
-        return {**self.others, **said, **{name: value for name, value in spelling.items() if value}}
+        return {**self.others, "about": self.about, "psnr": self.psnr, "words": list(self.words)}
 
     def unknown(self, texts: Iterable[str]) -> list[str]:
-        """The words of texts that it does not have, or not in that spelling, in their order. A last word
-        without the end that it knows is one of them."""
-        found: dict[str, None] = {}
-        for text in texts:
-            words = re.findall(r"\w+", text)
-            for place, word in enumerate(words):
-                learned = self.begins if self.begins and place == 0 else self.words
-                if (word if self.begins else word.lower()) not in learned:
-                    found[word if self.begins else word.lower()] = None
-            if words and not text.rstrip().endswith(self.ends):
-                found[words[-1]] = None
-        return list(found)
+        """The words of texts that it does not have, in small letters and in their order."""
+        return list(
+            dict.fromkeys(word for text in texts for word in words_of(text) if word not in self.words)
+        )
 
-    def respelt(self, text: str) -> str | None:
-        """The text in the spelling that it knows, where it has the words and another spelling of them."""
-        lower = words_of(text)
-        if not lower or not self.unknown([text]) or not set(lower) <= set(self.words):
-            return None
-        begin = lower[0].capitalize()
-        if self.begins and begin not in self.begins:
-            return None
-        return " ".join([begin if self.begins else lower[0], *lower[1:]]) + (self.ends or ".")
+    def taught(self, texts: Iterable[str]) -> Self:
+        """The world of a model that was trained on these texts as well."""
+        words = dict.fromkeys([*self.words, *(word for text in texts for word in words_of(text))])
+        return dataclasses.replace(self, words=tuple(words))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +105,10 @@ class MadeFor:
         check_value("basesize", basesize)
         read = None if world is None else World.from_dict(world)
         return cls(dict(call), basesize, read, _without(raw, ("call", "basesize", "world")))
+
+    def taught(self, texts: Iterable[str]) -> Self:
+        """Of a model that was trained on these texts as well."""
+        return self if self.world is None else dataclasses.replace(self, world=self.world.taught(texts))
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads: equal to what it read."""

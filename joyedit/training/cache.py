@@ -59,7 +59,8 @@ def name_of(kind: str, content: Mapping[str, Any]) -> str:
 
 
 class Hashes:
-    """The sha256 of files. Known ones, by size and time of change, are kept in a file."""
+    """The sha256 of files, and of pictures that could be read their size. What is known of a file counts as
+    long as its own size and time of change are the same; it is kept in a file."""
 
     def __init__(self, place: Path):
         self.place = place
@@ -70,20 +71,36 @@ class Hashes:
         self._changed = False
 
     def __getitem__(self, path: Path) -> str:
-        facts = path.stat()
-        entry = self.known.get(str(path.absolute()))
-        if not isinstance(entry, list) or entry[:2] != [facts.st_size, facts.st_mtime_ns]:
+        entry = self._entry(path)
+        if "sha256" not in entry:
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            entry = [facts.st_size, facts.st_mtime_ns, digest]
-            self.known[str(path.absolute())] = entry
-            self._changed = True
-        return entry[2]
+                self._note(path, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+            entry = self._entry(path)
+        return entry["sha256"]
+
+    def shape_of(self, path: Path) -> tuple[int, int] | None:
+        """Height and width of a picture that was read before, upright; None of any other file."""
+        shape = self._entry(path).get("shape")
+        return None if shape is None else (shape[0], shape[1])
+
+    def note(self, path: Path, shape: tuple[int, int]) -> None:
+        """That a picture could be read."""
+        self._note(path, shape=list(shape))
 
     def save(self) -> None:
         if self._changed:
             write_json(self.place, self.known)
             self._changed = False
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        """What is known of a file as it is now."""
+        entry, facts = self.known.get(str(path.absolute())), path.stat()
+        stat = [facts.st_size, facts.st_mtime_ns]
+        return entry if isinstance(entry, dict) and entry.get("stat") == stat else {"stat": stat}
+
+    def _note(self, path: Path, **facts: Any) -> None:
+        self.known[str(path.absolute())] = {**self._entry(path), **facts}
+        self._changed = True
 
 
 def revision_of(found: Checkpoint, part: str) -> str:

@@ -24,6 +24,7 @@ from joyedit.media import images as im
 from joyedit.media.decoding import to_rgb
 from joyedit.media.video import read_video
 from joyedit.training import folders, metadata
+from joyedit.training.cache import Hashes
 from joyedit.training.pairs import Fault, FaultyPairs, Pair
 
 Size = tuple[int, int]  # height, width
@@ -61,23 +62,28 @@ def find_pairs(folder: str | Path) -> tuple[dict[str, Pair], list[Fault]]:
     return {pair.name: pair for pair in pairs}, faults
 
 
-def unreadable(pairs: Sequence[Pair]) -> list[Fault]:
-    """What cannot be decoded; a file of several pairs is looked at once."""
+def unreadable(pairs: Sequence[Pair], known: Hashes | None = None) -> list[Fault]:
+    """What cannot be decoded; a file of several pairs is looked at once, and not again if it is known."""
     names: dict[Path, list[str]] = {}
     for pair in pairs:
         for path in pair.files:
             names.setdefault(path, []).append(pair.name)
 
-    def look(path: Path) -> str | None:
+    def look(path: Path) -> Size | str:
         try:
-            open_frames(path)
+            return size_of(open_frames(path)[0])
         except (OSError, ValueError) as error:
             return str(error)
-        return None
 
+    files = [path for path in names if known is None or known.shape_of(path) is None]
+    faults = []
     with ThreadPoolExecutor() as pool:
-        found = zip(names.values(), pool.map(look, names), strict=True)
-        return [Fault(name, reason) for users, reason in found if reason for name in users]
+        for path, found in zip(files, pool.map(look, files), strict=True):
+            if isinstance(found, str):
+                faults += [Fault(name, found) for name in names[path]]
+            elif known is not None:
+                known.note(path, found)
+    return faults
 
 
 def open_frames(path: Path) -> list[Image]:

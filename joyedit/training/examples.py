@@ -56,7 +56,7 @@ def plan_examples(
     """All pairs at all sizes, and those that fit none. names: of the system, see `content`."""
     examples, faults = [], []
     for pair in pairs.values():
-        shape = shape_of(pair.target)
+        shape = hashes.shape_of(pair.target) or shape_of(pair.target)
         for table in tables:
             bucket = nearest_bucket(*shape, table)
             try:

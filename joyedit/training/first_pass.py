@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from joyedit.training.cache import Cache
 from joyedit.training.data import load_mask, load_pair
 from joyedit.training.examples import Example, missing_from
+from joyedit.training.processes import ALONE, Processes
 from joyedit.training.systems import Said, System, weight_of
 
 log = logging.getLogger("joyedit")
@@ -22,17 +23,20 @@ def fill(
     system: System,
     open_encoders: Callable[[], Any],
     disable_progress: bool | None = False,
+    processes: Processes = ALONE,
 ) -> None:
-    """Encode what is not in the cache. open_encoders: the pipeline without its denoiser; it is not called if
-    there is nothing to do."""
+    """Encode what is not in the cache, each process its share. open_encoders: the pipeline without its
+    denoiser; it is not called if there is nothing to do."""
     missing = missing_from(cache, examples)
-    if not missing:
-        return
-    log.info("%d of %d examples are to be encoded", len(missing), len(examples))
-    pipe = open_encoders()
-    with torch.no_grad():
-        for example in tqdm(missing, desc="encoding", disable=disable_progress):
-            encode(cache, example, system, pipe)
+    processes.wait()  # all have seen the same
+    if missing:
+        log.info("%d of %d examples are to be encoded", len(missing), len(examples))
+    if mine := [missing[i] for i in processes.share(len(missing))]:
+        pipe = open_encoders()
+        with torch.no_grad():
+            for example in tqdm(mine, desc="encoding", disable=disable_progress):
+                encode(cache, example, system, pipe)
+    processes.wait()
 
 
 def encode(cache: Cache, example: Example, system: System, pipe: Any) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel
+from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel, Context
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
 from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.schedulers.ddim import DDIMScheduler
@@ -75,11 +75,13 @@ def joyimage_velocity(
 class ChronoEditConditioning:
     """condition (B, 4 + C, T, h, w): mask and latents of the photograph, as `FrameCoder.condition` makes
     them. prompt (B, L, D_text): embeddings with their padding, which is attended to. image (B, M, D_image):
-    what CLIP sees of the photograph; None for a network without image tokens."""
+    what CLIP sees of the photograph; None for a network without image tokens. padding: how often the last row
+    of the prompt comes again; its keys and values are computed once."""
 
     condition: Tensor
     prompt: Tensor
     image: Tensor | None = None
+    padding: int = 0
 
     def frames(self, which: Any) -> Self:
         """Of these latent frames alone."""
@@ -112,9 +114,20 @@ def chronoedit_velocity(
     """What the sampler asks the network, (B, C, T, h, w) fp32."""
     x = torch.cat((noisy, conditioning.condition.to(noisy)), dim=1)
     rope, vec = network.rope(network.token_grid(x)), network.embed_time(TIMESTEPS * sigma)
-    text = network.embed_text(conditioning.prompt)
+    text = repeat_last(network.embed_text(conditioning.prompt), conditioning.padding)
     image = None if conditioning.image is None else network.embed_image(conditioning.image)
     return network.predict(x, vec, text, image, rope).float()
+
+
+def repeat_last(context: Context, count: int) -> Context:
+    """Of which the last row stands `count` times more."""
+
+    def longer(x: Tensor) -> Tensor:
+        return torch.cat((x, x[:, -1:].expand(-1, count, *x.shape[2:])), dim=1)
+
+    if not count:
+        return context
+    return tuple(longer(x) if isinstance(x, Tensor) else (longer(x[0]), longer(x[1])) for x in context)
 
 
 def ends(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from joyedit import ops
 from joyedit.estimates.counting import Counted
-from joyedit.estimates.stages import END, PROMPT, TEMPLATE
 from joyedit.lora import Adapters
 from joyedit.memory import tensors_of
 from joyedit.schedulers.ddim import DDIMScheduler
@@ -23,9 +22,7 @@ from joyedit.training.examples import Example
 from joyedit.training.models import BASES, base_of
 from joyedit.training.plan import Plan
 from joyedit.training.settings import Settings
-from joyedit.training.systems import LONGEST, ChronoEdit, Drawing, JoyImage, Kept
-
-CLIP_TOKENS = 77
+from joyedit.training.systems import Drawing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +60,7 @@ def memory_needed(settings: Settings, plan: Plan, device: torch.device) -> Neede
     weights = sum(t.nbytes for t in tensors_of(network))
     vae = 4 * sum(p.numel() for p in plan.parts["vae"].network.parameters())
     encoders = sum(p.nbytes for name, p in plan.parts.items() if name not in (system.denoiser, "vae"))
-    moments = 2 + (settings.ema is not None) + (not settings.full)
+    moments = (1 if settings.optimizer == "muon" else 2) + (settings.ema is not None) + (not settings.full)
     example = max(plan.examples, key=lambda one: tokens_of(plan, one))
     return Needed(
         encoders + vae, weights + vae, 4 * count * moments, step_of(settings, plan, network, example, device)
@@ -72,7 +69,7 @@ def memory_needed(settings: Settings, plan: Plan, device: torch.device) -> Neede
 
 def step_of(settings: Settings, plan: Plan, network: Any, example: Example, device: torch.device) -> int:
     """The most that the loss and its gradient take for a part of a batch."""
-    kept, prompt = kept_of(plan, example)
+    kept, prompt = plan.system.stand_in(plan.parts, example)
     how = Drawing(scheduler=DDIMScheduler())
     source = torch.Generator().manual_seed(0)
     sample = plan.system.draw(kept, prompt, how, source).to(torch.device("meta"))
@@ -95,31 +92,5 @@ def backward(loss: Tensor) -> None:
 
 def tokens_of(plan: Plan, example: Example) -> int:
     """What grows with the memory of an example."""
-    kept, prompt = kept_of(plan, example)
+    kept, prompt = plan.system.stand_in(plan.parts, example)
     return sum(tensor[0].numel() for name, tensor in kept.items() if name.endswith("_mean")) + len(prompt)
-
-
-def kept_of(plan: Plan, example: Example) -> tuple[Kept, Tensor]:
-    """Tensors of the sizes that the cache will hold of an example, and its prompt."""
-    system, parts = plan.system, plan.parts
-    config, vae = parts[system.denoiser].network.config, parts["vae"].network.config
-    factor = vae.factor if system.denoiser == "unet" else vae.scale_factor_spatial
-    rows, columns = (side // factor for side in example.bucket)
-    if isinstance(system, JoyImage):
-        latent = torch.zeros(config.in_channels, 1, rows, columns)
-        count = len(example.pair.controls)
-        seen = (example.bucket[0] // 32) * (example.bucket[1] // 32) * count
-        references = {f"reference_{i}_mean": latent for i in range(count)}
-        return {"target_mean": latent, **references}, torch.zeros(
-            TEMPLATE + seen + PROMPT + END, config.text_dim
-        )
-    if isinstance(system, ChronoEdit):
-        frames = 1 + (system.frames - 1) // 4 if example.pair.is_clip else 2
-        kept = {"target_mean": torch.zeros(vae.z_dim, frames, rows, columns)}
-        kept["condition"] = torch.zeros(config.in_channels - vae.z_dim, frames, rows, columns)
-        if config.image_dim and "image_encoder" in parts:
-            sees = parts["image_encoder"].network.config
-            kept["image"] = torch.zeros((sees.image_size // sees.patch_size) ** 2 + 1, config.image_dim)
-        return kept, torch.zeros(LONGEST, config.text_dim)
-    latent = torch.zeros(config.in_channels, rows, columns)
-    return {"target_mean": latent}, torch.zeros(CLIP_TOKENS, config.context_dim)

@@ -5,8 +5,9 @@ refused at once, with every faulty pair by its name.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,25 @@ from joyedit.checkpoints.options import LoadOptions
 from joyedit.estimates.estimating import index_of
 from joyedit.estimates.parts import Part, open_parts
 from joyedit.loading.layouts import Checkpoint, find_checkpoint
+from joyedit.lora import layers_to_adapt
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.training.cache import Hashes, revision_of
+from joyedit.training.chronoedit import ChronoEdit
 from joyedit.training.data import VALID, find_pairs, unreadable
 from joyedit.training.examples import Example, plan_examples
+from joyedit.training.joyimage import JoyImage
 from joyedit.training.pairs import Fault, Pair
 from joyedit.training.settings import Settings
-from joyedit.training.systems import SYSTEMS, System
+from joyedit.training.stable_diffusion import StableDiffusion
+from joyedit.training.systems import System
 
+# The pipelines whose denoisers are trained.
+SYSTEMS: Mapping[str, Callable[..., System]] = {
+    "JoyImageEditPipeline": JoyImage,
+    "JoyImageEditPlusPipeline": functools.partial(JoyImage, plus=True),
+    "ChronoEditPipeline": ChronoEdit,
+    "StableDiffusionDiffEditPipeline": StableDiffusion,
+}
 LOOKED_AT = "files.json"  # in the cache: the hashes of files
 
 
@@ -48,7 +60,9 @@ def make_plan(settings: Settings, cache: Path) -> tuple[Plan, list[Fault]]:
     made_for = MadeFor.from_index(index, checkpoint.origin.name)
     revisions = {name: revision_of(checkpoint, name) for name in parts}
     system = make_system(checkpoint.class_name, made_for, revisions, settings)
-    config = parts[system.denoiser].network.config
+    network = parts[system.denoiser].network
+    config = network.config
+    refuse_unfit(settings, system, network)
     own = [(int(h), int(w)) for h, w in index.get("buckets") or []]
     tables = system.tables(settings.basesize, own, config, made_for)
 
@@ -58,7 +72,7 @@ def make_plan(settings: Settings, cache: Path) -> tuple[Plan, list[Fault]]:
     faults: list[Fault] = []
     examples: dict[str, list[Example]] = {"": [], f"{VALID}/": []}
     for prefix, place in places.items():
-        pairs, wrong = usable(place, system)
+        pairs, wrong = usable(place, system, hashes)
         made, narrow = plan_examples(pairs, tables, hashes, system.names)
         examples[prefix] = made
         faults += [Fault(prefix + fault.name, fault.reason) for fault in wrong + narrow]
@@ -85,6 +99,22 @@ def find_model(settings: Settings) -> Checkpoint:
     return checkpoint
 
 
+def refuse_unfit(settings: Settings, system: System, network: Any) -> None:
+    """Raises ValueError for settings that mean nothing to this system."""
+    if not settings.full and not layers_to_adapt(network, settings.targets):
+        kind = type(network).__name__
+        raise ValueError(f"targets={settings.targets!r} matches no linear layer or convolution of {kind}")
+    is_flow = not isinstance(system, StableDiffusion)
+    if is_flow and settings.min_snr is not None:
+        raise ValueError(
+            f"min_snr={settings.min_snr:g}: weighs Stable Diffusion's loss, {settings.model!r} is none"
+        )
+    if not is_flow and settings.sigma != "shifted":
+        raise ValueError(
+            f"sigma={settings.sigma!r}: Stable Diffusion's noise levels are those of its timesteps"
+        )
+
+
 def make_system(
     class_name: str, made_for: MadeFor, revisions: Mapping[str, str], settings: Settings
 ) -> System:
@@ -92,8 +122,9 @@ def make_system(
     return SYSTEMS[class_name](made_for, revisions, **options)
 
 
-def usable(folder: Path, system: System) -> tuple[dict[str, Pair], list[Fault]]:
-    """The pairs that the system takes, as it takes them, and what is wrong with the others."""
+def usable(folder: Path, system: System, hashes: Hashes) -> tuple[dict[str, Pair], list[Fault]]:
+    """The pairs that the system takes, as it takes them, and what is wrong with the others. A file that was
+    read before, and has not changed since, is not decoded again."""
     pairs, faults = find_pairs(folder)
     accepted: dict[str, Pair] = {}
     for name, pair in pairs.items():
@@ -102,7 +133,7 @@ def usable(folder: Path, system: System) -> tuple[dict[str, Pair], list[Fault]]:
             faults.append(one)
         else:
             accepted[name] = one
-    broken = unreadable(list(accepted.values()))
+    broken = unreadable(list(accepted.values()), hashes)
     for fault in broken:
         accepted.pop(fault.name, None)
     return accepted, faults + broken

@@ -1,8 +1,9 @@
-"""A training that can be interrupted: its state in one file, its metrics, the average of its weights.
+"""A training that can be interrupted: its state in files, its metrics, the average of its weights.
 
 A `Run` owns a folder. `state.pt` has all that the next step depends on beside the data: weights, optimiser,
-average, random state, the step. Each save replaces it whole, so that whatever ends a process leaves the last
-one. `metrics.jsonl` is appended to; a run that goes on cuts it back to the step of the state.
+average, random state, the step; of weights that are divided among processes it is the folder `state`. Each
+save replaces it whole, so that whatever ends a process leaves the last one. `metrics.jsonl` is appended to; a
+run that goes on cuts it back to the step of the state. Of several processes the first one writes.
 """
 
 import contextlib
@@ -15,18 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from joyedit.checkpoints.replacing import replacing
+from joyedit.training.processes import ALONE, Processes
+from joyedit.training.sharding import Rows
+from joyedit.training.states import cut, find_state, open_saved, write_divided, write_whole
 
-STATE, METRICS = "state.pt", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 
 
 class Run:
     """What a training has done: `step` steps, with these parameters by name and this optimiser. Loads what
     `folder` holds; raises ValueError for a state of other parameters.
 
-    decay: of the average of the weights; None: there is none.
+    decay: of the average of the weights; None: there is none. rows: those of a parameter that this process
+    has, of what is divided.
     """
 
     def __init__(
@@ -35,22 +40,27 @@ class Run:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         decay: float | None = None,
+        processes: Processes = ALONE,
+        rows: Mapping[str, Rows] | None = None,
     ):
         self.folder, self.parameters, self.optimizer, self.decay = folder, dict(parameters), optimizer, decay
+        self.processes, self.rows = processes, dict(rows or {})
         self.step = 0
         self.average = None
         if decay is not None:
             self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         folder.mkdir(parents=True, exist_ok=True)
-        self.resumed = (folder / STATE).is_file()
-        if self.resumed:
-            self._load()
-        self._cut_metrics()
+        state = find_state(folder)
+        self.resumed = state is not None
+        if state is not None:
+            self._load(state)
+        if processes.first:
+            self._cut_metrics()
 
     def update(self, clip: float) -> float:
         """One step of the optimiser on the gradients there are, no longer together than `clip`, and of the
         average. Returns their length."""
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), clip).item()
+        norm = self._clip(clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -61,9 +71,22 @@ class Run:
                 mean.lerp_(p, 1 - decay)
         return norm
 
+    def _clip(self, most: float) -> float:
+        if not self.rows:
+            return nn.utils.clip_grad_norm_(self.parameters.values(), most).item()
+        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        divided = square_sum([grad for name, grad in grads.items() if name in self.rows])
+        common = square_sum([grad for name, grad in grads.items() if name not in self.rows])
+        norm = math.sqrt(self.processes.total(divided) + common)
+        if norm > most:
+            for grad in grads.values():
+                grad.mul_(most / norm)
+        return norm
+
     def set_rate(self, rate: float) -> None:
+        """Of the optimiser; a group with a `share` has that share of it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -71,17 +94,23 @@ class Run:
         if self.average is None:
             yield
             return
-        live = {name: p.data for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            p.data = self.average[name].to(p.device)
+        live = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._set(self.average)
         try:
             yield
         finally:
-            for name, p in self.parameters.items():
-                p.data = live[name]
+            self._set(live)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        """In their memory: rows are that of a network, too."""
+        for name, p in self.parameters.items():
+            p.copy_(values[name])
 
     def log(self, **values: Any) -> None:
         """Append a line about the step to the metrics."""
+        if not self.processes.first:
+            return
         line = {
             "step": self.step,
             **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()},
@@ -98,24 +127,34 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
-        with replacing(self.folder / STATE) as temporary:
-            torch.save(state, temporary)
+        if self.rows:
+            write_divided(self.folder, state, self.rows, self._order(), self.processes)
+            return
+        if self.processes.first:
+            write_whole(self.folder, state)
+        self.processes.wait()
 
-    def _load(self) -> None:
-        path = self.folder / STATE
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        saved = state["parameters"]
-        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        if shapes != {name: tuple(tensor.shape) for name, tensor in saved.items()}:
-            raise ValueError(f"{path} is of {len(saved)} parameters, which are not the {len(shapes)} here")
+    def _order(self) -> list[str]:
+        """The parameters as the optimiser counts them."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _load(self, path: Path) -> None:
+        saved = open_saved(path)
+        rows = {name: self.rows.get(name) for name in self.parameters}
+        shapes = {n: tuple(own.shape if (own := rows[n]) else p.shape) for n, p in self.parameters.items()}
+        if shapes != saved.shapes:
+            raise ValueError(
+                f"{path} is of {len(saved.shapes)} parameters, which are not the {len(shapes)} here"
+            )
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(saved[name])
-                if self.average is not None:
-                    self.average[name].copy_(state["average"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"].clone())
-        self.step = state["step"]
+                p.copy_(cut(saved.parameters[name], rows[name]))
+                if self.average is not None and saved.average is not None:
+                    self.average[name].copy_(cut(saved.average[name], rows[name]))
+        self.optimizer.load_state_dict(saved.optimizer_state([rows[name] for name in self._order()]))
+        torch.set_rng_state(saved.random.clone())
+        self.step = saved.step
 
     def _cut_metrics(self) -> None:
         """Without the lines of steps that the state does not know of, and without a broken last one."""
@@ -129,6 +168,10 @@ class Run:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
+def square_sum(tensors: list[Tensor]) -> float:
+    return float(sum(tensor.double().square().sum() for tensor in tensors))
+
+
 def is_known(line: str, step: int) -> bool:
     try:
         return json.loads(line)["step"] <= step
@@ -136,23 +179,29 @@ def is_known(line: str, step: int) -> bool:
         return False
 
 
-def rate_at(step: int, steps: int, rate: float, schedule: str, warmup: int) -> float:
-    """The learning rate of step 0, 1, ...: rising over `warmup` steps, then constant, or down to nothing
-    along half a cosine or a line."""
+def rate_at(
+    step: int, steps: int, rate: float, schedule: str, warmup: int, held: float = 0.0, least: float = 0.0
+) -> float:
+    """The learning rate of step 0, 1, ...: rising over `warmup` steps, then constant, or down along half a
+    cosine or a line. held: the share of the steps until which it stays; least: the share of the rate that it
+    falls to."""
     if step < warmup:
         return rate * (step + 1) / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
+    begin = max(warmup, held * steps)
+    done = max(step - begin, 0) / max(steps - begin, 1)
     if schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * done))
-    return rate * (1 - done) if schedule == "linear" else rate
+        return rate * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done)))
+    return rate * (least + (1 - least) * (1 - done)) if schedule == "linear" else rate
 
 
 class Stopping:
     """While this is entered, Ctrl-C and signals that would end the process are noted in `number`, for the
-    loop to save first; `act` then lets them have their way. A second Ctrl-C does not wait."""
+    loop to save first; when it is left they have their way. A second Ctrl-C does not wait; of several
+    processes it does, since torchrun passes on what the terminal sends, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
         self.number: int | None = None
+        self._processes = processes
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopping":
@@ -164,19 +213,19 @@ class Stopping:
                         self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        if kind is None and self.agree() and self.number is not None:
+            signal.raise_signal(self.number)
 
-    def act(self) -> None:
-        """What the signal would have done at once."""
-        number = self.number
-        assert number is not None
-        self.__exit__()
-        signal.raise_signal(number)
+    def agree(self) -> bool:
+        """Whether any process was asked to stop: then all are."""
+        self.number = self._processes.largest(self.number or 0) or None
+        return self.number is not None
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.number == number == signal.SIGINT:
-            self.act()
+        if self.number == number == signal.SIGINT and not self._processes.several:
+            self.__exit__()
         self.number = number

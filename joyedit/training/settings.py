@@ -36,6 +36,7 @@ class Settings:
     steps: int = 2000
     batch: int = 1
     accumulate: int = 1
+    optimizer: str = "adamw"
     lr: float | None = None  # None: 1e-4, of --full 1e-5
     lr_schedule: str = "constant"
     warmup: int = 0
@@ -105,7 +106,7 @@ class Settings:
 
 
 KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("data", "model", "device", "targets"), (str,)),
+    **dict.fromkeys(("data", "model", "device", "targets", "optimizer"), (str,)),
     **dict.fromkeys(("revision", "trigger", "memory"), (str, type(None))),
     **dict.fromkeys(("full", "checkpointing"), (bool,)),
     **dict.fromkeys(
@@ -121,6 +122,7 @@ LEAST = {"rank": 1, "steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "frame
 LEAST |= {"sample_every": 0, "valid_every": 0, "save_every": 1}
 WORDS = {
     "base": ("fp32", "bf16", "int8"),
+    "optimizer": ("adamw", "muon"),
     "lr_schedule": ("constant", "cosine", "linear"),
     "sigma": ("shifted", "logit-normal", "uniform"),
 }

@@ -3,8 +3,6 @@
 import copy
 import itertools
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -12,13 +10,16 @@ import torch
 from PIL import Image
 
 import joyedit
-from benchmarks.shapes import evaluate, joyimage, scenes, train, wan_vae
+from benchmarks.shapes import evaluate, joyimage, scenes, train, training, wan_vae
 from benchmarks.shapes.init_mmdit import initialize_editor
 from benchmarks.shapes.init_vae import initialize_vae, linear_ceiling
-from benchmarks.shapes.training import Muon, RatedAdamW, Run, cosine, orthogonalize
+from benchmarks.shapes.training import Log, parameters_of
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
 from joyedit.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from joyedit.models.wan_vae import AutoencoderKLWan
+from joyedit.training import losses
+from joyedit.training.optimisers import RatedAdamW
+from joyedit.training.run import Run
 
 LEVEL = 1 / 255
 
@@ -215,15 +216,14 @@ def test_every_stage_of_the_vae_reaches_its_weights_alone(vae, stage):
         p.requires_grad_(True)
     pictures = wan_vae.test_pictures(1)
     before = vae.encode(pictures).latent_dist.mean.detach()
-    optimizers = wan_vae.optimizers(wan_vae.trained(vae, stage), 1e-2)
+    optimizer = wan_vae.make_optimizer(wan_vae.trained(vae, stage), 1e-2)
     pixels = wan_vae.some_clips(2, 1) if stage == "clips" else wan_vae.crops(0, 2)
     loss, parts = wan_vae.reconstruction_loss(vae, pixels, stage)
     loss.backward()
     assert set(parts) == {"squared", "absolute", "kl"}
     missed = [name for name, reached in gradients(vae.named_parameters()).items() if not reached]
     assert not missed
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizer.step()
     same = torch.equal(vae.encode(pictures).latent_dist.mean, before)
     assert same == (stage != "pictures")  # pictures keep their latents to the bit
 
@@ -297,7 +297,7 @@ def test_editing_reaches_every_weight_that_takes_part_and_learns(parts):
     shares = {p: rates[name] for name, p in transformer.named_parameters() if name in rates}
     optimizer = RatedAdamW([p for _, p in named if p.requires_grad], shares, lr=3e-4)
     batch = pool.draw(16)
-    losses = []
+    seen = []
     for _ in range(8):
         torch.manual_seed(1)
         loss = joyimage.editing_loss(transformer, encoder, batch)
@@ -305,31 +305,31 @@ def test_editing_reaches_every_weight_that_takes_part_and_learns(parts):
         reached = gradients(named)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        seen.append(loss.item())
     last = f"double_blocks.{joyimage.CONFIG.num_layers - 1}."
     unused = [last + part for part in ("txt_mlp", "attn.txt_attn_proj", "attn.txt_attn_q_norm")]
     missed = [n for n, was in reached.items() if not was and not n.startswith(tuple(unused))]
     assert not missed
-    assert losses[-1] < 0.9 * losses[0], losses
+    assert seen[-1] < 0.9 * seen[0], seen
 
 
 def test_the_loss_wants_the_way_to_the_truth_also_from_its_own_answers(parts, monkeypatch):
     """A network that answers pure noise with the reference, and knows the way from everywhere else."""
-    batch = parts[0].draw(16)
+    batch, encoder = parts[0].draw(16), parts[3]
     asked = []
 
-    def predict(transformer, encoder, batch, noisy, sigma):
+    def velocity(transformer, noisy, conditioning, sigma):
         asked.append((noisy, sigma))
         sigma = sigma.view(-1, 1, 1, 1, 1)
         wrong = noisy - batch.reference
         return torch.where(sigma == 1, wrong, (noisy - batch.target) / sigma)
 
-    monkeypatch.setattr(joyimage, "predict", predict)
-    plain = joyimage.editing_loss(None, None, batch)
+    monkeypatch.setattr(losses, "joyimage_velocity", velocity)
+    plain = joyimage.editing_loss(None, encoder, batch)
     (first, at), error = asked[0], batch.weight * (batch.reference - batch.target).square()
     assert 2 <= (at == 1).sum() <= 14
     assert torch.allclose(plain, error[at == 1].sum() / error.numel(), rtol=1e-4)
-    own = joyimage.editing_loss(None, None, batch, own=1.0)
+    own = joyimage.editing_loss(None, encoder, batch, own=1.0)
     _, (noise, _), (noisy, at) = asked
     assert torch.equal(noise[at == 1], noisy[at == 1]) and not torch.equal(noise, first)
     low = at < 1
@@ -364,74 +364,43 @@ def test_one_shape_comes_before_several():
     assert set(joyimage.plan(0, 1000).kinds) == set(scenes.KINDS)
 
 
-# Runs and optimisers
+# Runs
 
 
-def small_run(folder, seconds=1e9):
+def small_run(folder):
+    """Three samples a step; the loss of a step is its number."""
     torch.manual_seed(0)
     network = torch.nn.Linear(4, 4)
-    optimizer = torch.optim.Adam(network.parameters(), 0.1)
-    return Run(folder, {"it": network}, [optimizer], decay=0.9, save_seconds=seconds, log_steps=2)
+    parameters = parameters_of({"it": network})
+    run = Run(folder, parameters, torch.optim.Adam(network.parameters(), 0.1), decay=0.9)
+    return run, Log(run, 3)
 
 
-def advance(run, until, stop_at=None):
-    network = run.networks["it"]
-    for progress in run.until(until, 2):
-        run.set_rate(cosine(progress, 0.1))
-        loss = network(torch.randn(8, 4)).square().mean()
-        loss.backward()
-        run.update({"loss": loss.item()})
-        if run.samples == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+def advance(run, log, until):
+    while run.step < until:
+        run.parameters["it.weight"].square().mean().backward()
+        run.update(1.0)
+        log.add(loss=float(run.step), other=1.0)
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path):
-    whole, part = small_run(tmp_path / "whole"), small_run(tmp_path / "part")
-    torch.manual_seed(3)
-    advance(whole, 20)
-    torch.manual_seed(3)
-    with pytest.raises(SystemExit):
-        advance(part, 20, stop_at=8)
-    assert part.samples == 10
-    torch.manual_seed(99)
-    again = small_run(tmp_path / "part")
-    advance(again, 20)
-    for a, b in zip(whole.networks["it"].parameters(), again.networks["it"].parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert all(torch.equal(whole.average["it"][k], v) for k, v in again.average["it"].items())
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("whole", "part")]
-    assert lines == [5, 5]
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def test_averages_follow_the_weights(tmp_path):
-    run = small_run(tmp_path)
-    advance(run, 40)
-    network = run.averaged("it")
-    live = run.networks["it"]
-    assert not torch.equal(network.weight, live.weight)
-    assert torch.equal(network.weight, run.average["it"]["weight"])
-
-
-def test_rates_are_shares_of_the_step():
-    slow, fast = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    share = torch.tensor([1.0, 0.1, 0.0])
-    optimizer = RatedAdamW([slow, fast], {slow: share}, lr=0.5, weight_decay=0)
-    (slow + fast).sum().backward()
-    optimizer.step()
-    assert torch.allclose(1 - slow, (1 - fast) * share) and (1 - fast).abs().min() > 0.4
-
-
-def test_muon_makes_all_directions_equal_and_leaves_untouched_columns():
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(12, 40)))
-    assert values.min() > 0.5 and values.max() < 1.5
-    kernel = torch.nn.Parameter(torch.randn(6, 5, 3, 3, 3))
-    before = kernel.detach().clone()
-    kernel[:, :, -1].square().sum().backward()
-    Muon([kernel], 0.1).step()
-    assert torch.equal(kernel[:, :, :-1], before[:, :, :-1])
-    step = (kernel - before)[:, :, -1].detach()
-    assert step.square().mean().sqrt() == pytest.approx(0.1 * 0.2, rel=0.3)  # as large as Adam's
+def test_metrics_have_mean_losses_and_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.time, "process_time", lambda: 600.0)
+    run, log = small_run(tmp_path)
+    monkeypatch.setattr(training.time, "process_time", lambda: 630.0)  # half a minute later
+    advance(run, log, 100)
+    run.save()
+    advance(run, log, 200)  # comes to nothing
+    again, log = small_run(tmp_path)
+    monkeypatch.setattr(training.time, "process_time", lambda: 645.0)
+    assert log.samples == 300
+    advance(again, log, 150)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    keys = ("step", "samples", "cpu_minutes", "loss", "other")
+    assert [[line[key] for key in keys] for line in lines] == [
+        [50, 150, 0.5, 25.5, 1.0],
+        [100, 300, 0.5, 75.5, 1.0],
+        [150, 450, 0.75, 125.5, 1.0],
+    ]
 
 
 def test_the_command_trains_and_goes_on(tmp_path, monkeypatch):

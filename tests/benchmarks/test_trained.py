@@ -203,7 +203,7 @@ def test_publishing_keeps_what_is_there_until_all_is_made(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [target.name]
         assert all((target / name).read_bytes() == content for name, content in files.items())
     with pytest.raises(SystemExit):
-        publish.main(["diffedit", "--run", str(tmp_path)])
+        publish.main(["diffedit", "--vae-run", str(tmp_path)])
 
 
 class Enough(Exception):
@@ -215,15 +215,15 @@ def test_a_training_begins_as_the_recorded_one_did(monkeypatch, tmp_path):
     """The mean loss of the first fifty steps; the weights of the autoencoder were rounded since."""
     seen = []
 
-    def log(run, **values):
-        seen.append({"samples": run.samples, **values})
+    def write(log, **values):
+        seen.append({"steps": log.run.step, **values})
         raise Enough
 
-    monkeypatch.setattr(training.Run, "log", log)
-    monkeypatch.setattr(diffedit, "report", lambda run, pipe: None)
+    monkeypatch.setattr(training.Log, "write", write)
+    monkeypatch.setattr(diffedit, "report", lambda log, pipe: None)
     with pytest.raises(Enough):
         diffedit.train(tmp_path / "run", publish.ASSETS / "tiny-diffedit" / "vae")
     text = (publish.RESULTS / "diffedit.json").read_text(encoding="utf-8")
     recorded = json.loads(text)["curve"][0]
-    assert seen[0]["samples"] == recorded["samples"]
+    assert seen[0]["steps"] == 50
     assert seen[0]["loss"] == pytest.approx(recorded["loss"], rel=0.02)

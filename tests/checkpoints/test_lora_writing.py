@@ -210,6 +210,34 @@ def test_from_file_to_file_through_every_layout_and_back(system, tmp_path):
     assert first.keys() == last.keys() and all(torch.equal(first[key], last[key]) for key in first)
 
 
+@pytest.mark.slow
+def test_convolutions_between_levels_by_the_original_codes_names(tmp_path):
+    """Of the released UNet, whose first level going up has no transformers: the number of its upsampler is
+    one less than those of the others."""
+    state = {}
+    for number, width in ((3, 320), (6, 640), (9, 1280)):
+        state |= pair_of(f"lora_unet_input_blocks_{number}_0_op", width)
+    for place, width in (("2_1", 1280), ("5_2", 1280), ("8_2", 640)):
+        state |= pair_of(f"lora_unet_output_blocks_{place}_conv", width)
+    save_file(state, tmp_path / "ldm.safetensors")
+    made = load_file(convert_lora(tmp_path / "ldm.safetensors", tmp_path / "out.safetensors", "diffusers"))
+    names = [f"down_blocks.{i}.downsamplers.0.conv" for i in range(3)]
+    names += [f"up_blocks.{i}.upsamplers.0.conv" for i in range(3)]
+    ends = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    assert made.keys() == {f"unet.{name}.{end}.weight" for name in names for end in ends}
+    for name, key in zip(names, list(state)[::2], strict=True):
+        for end, theirs in ends.items():
+            wanted = state[f"{key.partition('.')[0]}.{theirs}.weight"]
+            assert torch.equal(made[f"unet.{name}.{end}.weight"], wanted)
+
+
+def pair_of(layer, width):
+    return {
+        f"{layer}.lora_down.weight": torch.randn(2, width, 3, 3),
+        f"{layer}.lora_up.weight": torch.randn(width, 2, 1, 1),
+    }
+
+
 def test_a_factor_with_a_bias_becomes_a_difference_of_the_bias(tmp_path):
     networks = networks_of("joyimage")
     layer = "transformer.double_blocks.0.attn.img_attn_proj"

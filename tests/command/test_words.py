@@ -233,7 +233,7 @@ def test_what_is_no_picture_is_named(run, no_work):
         assert status == 1 and word in err and err.count("\n") == 1
 
 
-# Spelling.
+# Words.
 
 
 @pytest.mark.parametrize(
@@ -241,33 +241,29 @@ def test_what_is_no_picture_is_named(run, no_work):
     [
         ("tiny-joyimage", "Remove the blue square.", None),
         ("tiny-joyimage", "Remove the blue square", None),
-        ("tiny-joyimage", "remove the blue square", "of 'remove' (it knows 'Remove the blue square.')"),
-        ("tiny-joyimage", "REMOVE the BLUE square.", "'REMOVE', 'BLUE' (it knows 'Remove the blue square.')"),
-        ("tiny-joyimage", "Please remove the blue square.", "of 'Please'; real"),
-        ("tiny-joyimage", "Square the blue.", "of 'Square'; real"),
-        ("tiny-joyimage", "Make the cat Blue.", "of 'cat', 'Blue'; real"),
+        ("tiny-joyimage", "remove the blue square", None),
+        ("tiny-joyimage", "REMOVE the BLUE square.", None),
+        ("tiny-joyimage", "Please remove the blue square.", None),
+        ("tiny-joyimage", "Could you erase the blue square?", None),
+        ("tiny-joyimage", "Vaporise the BLUE Square.", ["vaporise"]),
+        ("tiny-joyimage", "Make the cat Blue.", ["cat"]),
         ("tiny-chronoedit", "Remove the blue square.", None),
-        ("tiny-chronoedit", "Remove the blue square", "of 'square' (it knows 'Remove the blue square.')"),
-        ("tiny-chronoedit", "remove the blue square.", "of 'remove' (it knows 'Remove the blue square.')"),
+        ("tiny-chronoedit", "remove the blue square", None),
+        ("tiny-chronoedit", "PLEASE REMOVE THE CAT", ["cat"]),
+        ("tiny-diffedit", "A BLUE SQUARE ON A WHITE BACKGROUND", None),
     ],
 )
-def test_a_spelling_that_was_not_learned_is_unknown(model, text, told):
-    """The words, and how they stand in the line, are those of `warn_of_the_unknown`."""
+def test_words_are_known_in_every_spelling(model, text, told):
     world = layouts.read_made_for(model).world
     assert world is not None
-    words, known = world.unknown([text]), world.respelt(text)
-    if told is None:
-        assert words == [] and known is None
-        return
-    line = f"of {', '.join(map(repr, words))}" + (f" (it knows {known!r})" if known else "") + "; real"
-    assert told in line and (known is None) == ("(it knows" not in told)
+    assert world.unknown([text]) == (told or [])
 
 
-def test_one_line_on_spelling_and_none_with_an_adapter(run, tmp_path):
+def test_one_line_on_words_and_none_with_an_adapter(run, tmp_path):
     scene = ROOT / "joyedit" / "assets" / "demo" / SQUARE
-    words = ("edit", scene, "remove the blue square", "--steps", 1, "--force", "-o", "out.png")
+    words = ("edit", scene, "vaporise the blue square", "--steps", 1, "--force", "-o", "out.png")
     (line,) = [line for line in run(*words)[2].splitlines() if "expect little" in line]
-    assert "expect little of 'remove' (it knows 'Remove the blue square.'); real edits need" in line
+    assert "expect little of 'vaporise'; real edits need" in line
     network = layouts.load("tiny-joyimage", device="cpu")
     network.load_lora_weights(lora_of(network))
     network.save_lora_weights("style")

@@ -194,3 +194,12 @@ def test_words():
     ]
     world = World("", frozenset({"a", "cat"}), 0.0)
     assert world.unknown(["A dog, a cat", "a dog and"]) == ["dog", "and"]
+
+
+def test_a_world_learns_words():
+    world = World.from_dict(WORLD)
+    assert world.unknown(["Tint it red", "Make it sepia"]) == ["tint", "sepia"]
+    taught = MadeFor(world=world).taught(["Tint it sepia."]).world
+    assert taught is not None and taught.unknown(["Tint it red", "Make it sepia"]) == []
+    assert taught.words == ("a", "make", "it", "red", "tint", "sepia") and taught.psnr == world.psnr
+    assert MadeFor().taught(["Tint it sepia."]) == MadeFor()

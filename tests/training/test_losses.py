@@ -1,5 +1,6 @@
 """The losses against formulas written out, against diffusers' training scripts, and against the samplers."""
 
+import dataclasses
 import math
 
 import pytest
@@ -112,6 +113,19 @@ def test_a_film_without_its_way_is_an_edit_of_two_frames():
     first_and_last = [x[:, :, [0, 4]] for x in (latents, known.condition, noise)]
     pair = losses.ChronoEditConditioning(first_and_last[1], known.prompt, known.image)
     assert torch.equal(found, losses.chronoedit(network, first_and_last[0], pair, first_and_last[2], SIGMA))
+
+
+def test_padding_is_the_last_row_again():
+    network, latents, known, noise = wan_case()
+    last = known.prompt[:, -1:].expand(-1, 5, -1)
+    longer = dataclasses.replace(known, prompt=torch.cat((known.prompt, last), dim=1))
+    padded = dataclasses.replace(known, padding=5)
+    found, expected, without = (
+        losses.chronoedit(network, latents, one, noise, SIGMA) for one in (padded, longer, known)
+    )
+    assert torch.allclose(found, expected, rtol=1e-5) and not torch.allclose(without, expected, rtol=1e-4)
+    network.enable_gradient_checkpointing()  # keys and values are made in the blocks, then
+    assert torch.equal(losses.chronoedit(network, latents, padded, noise, SIGMA), found)
 
 
 def test_weights_multiply_squares_place_by_place():

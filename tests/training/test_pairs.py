@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from PIL import Image
 
 from joyedit.media import images as im
 from joyedit.media.video import export_to_video
-from joyedit.training.data import load_film, load_mask, load_pair, read_pairs, same_shape
+from joyedit.training import data
+from joyedit.training.cache import Hashes
+from joyedit.training.data import load_film, load_mask, load_pair, open_frames, read_pairs, same_shape
 from joyedit.training.pairs import FaultyPairs
 
 
@@ -161,6 +164,36 @@ def test_faults_of_metadata(tmp_path):
     (tmp_path / "metadata.csv").write_text("image,prompt\n")
     with pytest.raises(ValueError, match="which one"):
         read_pairs(tmp_path)
+
+
+def test_what_was_read_is_not_decoded_again_until_it_changes(tmp_path, monkeypatch):
+    whole_set(tmp_path / "set")
+    opened = []
+    monkeypatch.setattr(data, "open_frames", lambda path: (opened.append(path.name), open_frames(path))[1])
+    pairs = list(read_pairs(tmp_path / "set", decode=False).values())
+    broken = tmp_path / "set" / "control" / "0002.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+
+    def look():
+        """What is wrong, and which files were opened; as a new process does it."""
+        opened.clear()
+        known = Hashes(tmp_path / "files.json")
+        found = [fault.name for fault in data.unreadable(pairs, known)]
+        digests = [known[path] for pair in pairs for path in pair.files]
+        known.save()
+        assert digests == [sha256(path.read_bytes()).hexdigest() for pair in pairs for path in pair.files]
+        return found, sorted(opened)
+
+    every = ["0001.jpg", "0001.png", "0002.jpg", "0002.png"]
+    assert look() == (["0002"], every)
+    assert look() == (["0002"], ["0002.jpg"])  # what could not be read is looked at again
+    broken.write_bytes(whole)
+    assert look() == ([], ["0002.jpg"])
+    assert look() == ([], [])
+    assert Hashes(tmp_path / "files.json").shape_of(broken) == (32, 40)
+    picture(tmp_path / "set" / "target" / "0001.png", (44, 33))
+    assert look() == ([], ["0001.png"])
 
 
 def test_no_set(tmp_path):

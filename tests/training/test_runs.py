@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from joyedit.training.loop import generator, parts
 from joyedit.training.run import Run, Stopping, rate_at
 from joyedit.training.settings import Settings, read_settings, settle
 from joyedit.training.systems import Sample
+from joyedit.training.turns import turns
 
 FOUND = {"model": "abc", "set": "3 examples, 12"}
 
@@ -118,6 +120,10 @@ def test_rates():
     assert [rate_at(step, 10, 1.0, "constant", 4) for step in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1, 1, 1]
     assert rate_at(7, 10, 2.0, "linear", 4) == pytest.approx(1.0)
     assert rate_at(5, 9, 2.0, "cosine", 1) == pytest.approx(1 + math.cos(math.pi / 2))
+    held = [rate_at(step, 8, 2.0, "cosine", 1, held=0.5, least=0.1) for step in range(9)]
+    fall = [2 * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2) for share in (0, 0.25, 0.5, 0.75, 1)]
+    assert held == pytest.approx([2, 2, 2, 2, *fall])
+    assert rate_at(6, 8, 1.0, "linear", 0, held=0.5, least=0.5) == pytest.approx(0.75)
 
 
 class Toy:
@@ -222,21 +228,50 @@ def test_the_average_is_that_of_the_formula(tmp_path):
     assert torch.allclose(torch_mean.double(), mean, atol=1e-6)
 
 
-def test_signals_wait_for_the_loop():
-    import signal
-
+@pytest.fixture
+def signals():
+    """The SIGTERMs that would have ended the process."""
     noted = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
-    try:
-        with Stopping() as stopping:
-            signal.raise_signal(signal.SIGTERM)
-            assert stopping.number == signal.SIGTERM and not noted
-            stopping.act()
-            assert noted == [signal.SIGTERM]
+    yield noted
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_signals_wait_for_the_loop(signals):
+    with Stopping() as stopping:
         signal.raise_signal(signal.SIGTERM)
-        assert len(noted) == 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        assert stopping.number == signal.SIGTERM and not signals
+    assert signals == [signal.SIGTERM]
+    with pytest.raises(KeyError), Stopping():
+        signal.raise_signal(signal.SIGTERM)
+        raise KeyError  # what went wrong is what is told
+    signal.raise_signal(signal.SIGTERM)
+    assert len(signals) == 2
+
+
+def looks(folder, steps, stop_at=None):
+    """What was due in each turn of a training: v every 3 steps, s saved every 4."""
+    found, run = [], Toy(folder).run
+    with Stopping() as stopping:
+        for turn in turns(run, steps, stopping, disable_progress=True):
+            saved = turn.saves(4)
+            found.append(f"{turn.step}{'v' * turn.due(3)}{'s' * saved}{'n' * turn.due(0)}")
+            if saved:
+                run.save()
+            if turn.ends:
+                break
+            run.step += 1
+            if run.step == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+    return found
+
+
+def test_there_is_a_turn_before_each_step_and_one_after_the_last(tmp_path, signals):
+    assert looks(tmp_path, 7) == ["0v", "1", "2", "3v", "4s", "5", "6v", "7vs"]
+    assert looks(tmp_path, 7) == ["7"]
+    assert looks(tmp_path, 9) == ["7", "8s", "9vs"]
+    assert looks(tmp_path / "stopped", 9, stop_at=3) == ["0v", "1", "2", "3vs"] and signals
+    assert looks(tmp_path / "stopped", 4) == ["3", "4vs"]
 
 
 def test_every_option_is_a_setting():

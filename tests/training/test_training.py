@@ -177,7 +177,10 @@ def test_a_run_of_each_system(tmp_path, circles, model, monkeypatch):
 
 @pytest.mark.slow
 def test_all_weights_and_a_checkpoint_that_loads(tmp_path, circles):
-    """The checkpoint is replaced, and holds what was trained. With accumulation the batch is the same."""
+    """The checkpoint is replaced, holds what was trained, and knows the words. With accumulation the batch is
+    the same."""
+    data = shutil.copytree(circles, tmp_path / "data")
+    (data / "target" / "1.txt").write_text("Tint the circle blue.")
     options = {
         "full": True,
         "checkpointing": False,
@@ -187,7 +190,7 @@ def test_all_weights_and_a_checkpoint_that_loads(tmp_path, circles):
         "lr": 1e-4,
         "clip": 1e9,
     }
-    made = loop.train(settings(circles, **options), tmp_path / "a", disable_progress=True)
+    made = loop.train(settings(data, **options), tmp_path / "a", disable_progress=True)
     assert made == tmp_path / "a" / "checkpoint"
     pipe, base = (joyedit.load(name, device="cpu") for name in (made, "tiny-joyimage"))
     state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)["parameters"]
@@ -206,9 +209,10 @@ def test_all_weights_and_a_checkpoint_that_loads(tmp_path, circles):
             pipe.text_encoder.state_dict().values(), base.text_encoder.state_dict().values(), strict=True
         )
     )
-    assert pipe.buckets == base.buckets and pipe.made_for == base.made_for
+    assert pipe.buckets == base.buckets and pipe.made_for.call == base.made_for.call
+    assert base.unknown_words(["Tint the star blue."]) and not pipe.unknown_words(["Tint the star blue."])
     shutil.copytree(tmp_path / "a" / "cache", tmp_path / "b" / "cache")
-    loop.train(settings(circles, accumulate=2, **options), tmp_path / "b", disable_progress=True)
+    loop.train(settings(data, accumulate=2, **options), tmp_path / "b", disable_progress=True)
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in "ab"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     states = [
@@ -226,7 +230,7 @@ def test_pictures_stay_where_they_are_through_the_cache(tmp_path):
     from tests.training.test_pairs import centres, crossed, text
 
     draw = random.Random(2)
-    for i in range(12):
+    for i in range(30):
         height, width = draw.randrange(101, 300, 2), draw.randrange(101, 300, 2)
         factor = (1, 0.7, 1.4)[i % 3]
         for name, scale in (("target", 1), ("control", factor)):
@@ -236,7 +240,7 @@ def test_pictures_stay_where_they_are_through_the_cache(tmp_path):
         text(tmp_path / "target" / f"{i}.txt", "Make it blue.")
     given = settings(tmp_path, basesize=(96,))
     plan, faults = make_plan(given, tmp_path / "cache")
-    assert not faults and len(plan.examples) == 12
+    assert not faults and len(plan.examples) == 30
     cache, pipe = Cache(tmp_path / "cache"), open_encoders(given, plan, torch.device("cpu"))
     for example in plan.examples:
         with torch.no_grad():

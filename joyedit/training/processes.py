@@ -1,0 +1,150 @@
+"""The processes of a training: which of them this one is, and the few numbers that they tell each other.
+
+torchrun starts them, and says in the environment who is who. Each computes its share of a batch; the first
+one alone writes, and shows progress. What all do together must be as often on all of them: a pass through
+weights that are divided among them (`sharding.py`) asks every process for its part.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PATIENCE = datetime.timedelta(days=1)  # one that encodes or writes for hours has not failed
+
+
+class FailedElsewhere(RuntimeError):
+    """Another process has failed, and said why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """This one is `rank` of `count`. One alone asks and tells nobody."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        return self.count > 1
+
+    def share(self, number: int) -> range:
+        """The places of this process among so many."""
+        return range(self.rank * number // self.count, (self.rank + 1) * number // self.count)
+
+    def turns(self, number: int) -> list[tuple[int, bool]]:
+        """Places among so many in turns, the same number on every process; False: another one has it, and it
+        is only gone through again."""
+        places = range(self.rank, -(-number // self.count) * self.count, self.count)
+        return [(min(place, number - 1), place < number) for place in places]
+
+    def in_step(self, items: Sequence[Any]) -> list[tuple[Any, bool]]:
+        """These items, and the last of them again (False) until every process has as many."""
+        missing = self.largest(len(items)) - len(items)
+        return [(item, True) for item in items] + [(items[-1], False)] * missing
+
+    @contextlib.contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """The first process does it, and then the others, who find what it left."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.largest(0)
+
+    def largest(self, number: int) -> int:
+        if not self.several:
+            return number
+        import torch.distributed as dist
+
+        held = torch.tensor([number])
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        return int(held)
+
+    def total(self, number: float) -> float:
+        return number if not self.several else self.sum(torch.tensor([number], dtype=torch.float64)).item()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """In place."""
+        if self.several:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def told(self, word: str) -> str:
+        """What the first process says."""
+        if not self.several:
+            return word
+        import torch.distributed as dist
+
+        words = [word]
+        dist.broadcast_object_list(words, device=torch.device("cpu"))
+        return words[0]
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """The mean over the processes, in place of each tensor; all in one message."""
+        if not self.several or not tensors:
+            return
+        together = self.sum(torch.cat([tensor.flatten() for tensor in tensors])) / self.count
+        places = together.split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, places, strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+ALONE = Processes()
+
+
+def started() -> Processes:
+    """Those that torchrun has started, before they know each other."""
+    return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """The processes that were started, while the block runs; those that the caller has joined stay so.
+
+    When one fails, the others raise FailedElsewhere as soon as they wait for it.
+    """
+    processes = started()
+    if not processes.several:
+        yield ALONE
+        return
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if dist.is_initialized():
+        yield processes
+        return
+    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
+    store, rank, count = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    try:
+        yield processes
+    except Exception as error:
+        if not is_first_to_fail(store, rank):
+            raise FailedElsewhere(f"another process has failed, and then this one: {error}") from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def is_first_to_fail(store: Any, rank: int) -> bool:
+    """Whether no other process has noted its failure where all see it."""
+    try:
+        return store.compare_set("joyedit failed", "", str(rank)) == str(rank).encode()
+    except Exception:  # the place is gone with the process that had it
+        return rank == 0
