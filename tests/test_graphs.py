@@ -327,6 +327,7 @@ def test_a_whole_edit_between_captions(loaded):
             "a red circle",
             "a blue circle",
             num_inference_steps=4,
+            inpaint_strength=0.8,
             num_maps_per_mask=1,
             output_type="np",
             generator=torch.Generator().manual_seed(0),

@@ -44,7 +44,9 @@ def edit(pipe, callback=None, **call):
     call |= {"generator": torch.Generator().manual_seed(1), "callback_on_step_end": callback}
     if type(pipe) is joyedit.StableDiffusionDiffEditPipeline:
         texts = "a red circle on a white background", "a blue circle on a white background"
-        return pipe.edit(photo(64), *texts, num_inference_steps=4, num_maps_per_mask=1, **call).images
+        return pipe.edit(
+            photo(64), *texts, num_inference_steps=4, num_maps_per_mask=1, inpaint_strength=0.8, **call
+        ).images
     text = "Make the circle red."
     if type(pipe) is joyedit.ChronoEditPipeline:
         call |= {"height": 96, "width": 96, "num_frames": 5, "output_type": "pil"}
