@@ -149,7 +149,8 @@ def test_casting_takes_the_result_and_little_else(tmp_path):
     (tmp_path / "t" / "config.json").write_text(json.dumps(config.to_dict()))
     found = in_process(LOAD + "print(json.dumps(found))", tmp_path / "t", 4, "bfloat16")
     assert found["stored"] > 3e8 and found["result"] < 0.51 * found["stored"]
-    assert 0.95 * found["result"] < found["used"] < found["result"] + SLACK
+    beside = found["largest"] + SLACK  # a stored tensor while it is cast
+    assert 0.95 * found["result"] < found["used"] < found["result"] + beside
     as_stored = in_process(LOAD + "print(json.dumps(found))", tmp_path / "t", 4, "float32")
     assert as_stored["result"] == as_stored["stored"] and as_stored["used"] < SLACK  # mapped
     assert 0 < as_stored["mappings"] < 3 * len(shards)  # and once, where memory is promised to mappings

@@ -29,7 +29,8 @@ def call(pipe, seed, **more):
     steps = {"num_inference_steps": 4 + seed % 3, "generator": seeded(seed), "output_type": "latent", **more}
     if "transformer" not in pipe.parts:
         captions = PHOTO, "a red circle", "a blue circle"
-        return pipe.edit(*captions, num_maps_per_mask=1, guidance_scale=2.0, **steps).images
+        own = {"mask_thresholding_ratio": 3.0, "mask_encode_strength": 0.6, "inpaint_strength": 0.8}
+        return pipe.edit(*captions, num_maps_per_mask=1, guidance_scale=2.0, **own, **steps).images
     size = {} if "processor" in pipe.parts else {"height": 64, "width": 64}
     return pipe(image=PHOTO, prompt="Make the red circle blue.", guidance_scale=2.0, **size, **steps)[0]
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from joyedit.models.sd_unet import UNet2DConditionModel
 from joyedit.schedulers.ddim import DDIMScheduler
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
@@ -15,7 +16,7 @@ from joyedit.training.joyimage import JoyImage
 from joyedit.training.plan import make_plan
 from joyedit.training.stable_diffusion import StableDiffusion
 from joyedit.training.systems import Drawing, Said
-from tests.training.test_losses import unet_case
+from tests.lora_layers import UNET, filled
 from tests.training.test_training import circle, settings
 
 COUNT = 1000
@@ -59,7 +60,7 @@ def test_no_prompt_is_left_out_without_dropout():
 
 
 def test_signal_to_noise_is_bounded():
-    network, *_ = unet_case()
+    network = filled(UNet2DConditionModel.from_config(UNET))
     system = StableDiffusion(SimpleNamespace(call={}), {})
     kept = {"target_mean": torch.randn(4, 7, 9), "target_std": torch.ones(4, 7, 9)}
     found = {}
