@@ -13,6 +13,23 @@ UNET = dict(
     norm_num_groups=8,
 )
 JOY = dict(hidden_size=48, num_attention_heads=3, num_layers=2, text_dim=20, rope_dim_list=[4, 6, 6])
+WAN = dict(
+    patch_size=[1, 2, 2],
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=6,
+    out_channels=4,
+    text_dim=10,
+    freq_dim=8,
+    ffn_dim=20,
+    num_layers=2,
+    cross_attn_norm=True,
+    qk_norm="rms_norm_across_heads",
+    image_dim=14,
+    added_kv_proj_dim=24,
+    rope_max_seq_len=32,
+)
+TEXT = dict(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 
 BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
 ATTENTION = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn2.to_out.0"]

@@ -15,23 +15,10 @@ from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel
 from joyedit.models.clip import CLIPTextModel
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
 from joyedit.models.sd_unet import UNet2DConditionModel
-from tests.lora_layers import JOY, UNET, factors, filled, product
+from tests.lora_layers import JOY, TEXT, UNET, WAN, factors, filled, product
 
 LAYER = "double_blocks.0.attn.txt_attn_proj"
 CONVOLUTION = "down_blocks.0.downsamplers.0.conv"
-WAN = dict(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=6,
-    out_channels=4,
-    text_dim=10,
-    freq_dim=8,
-    ffn_dim=20,
-    num_layers=2,
-    image_dim=14,
-    added_kv_proj_dim=24,
-)
-TEXT = dict(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.shapes import scenes
 from benchmarks.shapes.init_sd_vae import initialize_sd_vae
 from benchmarks.shapes.training import SAVE_EVERY, Log, parameters_of
-from benchmarks.shapes.wan_vae import make_optimizer
+from benchmarks.shapes.wan_vae import make_optimizer, weighed
 from joyedit.models.latents import DiagonalGaussian
 from joyedit.models.sd_vae import AutoencoderKL, AutoencoderKLConfig
 from joyedit.training.run import Run, Stopping, rate_at
@@ -101,11 +101,7 @@ def reconstruction_loss(vae: AutoencoderKL, pixels: Tensor, stage: str) -> tuple
         posterior = DiagonalGaussian(vae.encode_tile(pixels))
         z = posterior.sample()
         kl = 0.5 * (posterior.mean.square() + posterior.std.square() - 1 - posterior.logvar).sum(1).mean()
-    error = vae.decode_tile(z) - pixels
-    squared, absolute = error.square().mean(), error.abs().mean()
-    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    loss = 8 * squared + 0.3 * absolute + 0.2 * edges + 1e-5 * kl
-    return loss, {"squared": squared.item(), "absolute": absolute.item(), "kl": kl.item()}
+    return weighed(vae.decode_tile(z) - pixels, kl)
 
 
 def trained(vae: AutoencoderKL, stage: str) -> list[nn.Parameter]:

@@ -105,9 +105,13 @@ def reconstruction_loss(vae: AutoencoderKLWan, pixels: Tensor, stage: str) -> tu
             std = mean.std(dim=(0, 2, 3, 4), keepdim=True)
             noise = 0.1 * torch.rand(len(mean), 1, 1, 1, 1, device=mean.device) * std
             z, kl = mean + noise * torch.randn_like(mean), mean.new_zeros(())
-    error = vae.decode_frames(z) - pixels
+    return weighed(vae.decode_frames(z) - pixels, kl)
+
+
+def weighed(error: Tensor, kl: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The loss of an error (..., H, W), and its parts."""
     squared, absolute = error.square().mean(), error.abs().mean()
-    edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
+    edges = error.diff(dim=-2).abs().mean() + error.diff(dim=-1).abs().mean()
     loss = 8 * squared + 0.3 * absolute + 0.2 * edges + 1e-5 * kl
     return loss, {"squared": squared.item(), "absolute": absolute.item(), "kl": kl.item()}
 

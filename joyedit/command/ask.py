@@ -12,7 +12,7 @@ from typing import Any
 from joyedit.command import devices
 from joyedit.command.calls import origin_options, said, source_options
 from joyedit.command.photos import read_photo
-from joyedit.command.values import above_zero, finite, place, share, whole
+from joyedit.command.values import above_zero, from_zero, place, share, whole
 
 log = logging.getLogger("joyedit")
 
@@ -96,13 +96,6 @@ def open_reader(model: str, args: argparse.Namespace, where: Mapping[str, Any]) 
 
     options = said(args, ("device", "dtype", "offload", "memory"))
     return load(model, pipeline="Qwen3VLPipeline", **options, **where)
-
-
-def from_zero(text: str) -> float:
-    value = finite(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
 
 
 def some_share(text: str) -> float:

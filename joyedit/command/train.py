@@ -7,29 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from joyedit.command.estimate import gigabytes
 from joyedit.command.parsing import one_line
-from joyedit.command.values import finite, memory_size, place, whole
+from joyedit.command.values import finite, memory_size, place, whole, whole_number
 
 if TYPE_CHECKING:
     from joyedit.training.check import Found
 
-# The options that are settings of a run, by their names there.
-SETTINGS = (
-    *("data", "model", "revision", "device", "full", "rank", "alpha", "targets", "trigger", "base", "memory"),
-    *(
-        "checkpointing",
-        "steps",
-        "batch",
-        "accumulate",
-        "optimizer",
-        "lr",
-        "lr_schedule",
-        "warmup",
-        "clip",
-        "ema",
-        "basesize",
-    ),
-    *("sigma", "min_snr", "dropout", "frames", "sample_every", "valid_every", "save_every", "seed"),
-)
+MOST = 2**31 - 1  # of steps and the like
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -91,20 +74,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def count(text: str) -> int:
-    value = natural(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    return whole_number(text, 1, MOST)
 
 
 def natural(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not within 0 and {2**31 - 1}")
-    return value
+    return whole_number(text, 0, MOST)
 
 
 def sizes(text: str) -> list[int]:
@@ -132,7 +106,7 @@ def settings_of(args: argparse.Namespace) -> Any:
     given: dict[str, Any] = {}
     if args.config is not None:
         given = read_settings(Path(args.config).expanduser())
-    given |= {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    given |= {name: value for name in Settings.names() if (value := getattr(args, name)) is not None}
     if "data" not in given:
         args.parser.error("DATA is missing: a folder with target/ and control/")
     if "model" not in given:

@@ -1,5 +1,6 @@
 """The drawn world's sentences said in other ways, and trainings that begin with a checkpoint."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -146,3 +147,13 @@ def test_success_is_told_for_every_wording(monkeypatch):
         del read[:4]
     table = publish._wordings(found)
     assert table[0].startswith("4 of these edits") and "| lower case | 50 % | 100 % | 0 % |" in table
+
+
+@pytest.mark.parametrize("name", ["joyimage", "chronoedit", "diffedit"])
+def test_every_wording_succeeds_nearly_as_often(name):
+    """As recorded, within 5 points of the plain one."""
+    found = json.loads((publish.RESULTS / f"{name}.json").read_text())["held_out"]["wordings"]
+    assert list(found) == list(wording.CAPTION_WORDINGS if name == "diffedit" else wording.WORDINGS)
+    assert found["plain"]["edits"] >= 40
+    for one in found.values():
+        assert abs(one["ok"] - found["plain"]["ok"]) <= 0.05

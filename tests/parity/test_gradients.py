@@ -15,26 +15,9 @@ from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel
 from joyedit.models.clip import CLIPTextModel
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel
 from joyedit.models.sd_unet import UNet2DConditionModel
-from tests.lora_layers import UNET, filled
+from tests.lora_layers import JOY, UNET, WAN, filled
 from tests.parity.same_weights import difference, with_weights_of
 
-JOY = dict(hidden_size=48, num_attention_heads=3, num_layers=3, text_dim=20, rope_dim_list=[4, 6, 6])
-WAN = dict(
-    patch_size=[1, 2, 2],
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=6,
-    out_channels=4,
-    text_dim=10,
-    freq_dim=8,
-    ffn_dim=20,
-    num_layers=3,
-    cross_attn_norm=True,
-    qk_norm="rms_norm_across_heads",
-    image_dim=14,
-    added_kv_proj_dim=24,
-    rope_max_seq_len=32,
-)
 TIMES = torch.tensor([501.0, 20.0])
 
 
@@ -59,7 +42,7 @@ CASES = {  # prefix of adapters, reference, ours, config, inputs, layers of atte
         "transformer",
         ReferenceJoyImage,
         JoyImageEditTransformer3DModel,
-        JOY,
+        {**JOY, "num_layers": 3},
         joy_inputs,
         ["img_attn_qkv", "txt_attn_qkv", "img_attn_proj", "txt_attn_proj"],
     ),
@@ -67,7 +50,7 @@ CASES = {  # prefix of adapters, reference, ours, config, inputs, layers of atte
         "transformer",
         ReferenceChronoEdit,
         ChronoEditTransformer3DModel,
-        WAN,
+        {**WAN, "num_layers": 3},
         wan_inputs,
         ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
     ),

@@ -16,6 +16,7 @@ from joyedit.convert.table import IDENTITY, Layout, rename
 from joyedit.lora import Adapters
 from joyedit.models.clip import CLIPTextModel
 from joyedit.models.sd_unet import UNet2DConditionModel
+from tests.lora_layers import WAN
 
 SD1 = dict(
     block_out_channels=[16, 32],
@@ -351,22 +352,6 @@ def test_saved_text_adapter_opens_in_the_reference(tmp_path):
     assert difference(run_text(reference), run_text(ours)) < 1e-5
 
 
-WAN = dict(
-    patch_size=[1, 2, 2],
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=6,
-    out_channels=4,
-    text_dim=10,
-    freq_dim=8,
-    ffn_dim=20,
-    num_layers=2,
-    cross_attn_norm=True,
-    qk_norm="rms_norm_across_heads",
-    image_dim=14,
-    added_kv_proj_dim=24,
-    rope_max_seq_len=32,
-)
 WAN_LAYERS = {  # of the original code -> of diffusers
     "self_attn.q": "attn1.to_q",
     "self_attn.k": "attn1.to_k",

@@ -8,17 +8,7 @@ import torch
 
 from joyedit.checkpoints import lora_writing, tensor_files
 from joyedit.training import loop
-from tests.training.test_training import circle, metrics, settings
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pairs")
-    for name, color in (("target", "blue"), ("control", "red")):
-        (root / name).mkdir()
-        circle(color, (96, 96), (9, 9)).save(root / name / "0.png")
-    (root / "target" / "0.txt").write_text("Make the red circle blue.")
-    return root
+from tests.training.test_training import metrics, settings
 
 
 def files(place):

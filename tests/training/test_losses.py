@@ -15,21 +15,8 @@ from joyedit.schedulers.ddim import DDIMScheduler
 from joyedit.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from joyedit.schedulers.unipc import UniPCMultistepScheduler
 from joyedit.training import losses
-from tests.lora_layers import JOY, UNET, filled
+from tests.lora_layers import JOY, UNET, WAN, filled
 
-WAN = dict(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=12,
-    out_channels=4,
-    text_dim=10,
-    freq_dim=8,
-    ffn_dim=20,
-    num_layers=2,
-    image_dim=14,
-    added_kv_proj_dim=24,
-    rope_max_seq_len=32,
-)
 SIGMA = torch.tensor([0.3, 0.85])
 
 
@@ -56,7 +43,7 @@ def joy_case():
 
 
 def wan_case(frames=2, batch=2):
-    network = filled(ChronoEditTransformer3DModel.from_config(WAN))
+    network = filled(ChronoEditTransformer3DModel.from_config({**WAN, "in_channels": 12}))
     latents, noise = drawn(batch, 4, frames, 4, 6, seed=1), drawn(batch, 4, frames, 4, 6, seed=2)
     known = losses.ChronoEditConditioning(
         drawn(batch, 8, frames, 4, 6, seed=3), drawn(batch, 5, 10, seed=4), drawn(batch, 3, 14, seed=5)

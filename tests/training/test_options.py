@@ -17,7 +17,7 @@ from joyedit.training.plan import make_plan
 from joyedit.training.stable_diffusion import StableDiffusion
 from joyedit.training.systems import Drawing, Said
 from tests.lora_layers import UNET, filled
-from tests.training.test_training import circle, settings
+from tests.training.test_training import settings
 
 COUNT = 1000
 KEPT = {"target_mean": torch.zeros(1, 1, 1, 1), "target_std": torch.ones(1, 1, 1, 1)}
@@ -74,16 +74,6 @@ def test_signal_to_noise_is_bounded():
         ** 2
     )
     assert torch.allclose(found[5.0] / found[None], 5 * (1 - abar) / abar, rtol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pairs")
-    for name, color in (("target", "blue"), ("control", "red")):
-        (root / name).mkdir()
-        circle(color, (96, 96), (9, 9)).save(root / name / "0.png")
-    (root / "target" / "0.txt").write_text("Make the red circle blue.")
-    return root
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Runs: settings and what is refused, the order of samples, states that go on bit by bit, metrics."""
 
-import dataclasses
+import argparse
 import errno
 import json
 import math
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from joyedit.command import train
 from joyedit.training.examples import Order
 from joyedit.training.loop import generator, parts
 from joyedit.training.run import Run, Stopping, rate_at
@@ -274,7 +275,8 @@ def test_there_is_a_turn_before_each_step_and_one_after_the_last(tmp_path, signa
     assert looks(tmp_path / "stopped", 4) == ["3", "4vs"]
 
 
-def test_every_option_is_a_setting():
-    from joyedit.command.train import SETTINGS
-
-    assert sorted(SETTINGS) == sorted(field.name for field in dataclasses.fields(Settings))
+def test_every_setting_is_an_option():
+    parser = argparse.ArgumentParser()
+    train.add_options(parser)
+    options = {action.dest for action in parser._actions}
+    assert options == {*Settings.names(), "help", "out", "config", "check"}
