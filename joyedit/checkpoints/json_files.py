@@ -46,8 +46,9 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
+def write_json(path: Path, value: Mapping[str, Any], *, force: bool = True) -> None:
+    """Without `force` it raises FileExistsError for what exists, or has come to exist meanwhile."""
+    with replacing(path, force=force) as temporary:
         temporary.write_text(
             json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
         )

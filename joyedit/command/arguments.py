@@ -13,7 +13,18 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import ask, devices, estimate, film, places, preview, rewrite, spatial, train
+from joyedit.command import (
+    ask,
+    batch_options,
+    devices,
+    estimate,
+    film,
+    places,
+    preview,
+    rewrite,
+    spatial,
+    train,
+)
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
@@ -30,22 +41,26 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Any]) -> argparse.N
     Raises SystemExit(2), with the reason on standard error, for wrong ones.
     """
     args, left = build_parser(commands).parse_known_args(argv)
-    take_in = take_in_question if args.command == "ask" else take_in_words
+    others = {"ask": take_in_question, "batch": batch_options.take_in}
+    take_in = others.get(args.command, take_in_words)
     if wrong := take_in(args, left):
         args.parser.error(wrong)
-    if args.command in MAKING and (wrong := misuse(args)):
+    if args.command in (*MAKING, "batch") and (wrong := misuse(args)):
         args.parser.error(wrong)
     return args
 
 
 def misuse(args: argparse.Namespace) -> str | None:
-    """What is wrong with the options of `edit` and `generate` as they stand on the command line."""
+    """What is wrong with the options of `edit`, `generate` and `batch` as they stand on the command line."""
+    if args.command == "batch" and (wrong := batch_options.misuse(args)):
+        return wrong
     if wrong := spatial.take_over(args):
         return wrong
     film.take_over(args)
     texts = {name for system in SYSTEMS for name in system.texts}
     told = any(getattr(args, name) is not None for name in texts) or args.prompt_file is not None
-    if args.config_from is None and not told:
+    told = told or args.config_from is not None or (args.command == "batch" and batch_options.has_lines(args))
+    if not told:
         hint = "" if args.command == "generate" else " (Stable Diffusion takes --source and --target)"
         return f"say what to do: an instruction or prompt is missing{hint}, and there is no --config-from"
     if args.prompt_file is not None and any(getattr(args, name) is not None for name in texts):
@@ -158,6 +173,10 @@ def build_parser(functions: Mapping[str, Any]) -> Parser:
         made.set_defaults(**{key: None for system in others for key in (*system.texts, *system.options)})
         return made
 
+    many = "edit many photographs, or what the lines of a file say, and go on where it was ended"
+    made = command("batch", many, *system_options("edit"), image_options(many=True), *part_options())
+    batch_options.add_options(made)
+
     made = making("edit", "edit a photograph as an instruction says, or from one caption to another")
     made.add_argument("photos", metavar="PHOTO", nargs="+", help="path or http(s) URL of the photograph")
     made.add_argument(
@@ -255,18 +274,20 @@ def system_options(command: str) -> list[Parser]:
     return parsers
 
 
-def image_options() -> Parser:
-    """Options of the commands that make images. Those of the picture default to what the pipeline says."""
+def image_options(many: bool = False) -> Parser:
+    """Options of the commands that make images. Those of the picture default to what the pipeline says.
+    many: without those that name files of one run."""
     parser = Parser(add_help=False)
     add = parser.add_argument_group("the image").add_argument
-    add(
-        "-o",
-        "--output",
-        metavar="OUT",
-        type=place,
-        help="file to write (.png, .jpg, .webp) or a folder; default: PHOTO-edit-SEED.png. Of several "
-        "photographs or images the names say which",
-    )
+    if not many:
+        add(
+            "-o",
+            "--output",
+            metavar="OUT",
+            type=place,
+            help="file to write (.png, .jpg, .webp) or a folder; default: PHOTO-edit-SEED.png. Of several "
+            "photographs or images the names say which",
+        )
     add(
         "--seed",
         type=whole("seed"),
@@ -324,9 +345,11 @@ def image_options() -> Parser:
     add(
         "--no-metadata", action="store_false", dest="metadata", help="do not record the parameters in the PNG"
     )
-    add("--force", action="store_true", help="replace files that are there already")
+    if not many:
+        add("--force", action="store_true", help="replace files that are there already")
     places.add_options(parser)
-    preview.add_option(parser)
+    if not many:
+        preview.add_option(parser)
     rewrite.add_options(parser)
     *others, usual = SYSTEMS
     special = (f"{system.occasion} {system.model}" for system in others if system.model)

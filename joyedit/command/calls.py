@@ -7,7 +7,7 @@ defaults then hold.
 import argparse
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from joyedit.pipelines.defaults import plain
@@ -16,6 +16,11 @@ log = logging.getLogger("joyedit")
 
 # What the call of every pipeline takes, whatever the system.
 EVERY_CALL = ("negative_prompt", "num_inference_steps", "guidance_scale", "step_cache")
+# What a call for several takes a list of, one for each.
+OF_EACH = (
+    *("image", "images", "mask", "mask_image"),
+    *("prompt", "negative_prompt", "source_prompt", "target_prompt"),
+)
 
 
 def said(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -33,6 +38,13 @@ def in_effect(function: Callable[..., Any], call: Mapping[str, Any], names: Iter
     silent."""
     parameters = inspect.signature(function).parameters
     return {name: call.get(name, plain(parameters[name].default)) for name in names}
+
+
+def merged(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One call of several, which differ in no more than what each has of its own (`OF_EACH`)."""
+    return {
+        name: [call[name] for call in calls] if name in OF_EACH else value for name, value in calls[0].items()
+    }
 
 
 def say_steps(pipe: Any, args: argparse.Namespace, steps: int) -> None:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from joyedit.command.calls import EVERY_CALL, in_effect, said, say_steps, spelt
+from joyedit.command.calls import EVERY_CALL, in_effect, merged, said, say_steps, spelt
 from joyedit.command.photos import resized
 from joyedit.command.places import mask_at
 from joyedit.command.values import above_zero, finite, place, share, whole
@@ -150,6 +150,19 @@ class Captions:
             shown = [call["image"], mask_overlay(call["image"], white), result]
             made.append({"output": result, "mask_out": white, "grid": make_image_grid(shown, 1, 3)})
         return made
+
+    def shape(self, pipe: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
+        return call["image"].height, call["image"].width
+
+    def run_together(
+        self, pipe: Any, calls: Sequence[Mapping[str, Any]], seeds: Sequence[int], args: argparse.Namespace
+    ) -> "list[Image]":
+        import torch
+
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        images, *_ = pipe.edit(**merged(calls), generator=generators)
+        say_steps(pipe, args, 2 * pipe.num_timesteps)
+        return images
 
     def guidance(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> float:
         names = ("guidance_scale", "invert_guidance_scale")

@@ -1,5 +1,5 @@
-"""The command line: `joyedit edit`, `generate`, `ask`, `estimate`, `train`, `demo`, `convert`, `verify` and
-`info`.
+"""The command line: `joyedit edit`, `generate`, `batch`, `ask`, `estimate`, `train`, `demo`, `convert`, `verify`
+and `info`.
 
 The paths of what was made, or the answer, are all that goes to standard output; log, progress and errors go
 to standard error. A run ends with 0, with 2 for arguments that are wrong in themselves, with 1 and one line
@@ -42,7 +42,14 @@ log = logging.getLogger("joyedit")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; wrong arguments raise SystemExit(2)."""
     commands = {"edit": edit, "generate": edit, "ask": ask, "estimate": estimate}
-    commands |= {"train": train, "demo": demo, "convert": convert, "verify": verify, "info": info}
+    commands |= {
+        "batch": batch,
+        "train": train,
+        "demo": demo,
+        "convert": convert,
+        "verify": verify,
+        "info": info,
+    }
     args = parse(argv, commands)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the console has no letters for
@@ -144,6 +151,37 @@ def edit(args: argparse.Namespace) -> None:
             unprinted = unprinted or error
     if unprinted is not None:
         raise unprinted
+
+
+def batch(args: argparse.Namespace) -> int:
+    """Make many edits, and print where each is: 0 for all, 1 where some failed, 2 for what cannot be done as it
+    is said. All results are written, whatever becomes of the output."""
+    from joyedit.command import batch as many
+    from joyedit.command.jobs import Faulty
+
+    unprinted: list[Exception] = []
+
+    def show(path: Path) -> None:
+        try:
+            print(path, flush=True)
+        except (OSError, ValueError) as error:  # the reader went away; the output was closed
+            unprinted.append(error)
+
+    try:
+        done = many.batch(args, show)
+    except Faulty as error:
+        for fault in error.faults:
+            log.error("%s", one_line(fault))
+        if len(error.faults) > 1:
+            log.error("%d faults: nothing is edited before they are gone", len(error.faults))
+        return 2
+    if done.failed:
+        log.error("%s: see %s", done, done.errors)
+    else:
+        log.info("%s", done)
+    if unprinted:
+        raise unprinted[0]
+    return 1 if done.failed else 0
 
 
 def ask(args: argparse.Namespace) -> None:

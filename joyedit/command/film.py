@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from joyedit.checkpoints.plain_text import shown
 from joyedit.command import places
-from joyedit.command.calls import EVERY_CALL, said, say_steps, spelt
+from joyedit.command.calls import EVERY_CALL, merged, said, say_steps, spelt
 from joyedit.command.captions import TEXTS as CAPTIONS
 from joyedit.command.instruction import UNTOLD
 from joyedit.command.photos import resized
@@ -220,6 +220,20 @@ class Film:
         say_steps(pipe, args, pipe.num_timesteps)
         fps = args.fps or FPS
         return [{"output": frames[-1], "video": Frames(frames, fps)} for frames in films]
+
+    def shape(self, pipe: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
+        return self.geometry(pipe, call).bucket if "size" in call else (call["height"], call["width"])
+
+    def run_together(
+        self, pipe: Any, calls: Sequence[Mapping[str, Any]], seeds: Sequence[int], args: argparse.Namespace
+    ) -> "list[Image]":
+        import torch
+
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        how = {"output_type": "pil", "only_last_frame": True}
+        films = pipe(**merged(calls), generator=generators, **how).frames
+        say_steps(pipe, args, pipe.num_timesteps)
+        return [frames[-1] for frames in films]
 
     def guidance(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> float:
         usual = PRESETS.get(args.preset, PRESETS[None])[1]

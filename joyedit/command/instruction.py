@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from joyedit.command import places, spatial
-from joyedit.command.calls import EVERY_CALL, in_effect, said, say_steps, spelt
+from joyedit.command.calls import EVERY_CALL, in_effect, merged, said, say_steps, spelt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -111,6 +111,22 @@ class Instruction:
         images = pipe(**call, generator=generators, num_images_per_prompt=len(seeds)).images
         say_steps(pipe, args, pipe.num_timesteps)
         return [{"output": image} for image in images]
+
+    def shape(self, pipe: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
+        if "image" not in call:
+            return pipe.choose_size(None, call.get("height"), call.get("width"))
+        return self.geometry(pipe, call["image"], call).bucket
+
+    def run_together(
+        self, pipe: Any, calls: Sequence[Mapping[str, Any]], seeds: Sequence[int], args: argparse.Namespace
+    ) -> "list[Image]":
+        import torch
+
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        torch.manual_seed(seeds[0])
+        images = pipe(**merged(calls), generator=generators).images
+        say_steps(pipe, args, pipe.num_timesteps)
+        return images
 
     def guidance(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> float:
         return in_effect(pipe.__call__, call, ("guidance_scale",))["guidance_scale"]

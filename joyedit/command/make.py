@@ -25,6 +25,8 @@ from joyedit.command.rewrite import LOCAL, refuse_rewriter, rewritten
 from joyedit.command.systems import SYSTEMS, System, system_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from joyedit.pipelines.made_for import MadeFor
 
 log = logging.getLogger("joyedit")
@@ -69,13 +71,26 @@ def make(args: argparse.Namespace) -> Iterator[list[Path]]:
     for own, photo, call, files_of_seeds in zip(told, photos or [None], watched, paths, strict=True):
         made = system.run(pipe, call, seeds, args)
         for seed, files, results in zip(seeds, files_of_seeds, made, strict=True):
-            metadata = None
-            if args.metadata:
-                size = {"height": results["output"].height, "width": results["output"].width}
-                metadata = {**facts_of_run(own, system, pipe, call, photo), "seed": seed, **size}
+            metadata = record_of(own, system, pipe, call, photo, seed, results["output"])
             profile = None if photo is None else photo.profile
             write_results(results, files, metadata, profile, force=args.force)
             yield [*files.values()]
+
+
+def record_of(
+    args: argparse.Namespace,
+    system: System,
+    pipe: Any,
+    call: dict[str, Any],
+    photo: Photo | None,
+    seed: int,
+    made: "Image",
+) -> dict[str, Any] | None:
+    """What the image that a run has just made says of it; None where that is not wanted."""
+    if not args.metadata:
+        return None
+    size = {"height": made.height, "width": made.width}
+    return {**facts_of_run(args, system, pipe, call, photo), "seed": seed, **size}
 
 
 def take_in_prompt(args: argparse.Namespace) -> None:
@@ -140,6 +155,13 @@ def system_for(args: argparse.Namespace) -> System:
 
     Raises ValueError for a model that is not told what to do in its own way, or gets options of another.
     """
+    chosen = system_named(args)
+    refuse_foreign(args, chosen)
+    return chosen
+
+
+def system_named(args: argparse.Namespace) -> System:
+    """The system of the model, whatever it is told."""
     from joyedit.loading.layouts import pipeline_name
 
     args.model = args.model or next(system for system in SYSTEMS if system.is_meant(args)).model
@@ -147,6 +169,12 @@ def system_for(args: argparse.Namespace) -> System:
     chosen = system_of(pipeline)
     if chosen is None:
         raise ValueError(f"{args.model} holds a {pipeline}, which this command does not know")
+    return chosen
+
+
+def refuse_foreign(args: argparse.Namespace, chosen: System) -> None:
+    """Raises ValueError where the system is not told what to do in its own way, or gets options of another.
+    args.model: its model."""
     if args.command not in chosen.commands:
         raise ValueError(f"{args.model} edits photographs here: {chosen.usage}")
     if len(said(args, chosen.texts)) < len(chosen.texts):
@@ -154,8 +182,7 @@ def system_for(args: argparse.Namespace) -> System:
     for system in SYSTEMS:
         if system is not chosen and (options := spelt(args, system.options)):
             raise ValueError(system.foreign.format(model=args.model, option=options[0]))
-    places.refuse(args, chosen.places, pipeline)
-    return chosen
+    places.refuse(args, chosen.places, chosen.pipeline)
 
 
 def refuse_adapters(args: argparse.Namespace) -> None:
@@ -171,11 +198,16 @@ def fill_from_checkpoint(args: argparse.Namespace, system: System) -> "MadeFor":
     from joyedit.loading.layouts import read_made_for
 
     made_for = read_made_for(args.model, **origin_options(args))
+    fill_from(made_for, args, system)
+    return made_for
+
+
+def fill_from(made_for: "MadeFor", args: argparse.Namespace, system: System) -> None:
+    """Raises ValueError where what is filled in does not go with what is said."""
     for name, value in made_for.call.items():
         if getattr(args, name) is None and name not in system.replaced(args, made_for.call):
             setattr(args, name, value)
     refuse_contradictions(args)
-    return made_for
 
 
 def open_pipeline(args: argparse.Namespace) -> Any:

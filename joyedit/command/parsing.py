@@ -46,8 +46,7 @@ def take_in_words(args: argparse.Namespace, left: Sequence[str]) -> str | None:
     unknown = [word for word in left if word.startswith("-") and word != "-"]
     photos = getattr(args, "photos", None)
     if unknown or (photos is None and left):
-        quotes = "; a text of several words goes in quotes" if hasattr(args, "prompt") and not unknown else ""
-        return f"unrecognized arguments: {' '.join(left)}{nearest_option(args.parser, unknown)}{quotes}"
+        return unrecognized(args, left)
     if photos is None:
         return None
     words = [*photos, *([args.prompt] if args.prompt is not None else []), *left]
@@ -67,12 +66,19 @@ def take_in_words(args: argparse.Namespace, left: Sequence[str]) -> str | None:
     return None
 
 
+def unrecognized(args: argparse.Namespace, left: Sequence[str]) -> str:
+    """What is wrong with words that have no place."""
+    unknown = [word for word in left if word.startswith("-") and word != "-"]
+    quotes = "; a text of several words goes in quotes" if hasattr(args, "prompt") and not unknown else ""
+    return f"unrecognized arguments: {' '.join(left)}{nearest_option(args.parser, unknown)}{quotes}"
+
+
 def take_in_question(args: argparse.Namespace, left: Sequence[str]) -> str | None:
     """Of `joyedit ask`: all words are photographs but the last, which is the question. What is wrong with
     them, if anything."""
     unknown = [word for word in left if word.startswith("-") and word != "-"]
     if unknown:
-        return f"unrecognized arguments: {' '.join(left)}{nearest_option(args.parser, unknown)}"
+        return unrecognized(args, left)
     *args.photos, args.question = [*args.photos, args.question, *left]
     if is_photo_name(args.question):
         return f"a question is missing: {args.question} is a photograph"

@@ -97,6 +97,9 @@ class References(Instruction):
         say_steps(pipe, args, pipe.num_timesteps)
         return [{"output": image} for image in images]
 
+    def shape(self, pipe: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
+        return pipe.choose_size(call.get("images"), call.get("height"), call.get("width"))
+
     def facts(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         references = [reference.facts for reference in args.references or ()]
         return {**super().facts(pipe, call, args), "references": references or None}

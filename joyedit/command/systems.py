@@ -99,6 +99,16 @@ class System(Protocol):
         """For each seed, which has a generator of its own, "output" and what `files` may ask for."""
         ...
 
+    def shape(self, pipe: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
+        """Height and width that the networks work at; calls of one shape may go together."""
+        ...
+
+    def run_together(
+        self, pipe: Any, calls: Sequence[Mapping[str, Any]], seeds: Sequence[int], args: argparse.Namespace
+    ) -> "list[Image]":
+        """The "output" of `run` for each call with a seed of its own, of several that are alike, at once."""
+        ...
+
     def guidance(self, pipe: Any, call: Mapping[str, Any], args: argparse.Namespace) -> float:
         """How strongly the run is guided, at most. At 1 and below, negative prompts have no effect."""
         ...

@@ -204,3 +204,14 @@ def orientation_in(raw: bytes) -> int | None:
     except struct.error:  # the block ends
         return None
     return None
+
+
+def size_in_header(path: Any) -> tuple[int, int] | None:
+    """Width and height of the picture in a file, turned as its EXIF orientation says, from its first bytes; None
+    for what is none."""
+    try:
+        with warnings.catch_warnings(), PIL.Image.open(path) as opened:
+            width, height = opened.size
+            return (height, width) if orientation(opened) >= 5 else (width, height)
+    except Exception:  # of the decoder, which may raise anything
+        return None
