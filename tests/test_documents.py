@@ -221,7 +221,18 @@ def test_command_lines(page, source, desk, published, capsys, monkeypatch):
 
 def test_options_that_the_pages_name_exist(capsys):
     known = set()
-    for command in ("edit", "generate", "ask", "estimate", "train", "convert", "verify", "info", "demo"):
+    for command in (
+        "edit",
+        "generate",
+        "batch",
+        "ask",
+        "estimate",
+        "train",
+        "convert",
+        "verify",
+        "info",
+        "demo",
+    ):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))

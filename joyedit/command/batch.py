@@ -1,10 +1,10 @@
 """`joyedit batch`: one pipeline, and many edits, of which each is what `joyedit edit` makes.
 
-First everything is looked at that can be (`jobs.py`), and the folder of the results taken (`batch_record.py`).
-Then the part of this process (`shards.py`) is done, but for what is there already: results appear whole, so a
-file at a result's name is one. While one picture is computed, the next is decoded and the last one written,
-each by a thread of its own. A picture that fails is noted, and the rest goes on; what is no picture's fault
-ends the run.
+First everything is looked at that can be (`jobs.py`), and the folder of the results taken
+(`batch_record.py`). Then the part of this process (`shards.py`) is done, but for what is there already:
+results appear whole, so a file at a result's name is one. While one picture is computed, the next is decoded
+and the last one written, each by a thread of its own. A picture that fails is noted, and the rest goes on;
+what is no picture's fault ends the run.
 """
 
 import argparse

@@ -21,7 +21,7 @@ PATIENCE = 5.0  # seconds until one who takes the name has written the file, whe
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say that changes results; but for the seed, and the device, which changes rounding."""
+    """What the arguments say that changes results; not the seed, nor the device, which changes rounding."""
     names = [*without(REPEATED, ("seed", "device")), "num_images", "rewrite", "rewrite_model"]
     names += [name for system in SYSTEMS for name in (*system.texts, *system.settings)]
     said = {name: getattr(args, name) for name in names}

@@ -1,5 +1,5 @@
-"""The command line: `joyedit edit`, `generate`, `batch`, `ask`, `estimate`, `train`, `demo`, `convert`, `verify`
-and `info`.
+"""The command line: `joyedit edit`, `generate`, `batch`, `ask`, `estimate`, `train`, `demo`, `convert`,
+`verify` and `info`.
 
 The paths of what was made, or the answer, are all that goes to standard output; log, progress and errors go
 to standard error. A run ends with 0, with 2 for arguments that are wrong in themselves, with 1 and one line
@@ -154,8 +154,8 @@ def edit(args: argparse.Namespace) -> None:
 
 
 def batch(args: argparse.Namespace) -> int:
-    """Make many edits, and print where each is: 0 for all, 1 where some failed, 2 for what cannot be done as it
-    is said. All results are written, whatever becomes of the output."""
+    """Make many edits, and print where each is: 0 for all, 1 where some failed, 2 for what cannot be done as
+    it is said. All results are written, whatever becomes of the output."""
     from joyedit.command import batch as many
     from joyedit.command.jobs import Faulty
 

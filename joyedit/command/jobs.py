@@ -147,9 +147,8 @@ def named(stem: str, end: str) -> str:
 class Lines:
     """Those of a file of JSON Lines. What a line does not say is as `args` say, those of the batch.
 
-    Raises Faulty with all that is wrong in any line, OSError for a file that cannot be read; FileNotFoundError
-    and ValueError as `system_named` for the model, which is that of `args` or else the one that the first line
-    means.
+    Raises Faulty with all that is wrong in any line, OSError for a file that cannot be read, and as
+    `system_named` for the model: that of `args`, or else the one that the first line means.
     """
 
     def __init__(self, path: Path, args: argparse.Namespace, seed: int):
@@ -265,7 +264,7 @@ class Reader:
         args.model = first.model
         self.made_for = read_made_for(args.model, **origin_options(args))
         of_result = without(REPEATED, (*OF_ALL, "mask"))
-        own = without(self.system.settings, (*OF_ALL, "references", "fps"))
+        own = without(dict(self.system.settings), (*OF_ALL, "references", "fps"))
         self.kinds = {**dict.fromkeys(self.system.texts, str), **of_result, **own}
         self.known = {"photo", "output", "reference", "mask", *self.kinds}
         others = {name for system in SYSTEMS for name in (*system.texts, *system.settings)}

@@ -65,8 +65,8 @@ def slurm(environment: Mapping[str, str]) -> Shard:
         tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
         if tasks != "1":
             raise ValueError(
-                f"SLURM_STEP_NUM_TASKS is {shown(tasks, 40)} and there is no array: several tasks of one step "
-                'are told apart by --shard "$SLURM_PROCID/$SLURM_NTASKS"'
+                f"SLURM_STEP_NUM_TASKS is {shown(tasks, 40)} and there is no array: several tasks of one "
+                'step are told apart by --shard "$SLURM_PROCID/$SLURM_NTASKS"'
             )
         return Shard()
     number, first, step, count = (whole(environment, name, names[0]) for name in names)

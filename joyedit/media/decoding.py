@@ -207,8 +207,8 @@ def orientation_in(raw: bytes) -> int | None:
 
 
 def size_in_header(path: Any) -> tuple[int, int] | None:
-    """Width and height of the picture in a file, turned as its EXIF orientation says, from its first bytes; None
-    for what is none."""
+    """Width and height of the picture in a file, the right way up, from its first bytes; None for what is
+    none."""
     try:
         with warnings.catch_warnings(), PIL.Image.open(path) as opened:
             width, height = opened.size

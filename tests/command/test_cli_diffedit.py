@@ -209,7 +209,7 @@ def test_each_of_several_images_equals_the_run_of_its_own_seed(photo, run):
 )
 def test_size_to_work_at(side, size, words, wanted):
     commands = dict.fromkeys(
-        ("edit", "generate", "ask", "estimate", "train", "demo", "convert", "verify", "info")
+        ("edit", "generate", "batch", "ask", "estimate", "train", "demo", "convert", "verify", "info")
     )
     args = arguments.parse(["edit", "a.png", *CAPTIONS, *words], commands)
     made = working_copy(Image.new("RGB", size), args, side)

@@ -107,7 +107,7 @@ def made():
         args = arguments.parse(
             words,
             dict.fromkeys(
-                ("edit", "generate", "ask", "estimate", "train", "demo", "convert", "verify", "info")
+                ("edit", "generate", "batch", "ask", "estimate", "train", "demo", "convert", "verify", "info")
             ),
         )
         photos = [read_photo(photo)]

@@ -12,7 +12,7 @@ from joyedit.command.systems import SYSTEMS, System, system_of
 from joyedit.loading.layouts import BUILT_IN, PIPELINES, pipeline_name
 
 COMMANDS = dict.fromkeys(
-    ("edit", "generate", "ask", "estimate", "train", "demo", "convert", "verify", "info")
+    ("edit", "generate", "batch", "ask", "estimate", "train", "demo", "convert", "verify", "info")
 )
 every_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.pipeline)
 
