@@ -1,0 +1,532 @@
+"""`joyedit batch`: what it makes of a folder and of lines, what it passes over, refuses and survives.
+
+The networks are left out here: an edit returns the photograph. What they make is in `test_batch_runs.py`.
+"""
+
+import errno
+import json
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import joyedit
+from joyedit.command import batch as many
+from joyedit.command import batch_record, cli
+from joyedit.command.instruction import Instruction
+from joyedit.loading import layouts
+from joyedit.media import images
+from joyedit.pipelines import rewriting_server
+from tests.answering import answering, rewritten
+
+SIZES = {"a.png": (96, 72), "b.jpg": (72, 96), "c.webp": (96, 96), "d.png": (96, 72)}
+SHARDS = ("SLURM_ARRAY_TASK_ID", "SLURM_STEP_NUM_TASKS", "JOB_COMPLETION_INDEX", "RANK", "WORLD_SIZE")
+SEED = ("--seed", 7)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return joyedit.load("tiny-joyimage", device="cpu")
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in SHARDS:
+        monkeypatch.delenv(name, raising=False)
+    Path("photos").mkdir()
+    for name, size in SIZES.items():
+        Image.new("RGB", size, "green").save(f"photos/{name}")
+    return tmp_path
+
+
+@pytest.fixture
+def calls(desk, pipe, monkeypatch):
+    """The calls of edits, each with its seed."""
+    made = []
+
+    def run(system, pipe, call, seeds, args):
+        made.append((call, *seeds))
+        return [{"output": call.get("image", Image.new("RGB", (32, 32)))} for _ in seeds]
+
+    monkeypatch.setattr(Instruction, "run", run)
+    monkeypatch.setattr(layouts, "load", lambda *_, **__: pipe)
+    monkeypatch.setattr(many, "warn_of_the_unknown", lambda *_: None)
+    return made
+
+
+def files(folder="out"):
+    found = (path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+    return sorted(found)
+
+
+def lines(*fields, name="jobs.jsonl"):
+    text = "\n".join(one if isinstance(one, str) else json.dumps(one) for one in fields)
+    Path(name).write_text(text + "\n", encoding="utf-8")
+    return name
+
+
+def errors(name="errors-0.jsonl"):
+    return [json.loads(line) for line in Path("out", name).read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------- a folder
+def test_pictures_of_a_folder_and_nothing_else(run, calls):
+    for name in ("photos/more/e.PNG", "photos/.hidden/f.png", "photos/older/g.png", "photos/more/b.jpg"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (96, 96)).save(name)
+    Path("photos/notes.txt").write_text("not a picture")
+    Path("photos/.h.png").write_bytes(b"not one either")
+    Path("photos/older/batch.json").write_text("{}")
+    Path("photos/a.jpg").write_bytes(Path("photos/b.jpg").read_bytes())
+    status, out, err = run("batch", "photos", "Make it red", "--out", "out", *SEED)
+    results = ["a-jpg", "a-png", "b", "c", "d", "more/b", "more/e"]
+    assert status == 0 and files() == ["batch.json", *(f"{name}-edit-7.png" for name in results)]
+    assert sorted(out.split()) == [f"out/{name}-edit-7.png" for name in results]
+    assert "seed 7\n" in err and "7 edits: 7 made" in err and "0 failed" in err
+    assert [call["prompt"] for call, _ in calls] == ["Make it red"] * 7
+    record = json.loads(Path("out/batch.json").read_text())
+    settings = {"prompt": "Make it red", "model": "tiny-joyimage"}
+    assert (record["seed"], record["photographs"]) == (7, str(Path("photos").resolve()))
+    assert record["settings"] == settings
+
+
+def test_a_result_is_recorded_as_by_edit(run, calls):
+    words = ("--steps", 3, "--guidance-scale", 2.5, *SEED)
+    assert run("batch", "photos", "Make it red", "--out", "out", *words)[0] == 0
+    assert run("edit", "photos/a.png", "Make it red", "-o", "one.png", *words)[0] == 0
+    assert Path("out/a-edit-7.png").read_bytes() == Path("one.png").read_bytes()
+    assert images.read_metadata("one.png")["num_inference_steps"] == 3
+
+
+def test_the_seed_is_drawn_once_and_what_is_there_is_passed_over(run, calls):
+    assert run("batch", "photos", "x", "--out", "out")[0] == 0
+    seed = json.loads(Path("out/batch.json").read_text())["seed"]
+    before = {name: Path("out", name).stat().st_mtime_ns for name in files()}
+    assert {f"{name}-edit-{seed}.png" for name in "abcd"} < {*before}
+    Path(f"out/b-edit-{seed}.png").unlink()
+    Path(f"out/c-edit-{seed}.png").write_bytes(b"")  # no result is empty
+    calls.clear()
+    status, out, err = run("batch", "photos", "x", "--out", "out")
+    assert status == 0 and sorted(out.split()) == [f"out/{name}-edit-{seed}.png" for name in "bc"]
+    assert [seed for _, seed in calls] == [seed] * 2 and "2 were there" in err
+    after = {name: Path("out", name).stat().st_mtime_ns for name in files()}
+    assert {name for name in before if before[name] != after[name]} == {
+        f"{name}-edit-{seed}.png" for name in "bc"
+    }
+
+
+def test_several_seeds_of_each(run, calls):
+    assert run("batch", "photos", "x", "--out", "out", "--num-images", 2, *SEED)[0] == 0
+    wanted = [f"{name}-edit-{seed}.png" for name in "abcd" for seed in (7, 8)]
+    assert files() == ["batch.json", *wanted]
+
+
+def test_one_that_fails_is_noted_and_tried_again(run, calls):
+    Path("photos/b.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (9000, 3)).save("photos/stripe.png")
+    status, out, err = run("batch", "photos", "x", "--out", "out", *SEED)
+    assert status == 1 and len(out.split()) == 3
+    assert "5 edits: 3 made" in err and "2 failed" in err and "see out/errors-0.jsonl" in err
+    assert {one["file"]: one["output"] for one in errors()} == {
+        "photos/b.jpg": "b-edit-7.png", "photos/stripe.png": "stripe-edit-7.png",
+    }  # fmt: skip
+    assert all(one["line"] is None and one["message"] for one in errors())
+    assert run("batch", "photos", "x", "--out", "out")[0] == 1 and len(calls) == 3
+    Image.new("RGB", (72, 96)).save("photos/b.jpg")
+    Path("photos/stripe.png").unlink()
+    assert run("batch", "photos", "x", "--out", "out")[0] == 0
+    assert files() == ["batch.json", *(f"{name}-edit-7.png" for name in "abcd")]
+
+
+@pytest.mark.parametrize(
+    "words", [["Make it blue"], ["x", "--seed", 8], ["x", "--steps", 2], ["x", "--lora", "l"]]
+)
+def test_the_folder_of_another_batch_is_refused(run, calls, words):
+    assert run("batch", "photos", "x", "--out", "out", *SEED)[0] == 0
+    before = files()
+    status, out, err = run("batch", "photos", *words, "--out", "out")
+    assert (status, out) == (2, "") and "out holds another batch" in err and "name another folder" in err
+    assert files() == before and len(calls) == 4
+
+
+def test_photographs_of_another_folder_are_another_batch(run, calls):
+    assert run("batch", "photos", "x", "--out", "out", *SEED)[0] == 0
+    Path("photos").rename("others")
+    status, _, err = run("batch", "others", "x", "--out", "out")
+    assert status == 2 and "photographs is" in err and "others" in err
+
+
+def test_files_of_no_batch_are_not_taken_for_results(run, calls):
+    Path("out").mkdir()
+    Path("out/a-edit-7.png").write_bytes(b"something else")
+    status, _, err = run("batch", "photos", "x", "--out", "out", *SEED)
+    assert status == 2 and "a-edit-7.png exists, and is of no batch" in err
+    assert files() == ["a-edit-7.png"] and not calls
+    assert run("batch", "photos", "x", "--out", "out", "--seed", 8)[0] == 0
+
+
+def test_a_damaged_record_is_an_error(run, calls, monkeypatch):
+    monkeypatch.setattr(batch_record, "PATIENCE", 0.01)
+    Path("out").mkdir()
+    for text in ("", '{"seed": 1}', '{"settings": {}, "seed": "x"}'):
+        Path("out/batch.json").write_text(text)
+        status, _, err = run("batch", "photos", "x", "--out", "out")
+        assert status == 1 and "batch.json" in err
+
+
+def test_who_comes_first_draws_the_seed(tmp_path):
+    barrier = threading.Barrier(8)
+
+    def claim(seed):
+        barrier.wait()
+        return batch_record.claim(tmp_path / "out", seed, {"settings": {}})
+
+    with ThreadPoolExecutor(8) as pool:
+        records = list(pool.map(claim, range(8)))
+    assert len({record["seed"] for record in records}) == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["batch.json"]
+
+
+# ----------------------------------------------------------------------------------------------------- shards
+def test_shards_make_each_once(run, calls, monkeypatch):
+    printed = []
+    for index in range(3):
+        status, out, _ = run("batch", "photos", "x", "--out", "out", "--shard", f"{index}/3")
+        assert status == 0
+        printed += out.split()
+    assert len(printed) == len(set(printed)) == 4 and len(calls) == 4
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    monkeypatch.setenv("JOB_COMPLETIONS", "2")
+    Path(printed[0]).unlink()  # of the first half, which is not this one's
+    assert run("batch", "photos", "x", "--out", "out")[1] == ""
+    assert run("batch", "photos", "x", "--out", "out", "--shard", "0/1")[1].split() == printed[:1]
+
+
+def test_an_environment_that_fits_nothing_is_refused(run, calls, monkeypatch):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    status, _, err = run("batch", "photos", "x", "--out", "out")
+    assert status == 2 and "JOB_COMPLETIONS is not" in err and not Path("out").exists()
+
+
+def test_what_shards_left_that_are_no_more_is_cleared_away(run, calls):
+    Path("photos/b.jpg").write_bytes(b"no picture")
+    assert run("batch", "photos", "x", "--out", "out", "--shard", "1/3")[0] == 1
+    Path("out/.making-2").mkdir()  # as a process leaves it that is killed
+    assert errors("errors-1.jsonl")
+    assert run("batch", "photos", "x", "--out", "out", "--shard", "0/2")[0] == 1
+    assert Path("out/errors-1.jsonl").exists() and not Path("out/.making-2").exists()
+    assert run("batch", "photos", "x", "--out", "out")[0] == 1
+    assert [path.name for path in Path("out").glob("errors*")] == ["errors-0.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------------ lines
+def test_lines_say_what_to_make(run, calls):
+    Path("sets").mkdir()
+    Image.new("L", (96, 72), 255).save("photos/mask.png")
+    name = lines(
+        {"photo": "../photos/a.png", "output": "red/a.png", "prompt": "Make it red", "seed": 3},
+        {"photo": "../photos/a.png", "mask": "../photos/mask.png", "num_inference_steps": 9},
+        "",
+        {"prompt": "A lighthouse", "output": "made.jpg", "height": 64, "width": 96},
+        {"photo": "../photos/d.png", "output": "d.png", "camera": "yaw=30"},
+        name="sets/jobs.jsonl",
+    )
+    status, out, _ = run("batch", name, "Make it blue", "--out", "out", *SEED)
+    assert status == 0
+    assert sorted(out.split()) == ["out/a-edit-7.png", "out/d.png", "out/made.jpg", "out/red/a.png"]
+    said = {call["prompt"]: (call, seed) for call, seed in calls}
+    assert {prompt[:12] for prompt in said} == {"Make it red", "Make it blue", "A lighthouse", "Move the cam"}
+    assert said["Make it red"][1] == 3 and "num_inference_steps" not in said["Make it red"][0]
+    assert said["Make it blue"][0]["num_inference_steps"] == 9 and "mask" in said["Make it blue"][0]
+    assert "image" not in said["A lighthouse"][0] and said["A lighthouse"][0]["width"] == 96
+    assert json.loads(Path("out/batch.json").read_text())["settings"]["prompt"] == "Make it blue"
+    assert run("batch", name, "Make it blue", "--out", "out")[:2] == (0, "")
+
+
+def test_a_line_is_recorded_as_by_edit(run, calls):
+    name = lines({"photo": "photos/a.png", "output": "o.png", "prompt": "Make it red", "seed": 5})
+    assert run("batch", name, "--out", "out")[0] == 0
+    assert run("edit", "photos/a.png", "Make it red", "--seed", 5, "-o", "one.png")[0] == 0
+    assert Path("out/o.png").read_bytes() == Path("one.png").read_bytes()
+
+
+def test_a_line_whose_photograph_is_not_there_is_noted(run, calls):
+    name = lines(
+        {"photo": "no.png", "prompt": "x", "output": "n.png"}, {"photo": "photos/a.png", "prompt": "x"}
+    )
+    status, out, _ = run("batch", name, "--out", "out", *SEED)
+    assert (status, out) == (1, "out/a-edit-7.png\n")
+    (error,) = errors()
+    assert (error["line"], error["file"], error["output"]) == (1, "no.png", "n.png")
+    assert "does not exist" in error["message"]
+
+
+GOOD = {"photo": "photos/a.png", "prompt": "x"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "is a list, not a JSON object"),
+        ({**GOOD, "promt": "x"}, "'promt' is no field (did you mean prompt?)"),
+        ({**GOOD, "input": {}}, "'input' is no field"),
+        ({**GOOD, "seed": -1}, "seed: -1 is not within 0"),
+        ({**GOOD, "seed": 1.5}, "seed is 1.5, not a whole number"),
+        ({**GOOD, "prompt": 7}, "prompt is 7, not a text"),
+        ({**GOOD, "prompt": " "}, "the instruction is empty"),
+        ({**GOOD, "num_inference_steps": True}, "num_inference_steps is True, not a whole number"),
+        ({**GOOD, "num_inference_steps": 0}, "num_inference_steps: 0 is not within 1"),
+        ('{"photo": "photos/a.png", "prompt": "x", "guidance_scale": NaN}', "guidance_scale is nan"),
+        ({**GOOD, "match_colors": "yes"}, "match_colors is 'yes', not true or false"),
+        ({**GOOD, "height": 64}, "height and width go together"),
+        ({**GOOD, "height": 65, "width": 64}, "height: 65 is not a multiple of 16"),
+        ({**GOOD, "size": "big"}, "--size 'big': wanted input or WIDTHxHEIGHT"),
+        ({**GOOD, "lora": "l.safetensors"}, "lora is one for all lines: give --lora"),
+        ({**GOOD, "model": "tiny-diffedit"}, "model is one for all lines: give --model"),
+        ({**GOOD, "target_prompt": "y"}, "target_prompt is not for tiny-joyimage, which takes prompt"),
+        ({**GOOD, "reference": "photos/b.jpg"}, "tiny-joyimage takes one picture: --reference"),
+        ({**GOOD, "reference": []}, "reference is a path or a list of paths"),
+        ({**GOOD, "photo": 1}, "photo is 1, not the path of a file"),
+        ({**GOOD, "move": "the cup"}, "--move and --box go together"),
+        ({"photo": "photos/a.png"}, "tiny-joyimage edits by instruction"),
+        ({"prompt": "x", "mask": "photos/a.png"}, "--mask is for a photograph"),
+        ({**GOOD, "output": "../a.png"}, "output '../a.png' leaves --out"),
+        ({**GOOD, "output": "/tmp/a.png"}, "output '/tmp/a.png' leaves --out"),
+        ({**GOOD, "output": "a.gif"}, "output 'a.gif' does not end in .png"),
+        ({**GOOD, "output": ""}, "output is '', not a path inside --out"),
+        ({**GOOD, "output": ".joyedit-1/a.png"}, "names that begin with .joyedit-"),
+        ({**GOOD, "output": f"{'a' * 252}.png"}, "more than 255 bytes"),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_wrong_is_refused_before_any_work(run, desk, no_work, line, words):
+    status, out, err = run("batch", lines({**GOOD, "output": "first.png"}, line), "--out", "out")
+    assert (status, out) == (2, "") and err.splitlines()[-1].startswith("line 2: ") and words in err
+    assert not Path("out").exists()
+
+
+def test_all_that_is_wrong_is_told(run, desk, no_work):
+    name = lines(
+        {**GOOD, "output": "o.png"},
+        {**GOOD, "output": "./o.png"},
+        "",
+        {"photo": 1, "promt": "x"},
+        b"\xff\xfe".decode("latin-1"),
+        {**GOOD, "output": "o.png"},
+    )
+    Path(name).write_bytes(Path(name).read_bytes().replace(b"\xc3\xbf\xc3\xbe", b"\xff\xfe"))
+    status, _, err = run("batch", name, "--out", "out")
+    told = err.splitlines()
+    assert status == 2 and [line.partition(":")[0] for line in told[:-1]] == [
+        "line 2", "line 4", "line 4", "line 5", "line 6",
+    ]  # fmt: skip
+    assert "output 'o.png' is that of line 1" in told[0] and "not text in UTF-8" in told[3]
+    assert told[-1].startswith("5 faults: nothing is edited")
+
+
+def test_names_that_follow_from_lines_must_differ_too(run, desk, no_work):
+    status, _, err = run("batch", lines(GOOD, {**GOOD, "prompt": "y"}), "--out", "out", *SEED)
+    assert status == 2 and "line 2: output 'a-edit-7.png' is that of line 1" in err
+
+
+def test_other_lines_are_another_batch(run, calls):
+    assert run("batch", lines(GOOD), "--out", "out")[0] == 0
+    status, _, err = run("batch", lines({**GOOD, "prompt": "y"}), "--out", "out")
+    assert status == 2 and "out holds another batch (jobs is" in err
+
+
+def test_nothing_to_do_is_refused(run, desk, no_work):
+    Path("empty").mkdir()
+    assert "holds no picture" in run("batch", "empty", "x", "--out", "out")[2]
+    status, _, err = run("batch", lines("", ""), "--out", "out")
+    assert status == 2 and "holds no line" in err
+
+
+def test_the_first_line_says_which_model(run, desk, monkeypatch):
+    opened = []
+    monkeypatch.setattr(layouts, "load", lambda name, **_: [opened.append(name), 1 / 0])
+    captions = {"photo": "photos/a.png", "source_prompt": "a", "target_prompt": "b", "inpaint_strength": 0.5}
+    with pytest.raises(ZeroDivisionError):
+        run("batch", lines(captions), "--out", "out")
+    wrong = {**captions, "inpaint_strength": 1.5, "output": "b.png"}
+    assert (
+        "inpaint_strength: 1.5 is not within 0 and 1" in run("batch", lines(captions, wrong), "--out", "o")[2]
+    )
+    assert "prompt is not for tiny-diffedit" in run("batch", lines(captions, GOOD), "--out", "o")[2]
+    assert opened == ["tiny-diffedit"]
+
+
+# ----------------------------------------------------------------------------------------------- command line
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["photos", "x"], "--out"),
+        (["photos", "--out", "out"], "say what to do"),
+        (["photos", "Make", "it", "red", "--out", "out"], "goes in quotes"),
+        (["photos", "x", "--out", "out", "--sharp", "0/2"], "did you mean --shard"),
+        (["nowhere", "x", "--out", "out"], "is no folder, and no file"),
+        (["photos", "x", "--out", "photos"], "among the photographs"),
+        (["photos", "x", "--out", "photos/a.png"], "is no folder"),
+        (["photos", "x", "--out", "out", "--shard", "2/2"], "of 2 shards"),
+        (["photos", "x", "--out", "out", "--batch-size", "0"], "not within 1"),
+        (["photos", "x", "--out", "out", "--grid", "g.png"], "--grid is about one result"),
+        (["photos", "x", "--out", "out", "--video", "v.mp4"], "--video is about one result"),
+        (["photos", "x", "--out", "out", "-o", "o.png"], "unrecognized arguments: -o"),
+        (["photos", "x", "--out", "out", "--rewrite", "some/model"], "--rewrite local or --rewrite URL"),
+        (["photos/a.png", "x", "--out", "out", "--num-images", "2"], "a line makes one picture"),
+        (["photos", "x", "--out", "out", "--source", "y"], "not both"),
+    ],
+)
+def test_words_that_are_wrong(desk, no_work, capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["batch", *words])
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not Path("out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ on its way
+def test_one_size_after_the_other(run, calls):
+    for number in range(6):
+        Image.new("RGB", [(96, 72), (72, 96)][number % 2]).save(f"photos/{number}.png")
+    assert run("batch", "photos", "x", "--out", "out")[0] == 0
+    shapes = [call["image"].size for call, _ in calls]
+    assert len(shapes) == 10 and sum(a != b for a, b in zip(shapes, shapes[1:], strict=False)) == 2
+
+
+def test_those_of_one_size_go_together(run, calls, monkeypatch):
+    together = []
+
+    def run_together(system, pipe, calls, seeds, args):
+        together.append([call["image"].size for call in calls])
+        if any(call["image"].getpixel((0, 0)) == (255, 0, 0) for call in calls):
+            raise ValueError("a red one")
+        return [call["image"] for call in calls]
+
+    monkeypatch.setattr(Instruction, "run_together", run_together)
+    for number in range(3):
+        Image.new("RGB", (96, 72)).save(f"photos/{number}.png")
+    Image.new("RGB", (72, 96), "red").save("photos/r.png")
+    assert run("batch", "photos", "x", "--out", "out", "--batch-size", 2, *SEED)[0] == 0
+    assert sorted(together) == [[(72, 96)] * 2, [(96, 72)] * 2, [(96, 72)] * 2]
+    alone = [
+        call["image"].size for call, _ in calls
+    ]  # the square one, the odd one, and those with the red one
+    assert sorted(alone) == [(72, 96), (72, 96), (96, 72), (96, 96)]
+    assert len(files()) == 9
+
+
+def test_lines_with_settings_of_their_own_go_alone(run, calls, monkeypatch):
+    monkeypatch.setattr(Instruction, "run_together", lambda *_: 1 / 0)
+    name = lines(
+        *({**GOOD, "output": f"{steps}.png", "num_inference_steps": steps} for steps in (2, 3)),
+        {**GOOD, "output": "size.png", "num_inference_steps": 3, "size": "input"},
+    )
+    assert run("batch", name, "--out", "out", "--batch-size", 3)[0] == 0 and len(calls) == 3
+
+
+def test_no_more_than_a_few_photographs_are_open(run, calls, monkeypatch):
+    opened, most = weakref.WeakSet(), []
+    read, edit = many.read_photo, Instruction.run
+
+    def read_photo(file):
+        opened.add((photo := read(file)).image)
+        return photo
+
+    def count(*args):
+        most.append(len(opened))
+        made = edit(*args)
+        calls.clear()
+        return made
+
+    monkeypatch.setattr(many, "read_photo", read_photo)
+    monkeypatch.setattr(Instruction, "run", count)
+    for number in range(12):
+        Image.new("RGB", (96, 96)).save(f"photos/{number}.png")
+    assert run("batch", "photos", "x", "--out", "out")[0] == 0
+    assert len(most) == 16 and max(most) <= 5
+
+
+def test_a_photograph_of_several_lines_is_read_once(run, calls, monkeypatch):
+    read, opened = many.read_photo, []
+    monkeypatch.setattr(many, "read_photo", lambda file: [opened.append(file), read(file)][1])
+    name = lines(*({**GOOD, "output": f"{number}.png", "prompt": f"x{number}"} for number in range(3)))
+    assert run("batch", name, "--out", "out")[0] == 0 and opened == ["photos/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "said"),
+    [
+        ("write_image", OSError(errno.ENOSPC, "full"), "No space left on device: out/"),
+        ("read_photo", OSError(errno.EMFILE, "too many"), "too many"),
+        ("read_photo", MemoryError(), "out of memory"),
+        ("record_of", RuntimeError("can't allocate memory"), "out of memory"),
+    ],
+)
+def test_what_is_no_picture_s_fault_ends_the_run(run, calls, monkeypatch, place, error, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(many, place, fail)
+    status, out, err = run("batch", "photos", "x", "--out", "out")
+    assert (status, out) == (1, "") and said in err and files() == ["batch.json"]
+
+
+def test_a_checkpoint_that_breaks_ends_the_run(run, calls, pipe, monkeypatch):
+    def fail(*_):
+        raise ValueError("of every picture")
+
+    def broken(self):
+        raise ValueError("weights.safetensors has become shorter")
+
+    monkeypatch.setattr(Instruction, "run", fail)
+    monkeypatch.setattr(type(pipe), "for_one_call", broken)
+    status, _, err = run("batch", "photos", "x", "--out", "out")
+    assert status == 1 and "has become shorter" in err and files() == ["batch.json"]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, cli.Ended])
+def test_an_end_leaves_whole_files_alone(run, calls, monkeypatch, ending):
+    edit = Instruction.run
+
+    def ended(*args):
+        if len(calls) == 2:
+            raise ending(*([cli.signal.SIGTERM] if ending is cli.Ended else []))
+        return edit(*args)
+
+    monkeypatch.setattr(Instruction, "run", ended)
+    status, _, err = run("batch", "photos", "x", "--out", "out")
+    assert status == (130 if ending is KeyboardInterrupt else 143)
+    left = [path for path in Path("out").rglob("*") if path.name != "batch.json"]
+    assert len(left) == 2 and all(Image.open(path).size for path in left)
+
+
+def test_progress_and_what_is_said(run, calls):
+    *_, err = run("batch", "photos", "x", "--out", "out", "-v")
+    assert "4/4" in err and "edit/s" in err
+    assert run("batch", "photos", "x", "--out", "quiet", "-q")[2] == ""
+
+
+def test_results_are_written_when_the_output_is_closed(run, calls, monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda *_, file=None, **__: 1 / 0 if file else closed())
+
+    def closed():
+        raise BrokenPipeError
+
+    assert run("batch", "photos", "x", "--out", "out", "-q")[0] == 1 and len(files()) == 5
+
+
+def test_a_rewritten_instruction_or_none(run, calls, monkeypatch):
+    monkeypatch.setattr(rewriting_server, "PAUSE", 0.001)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with answering() as serve:
+        server = serve(rewritten("Make the circle red."))
+        assert run("batch", "photos", "red", "--out", "out", "--rewrite", server.base, *SEED)[0] == 0
+        assert {call["prompt"] for call, _ in calls} == {"Make the circle red."}
+        assert images.read_metadata("out/a-edit-7.png")["original_prompt"] == "red"
+        silent = serve((500, "", {}))
+        status, out, _ = run("batch", "photos", "red", "--out", "none", "--rewrite", silent.base, *SEED)
+        assert (status, out) == (1, "") and files("none") == ["batch.json", "errors-0.jsonl"]
