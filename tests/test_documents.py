@@ -82,6 +82,11 @@ def desk(checkpoint, tmp_path, monkeypatch):
     photo.save("astronaut.jpg")
     photo.rotate(180).save("hat.jpg")
     photo.convert("L").save("where.png")
+    Path("photographs").mkdir()
+    for name in ("a.jpg", "b.jpg", "b-mask.png"):
+        photo.convert("RGB" if name.endswith(".jpg") else "L").save(f"photographs/{name}")
+    jobs = re.findall(r"^ *(\{.*\})$", TEXTS["docs/command-line.md"], re.M)
+    Path("jobs.jsonl").write_text("\n".join(jobs).replace("b-mask", "photographs/b-mask"))
     for name in ("target", "control"):
         Path("pairs", name).mkdir(parents=True)
         photo.save(f"pairs/{name}/0001.png")
@@ -164,7 +169,7 @@ def test_python_blocks(page, source, desk, published):
 
 def run_joyedit(words, published, capsys):
     """Runs a command of a page, small and in one step. Every path that it prints is there."""
-    small = ["--steps", "1"] if words[0] in ("edit", "generate", "train") else []
+    small = ["--steps", "1"] if words[0] in ("edit", "generate", "batch", "train") else []
     if words[0] == "train":
         small += ["--basesize", "64", "--sample-every", "0", "--valid-every", "0", "--device", "cpu"]
     if "nvidia/ChronoEdit-14B-Diffusers" in words or "--height" in words:
