@@ -201,7 +201,7 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     )
     pipe = load(args.model, **options, **source_options(args), **(args.parts or {}))
     add_adapters(pipe, args)
-    if several.size(args) > 1:
+    if args.parallel is not None:
         pipe.parallelize(**args.parallel)
     if args.graphs:
         pipe.enable_graphs()

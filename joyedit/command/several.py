@@ -119,11 +119,16 @@ def joined(args: argparse.Namespace) -> Iterator["Processes"]:
     if size(args) == 1:
         yield ALONE
         return
-    from joyedit.training import processes
-    from joyedit.training.devices import device_of
+    import torch
 
+    from joyedit.pipelines.placement import accelerator_device
+    from joyedit.training import processes
+
+    # What carries the messages. Which device is this process's, and whether there is one, is for `told`: all
+    # know each other then, and one says what is wrong.
+    kind = None if args.device == "cpu" else accelerator_device()
     with heard(args, started().first):
-        with processes.joined(device_of(args.device or "auto"), at_signals=True) as them:
+        with processes.joined(kind or torch.device("cpu"), at_signals=True) as them:
             yield them
 
 
