@@ -101,8 +101,8 @@ def test_a_mesh_that_is_none(text, message, no_work, capsys):
 @pytest.mark.parametrize(
     ("command", "count", "words", "message"),
     [
-        ("edit", 1, "--parallel cfg=2,sequence=4", "8 processes, and this is one alone: start it with torchrun "
-         "--nproc-per-node 8 -m joyedit edit ... --parallel cfg=2,sequence=4"),
+        ("edit", 1, "--parallel cfg=2,sequence=4", "8 processes, and this is one alone: start it with "
+         "torchrun --nproc-per-node 8 -m joyedit edit ... --parallel cfg=2,sequence=4"),
         ("generate", 1, "--parallel sequence=2", "2 -m joyedit generate ... --parallel cfg=1,sequence=2"),
         ("edit", 2, "", "2 processes would all make the same and write one file"),
         ("generate", 4, "", "as in --parallel sequence=4, or start one alone, without torchrun"),
@@ -327,11 +327,12 @@ plain, steps = JoyImageEditPipeline._step, []
 
 def step(self, *args):
     steps.append(1)
-    if len(steps) == 2 and os.environ["RANK"] == "1":
-        if os.environ["HOW"] == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
+    how = os.environ["HOW"] if len(steps) == 2 else "is well"
+    if how == "killed" and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raises" and os.environ["RANK"] == "1":
         raise ValueError("what is wrong")
-    if len(steps) == 2:  # as in NCCL, which does not notice that the other one is gone
+    if how != "is well":  # as in NCCL, which does not notice that the other one is gone
         dist.distributed_c10d._get_default_store().wait(["nobody sets this"], datetime.timedelta(hours=1))
     return plain(self, *args)
 
@@ -340,20 +341,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("how", "said", "status"),
-    [
-        ("raises", "joyedit: error: what is wrong\n", 1),
-        ("killed", "joyedit: ended by SIGTERM while waiting for another process\n", 143),
-    ],
-)
-def test_one_that_fails_ends_all(how, said, status, desk):
-    """The second one, in the middle of the steps, while the first waits for it in C++ and hears nothing.
-    torchrun would kill that after 30 seconds: it ends before, by itself, and leaves nothing."""
-    (desk / "failing.py").write_text(ONE_FAILS)
+def by_torchrun(desk, how):
+    """An edit by two processes, in which this happens to the second: exit status, output, errors."""
+    (desk / "script.py").write_text(ONE_FAILS)
     script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = ["failing.py", "edit", "photo.png", BLUE, *GUIDED, *CFG, "--device", "cpu", "-o", "out/two.png"]
+    words = ["script.py", "edit", "photo.png", BLUE, *GUIDED, *CFG, "--device", "cpu", "-o", "out/two.png"]
     root = str(Path(joyedit.__file__).parents[1])
     done = subprocess.run(
         list(map(str, script + words)),
@@ -362,8 +354,31 @@ def test_one_that_fails_ends_all(how, said, status, desk):
         text=True,
         timeout=240,
     )
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\nseed ") == 1, done.stderr
-    assert done.stderr.count(said) == 1 and len(re.findall("^joyedit:", done.stderr, re.M)) == 1, done.stderr
-    (of_first,) = re.findall(r"rank +: 0 .*\n +exitcode +: (-?\d+)", done.stderr)
-    assert int(of_first) == status
-    assert sorted(os.listdir(desk)) == ["failing.py", "photo.png"]
+    assert done.stderr.count("\nseed ") == 1, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun(desk):
+    status, out, err = by_torchrun(desk, "is well")
+    assert (status, out.split()) == (0, [str(Path("out", "two.png"))]), err
+    assert sorted(path.name for path in desk.rglob("*.png")) == ["photo.png", "two.png"]
+    assert images.read_metadata("out/two.png")["parallel"] == "cfg=2,sequence=1" and "joyedit:" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "said", "own"),
+    [
+        ("raises", "joyedit: error: what is wrong\n", 1),
+        ("killed", "joyedit: ended by SIGTERM while waiting for another process\n", 143),
+    ],
+)
+def test_one_that_fails_ends_all(how, said, own, desk):
+    """The second one, in the middle of the steps, while the first waits for it in C++ and hears nothing.
+    torchrun would kill that after 30 seconds: it ends before, by itself, and leaves nothing."""
+    status, out, err = by_torchrun(desk, how)
+    assert (status, out) == (1, "")
+    assert err.count(said) == 1 and len(re.findall("^joyedit:", err, re.M)) == 1, err
+    assert re.findall(r"rank +: 0 .*\n +exitcode +: (-?\d+)", err) == [str(own)], err
+    assert sorted(os.listdir(desk)) == ["photo.png", "script.py"]
