@@ -69,8 +69,8 @@ def passed(kind, mesh=None, checkpointing=False, adapter=False):
     network = network_of(kind).requires_grad_(not adapter)
     trained = dict(network.named_parameters())
     if adapter:
-        layers = {"joyimage": "*img_attn_qkv", "chronoedit": "*attn1.to_q"}[kind]
-        trained = Adapters({"transformer": network}).add_lora("new", rank=2, target_modules=[layers])
+        layers = {"joyimage": "img_attn_qkv|txt_mlp", "chronoedit": "attn1.to_q|attn2.to_k"}[kind]
+        trained = Adapters({"transformer": network}).add_lora(2, targets=layers)
         for i, tensor in enumerate(trained.values()):
             tensor.data = 0.2 * drawn(*tensor.shape, seed=i)
     if checkpointing:
@@ -114,10 +114,17 @@ def test_passes_and_gradients_are_those_of_one_process(workers, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"adapter": True}], ids=str)
-@pytest.mark.parametrize("mesh", [(2, 1), (1, 2), (2, 2)], ids=str)
-def test_in_every_mesh(workers, kind, mesh, options):
-    assert_same_passes(workers, kind, mesh, mesh[0] * mesh[1], **options)
+@pytest.mark.parametrize("options", [{"checkpointing": True}, {"adapter": True}], ids=str)
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=str)
+def test_passes_of_every_kind(workers, kind, mesh, options):
+    assert_same_passes(workers, kind, mesh, 2, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_passes_of_branches_and_of_both(workers, kind):
+    assert_same_passes(workers, kind, (2, 1), 2)
+    assert_same_passes(workers, kind, (2, 2), 4)
 
 
 def more_processes_than_tokens(mesh):
