@@ -51,11 +51,10 @@ def inputs_of(kind):
     return [drawn(2, 6, 2, 6, 10, seed=1), TIMES, drawn(2, 7, 10, seed=2), drawn(2, 3, 14, seed=3)]
 
 
-def branches_of(kind, network, inputs):
-    """The velocities under two texts of other lengths, by the pieces that an edit calls."""
+def branches_of(kind, network, inputs, other):
+    """The velocities under two texts, by the pieces that an edit calls."""
     latents, times, text, *image = inputs
-    vec, other = network.embed_time(times), 0.5 * text[:, :4].flip(1)
-    texts = [network.embed_text(text), network.embed_text(other)]
+    vec, texts = network.embed_time(times), [network.embed_text(text), network.embed_text(other)]
     if kind == "joyimage":
         grid = network.token_grid(latents)
         target, references = network.embed_image(latents).split([15, 30], dim=1)
@@ -69,8 +68,8 @@ def passed(kind, mesh=None, checkpointing=False, adapter=False):
     network = network_of(kind).requires_grad_(not adapter)
     trained = dict(network.named_parameters())
     if adapter:
-        layers = {"joyimage": "*img_attn_qkv", "chronoedit": "*attn1.to_q"}[kind]
-        trained = Adapters({"transformer": network}).add_lora("new", rank=2, target_modules=[layers])
+        layers = {"joyimage": "img_attn_qkv|txt_mlp", "chronoedit": "attn1.to_q|attn2.to_k"}[kind]
+        trained = Adapters({"transformer": network}).add_lora(2, targets=layers)
         for i, tensor in enumerate(trained.values()):
             tensor.data = 0.2 * drawn(*tensor.shape, seed=i)
     if checkpointing:
@@ -80,7 +79,12 @@ def passed(kind, mesh=None, checkpointing=False, adapter=False):
     found = {}
     for way in ("whole", "branches"):
         inputs = [x.clone().requires_grad_(x is not TIMES) for x in inputs_of(kind)]
-        outputs = [network(*inputs).sample] if way == "whole" else branches_of(kind, network, inputs)
+        if way == "whole":
+            outputs = [network(*inputs).sample]
+        else:  # the second text, of another length, is one branch's alone
+            other = drawn(2, 4, inputs[2].shape[2], seed=4).requires_grad_()
+            outputs = branches_of(kind, network, inputs, other)
+            inputs.append(other)
         loss = sum((x * drawn(*x.shape, seed=i)).sum() for i, x in enumerate(outputs))
         loss = loss + sum(tensor.square().sum() for tensor in trained.values())  # beside the network
         loss.backward()
@@ -91,6 +95,7 @@ def passed(kind, mesh=None, checkpointing=False, adapter=False):
             tensor.grad = None
     if mesh is not None:
         parallel.undo(network)
+        assert not any(tensor._backward_hooks for tensor in trained.values())
         assert torch.equal(network(*inputs_of(kind)).sample, found["whole 0"]) or mesh[1] > 1
     return found
 
@@ -114,10 +119,17 @@ def test_passes_and_gradients_are_those_of_one_process(workers, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"adapter": True}], ids=str)
-@pytest.mark.parametrize("mesh", [(2, 1), (1, 2), (2, 2)], ids=str)
-def test_in_every_mesh(workers, kind, mesh, options):
-    assert_same_passes(workers, kind, mesh, mesh[0] * mesh[1], **options)
+@pytest.mark.parametrize("options", [{"checkpointing": True}, {"adapter": True}], ids=str)
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=str)
+def test_passes_of_every_kind(workers, kind, mesh, options):
+    assert_same_passes(workers, kind, mesh, 2, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_passes_of_branches_and_of_both(workers, kind):
+    assert_same_passes(workers, kind, (2, 1), 2)
+    assert_same_passes(workers, kind, (2, 2), 4)
 
 
 def more_processes_than_tokens(mesh):

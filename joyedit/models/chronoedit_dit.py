@@ -373,7 +373,8 @@ class GatedResidual(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """q and k are normed over all heads together, then rotated head by head."""
+    """q and k are normed over all heads together, then rotated head by head. `attend` is another function
+    where tokens are divided among processes."""
 
     def __init__(self, width: int, num_heads: int, eps: float):
         super().__init__()

@@ -360,7 +360,10 @@ class DoubleStreamBlock(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Attention of all tokens over [img, txt]; each stream has its own projections and norms of q and k."""
+    """Attention of all tokens over [img, txt]; each stream has its own projections and norms of q and k.
+
+    `attend` is another function where tokens are divided among processes.
+    """
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
