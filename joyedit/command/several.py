@@ -80,7 +80,7 @@ def misuse(args: argparse.Namespace) -> str | None:
     are."""
     count, wanted = started().count, size(args)
     if args.parallel is None:
-        if count == 1:
+        if count == 1 or args.command == "batch":  # whose processes have pictures of their own
             return None
         return (
             f"{count} processes would all make the same and write one file: say how they share it, as in "
@@ -186,5 +186,5 @@ def said_once() -> Iterator[None]:
     except SystemExit as ended:
         if ended.code:
             time.sleep(FIRST_SPEAKS)
-            print(words.getvalue(), end="", file=sys.stderr)
+            sys.stderr.write(words.getvalue())
         raise
