@@ -37,9 +37,9 @@ def make(args: argparse.Namespace, processes: Processes = ALONE) -> Iterator[lis
     """Make images from what `args` say and, unless `args.photos` is None, the photographs there.
 
     Yields what was written for each photograph and seed; of several processes (`several.py`) all compute, and
-    the first writes. Everything that can be refused is refused before the
-    model is loaded, and what only the model can refuse before the first run. What nobody says is filled in:
-    from the image of `--config-from`, then by the checkpoint.
+    the first writes. Everything that can be refused is refused before the model is loaded, and what only the
+    model can refuse before the first run. What nobody says is filled in: from the image of `--config-from`,
+    then by the checkpoint.
     """
     photos, seeds, paths = several.told(processes, args, lambda: taken_in(args))
 

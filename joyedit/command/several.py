@@ -15,15 +15,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from joyedit.checkpoints.plain_text import shown
 from joyedit.command.film import PRESETS
 from joyedit.command.values import whole_number
-from joyedit.training.processes import ALONE, started
-
-if TYPE_CHECKING:
-    from joyedit.training.processes import Processes
+from joyedit.training.processes import ALONE, Processes, started
 
 log = logging.getLogger("joyedit")
 
@@ -114,7 +111,7 @@ def contradiction(args: argparse.Namespace) -> str | None:
 
 
 @contextlib.contextmanager
-def joined(args: argparse.Namespace) -> Iterator["Processes"]:
+def joined(args: argparse.Namespace) -> Iterator[Processes]:
     """The processes of --parallel, while the block runs, or this one alone. The first of them is heard."""
     if size(args) == 1:
         yield ALONE
@@ -156,7 +153,7 @@ def heard(args: argparse.Namespace, first: bool) -> Iterator[None]:
         args.verbosity = verbosity
 
 
-def told(processes: "Processes", args: argparse.Namespace, ask: Callable[[], Found]) -> Found:
+def told(processes: Processes, args: argparse.Namespace, ask: Callable[[], Found]) -> Found:
     """What `ask` finds on the first process, which alone calls it, with the arguments as it leaves them; the
     device among these is then this process's own."""
     if not processes.several:

@@ -5,7 +5,8 @@ A process that waits for the others inside gloo or NCCL runs no Python in its ma
 of a signal either. A thread beside it looks for what ends them: a failure, which the first that has one notes
 in the store that torchrun keeps for all; and signals, whose numbers Python's own handler in C writes to a
 socket. The main thread then has GRACE seconds to end by itself, and leaves no half-written file. If it does
-not, it waits for a message that nobody will send, and the process ends there: what writes waits for nobody.
+not, it waits for a message that nobody will send, and the process ends there. What writes waits for nobody;
+should it take so long, what it has begun lies hidden, and the next that writes there clears it away.
 
 Without this the others would wait: of NCCL for as long as its patience lasts, and after a signal until
 torchrun kills them, 30 seconds later.

@@ -119,7 +119,8 @@ ALONE = Processes()
 
 def started() -> Processes:
     """Those that torchrun has started, before they know each other."""
-    return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    return Processes(int(os.environ.get("RANK", 0)), count) if count > 1 else ALONE
 
 
 @contextlib.contextmanager

@@ -260,6 +260,18 @@ def test_several_photographs_and_a_server_that_is_asked_once_for_each(desk, work
         assert (pixels(desk / "0" / file) == pixels(desk / "0" / f"b-edit-{seed}.png")).all()
 
 
+@pytest.mark.slow
+def test_a_picture_from_text(desk, workers):
+    words = ("generate", "A red circle.", *GUIDED, "--seed", 4, "--dtype", "float32", "-q")
+    alone = workers.run(commanded, desk, *words, "-o", "alone.png", count=1)
+    found = workers.run(commanded, desk, *words, "--parallel", "sequence=2")
+    assert alone[0][:2] == (0, "alone.png\n") and found == [
+        (0, "generated-4.png\n", "", ["generated-4.png"]),
+        SILENT,
+    ]
+    assert np.abs(pixels(desk / "0" / "alone.png") - pixels(desk / "0" / "generated-4.png")).max() <= 1
+
+
 # How they end.
 
 
