@@ -153,7 +153,28 @@ def test_every_page_has_its_code_run():
             assert languages <= {"python", "bash"}, name
 
 
-@pytest.mark.parametrize(("page", "source"), blocks_to_run("python"))
+IN_SEVERAL = [block for block in blocks_to_run("python") if "LOCAL_RANK" in block[1]]  # processes
+IN_ONE = [block for block in blocks_to_run("python") if block not in IN_SEVERAL]
+
+
+def run_in(folder, page, source):
+    with contextlib.chdir(folder):
+        exec(compile(source, page, "exec"), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "source"), IN_SEVERAL)
+def test_python_blocks_of_several_processes(page, source, desk, published, workers):
+    source = made_local(source, published).replace("f\"cuda:{os.environ['LOCAL_RANK']}\"", '"cpu"')
+    workers.run(run_in, str(desk), page, source)
+    assert Image.open("wings.png").size[0] > 0
+
+
+def test_there_is_a_block_of_several_processes():
+    assert [page for page, _ in IN_SEVERAL] == ["docs/which-machine.md"]
+
+
+@pytest.mark.parametrize(("page", "source"), IN_ONE)
 def test_python_blocks(page, source, desk, published):
     names: dict = {}
     exec(compile(made_local(source, published), page, "exec"), names)
@@ -242,7 +263,7 @@ def test_options_that_the_pages_name_exist(capsys):
             main([command, "--help"])
         known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
     named = re.findall(r"--[a-z][\w-]*", TEXTS["docs/command-line.md"])
-    assert len(named) > 10 and set(named) <= known | {"--help"}
+    assert len(named) > 10 and set(named) <= known | {"--help", "--nproc-per-node"}  # the last is torchrun's
 
 
 def test_readme_is_short_and_asks_what_each_page_answers():

@@ -1,7 +1,8 @@
 """Every pair of settings of a pipeline: both give what each gives, or the pair is refused by name.
 
 A graph exists on a GPU alone: tapes stand for graphs. What is offloaded comes from main memory there again.
-The pairs of the step cache that go together are tested with it.
+The pairs of the step cache that go together are tested with it, those of several processes in
+test_parallel.py.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import torch
 
 import joyedit
 from benchmarks.tables import together_table
+from joyedit import parallel
 from joyedit.command.arguments import asked_settings
 from joyedit.pipelines import together
 from joyedit.pipelines.placement import Placed
@@ -23,7 +25,9 @@ from tests.test_memory import call
 MOVED = {"memory", "offload", "graphs", "compile"}  # which change nothing in the result
 PAIRS = [frozenset(pair) for pair in itertools.combinations(together.SETTINGS, 2)]
 WITH_CACHE = [pair for pair in PAIRS if "step_cache" in pair]
-ALLOWED = [pair for pair in PAIRS if pair not in together.APART and pair not in WITH_CACHE]
+ALLOWED = [
+    pair for pair in PAIRS if pair not in together.APART and pair not in WITH_CACHE and "parallel" not in pair
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +39,10 @@ def plain():
 
 @pytest.fixture
 def pipe(plain, monkeypatch):
-    """A pipeline of its own, which takes the CPU for a GPU when graphs are asked for."""
+    """A pipeline of its own, which takes the CPU for a GPU when graphs are asked for, and this process for
+    two."""
     monkeypatch.setattr("joyedit.pipelines.placement.GraphedCalls", Counted)
+    monkeypatch.setattr(parallel, "meet", lambda cfg, sequence, device: parallel.Mesh(cfg, sequence, 0))
     made = copy.deepcopy(plain)
     enable = Placed.enable_graphs
 
@@ -61,6 +67,7 @@ TURN_ON = {
     "memory": lambda pipe: pipe.set_memory("64G", "cpu"),
     "offload": lambda pipe: pipe.set_offload("sequential", "cpu"),
     "graphs": lambda pipe: pipe.enable_graphs(),
+    "parallel": lambda pipe: pipe.parallelize(sequence=2),
     "compile": lambda pipe: pipe.transformer.compile(backend="eager"),
     "lora": lambda pipe: pipe.load_lora_weights(adapter(pipe), "first"),
     "fused_lora": fuse,
@@ -143,7 +150,7 @@ def test_the_step_cache_is_refused_with_graphs():
     ],
 )
 def test_the_command_refuses_the_same(words):
-    asked = {"memory": None, "offload": None, "graphs": False, "step_cache": None}
+    asked = {"memory": None, "offload": None, "graphs": False, "step_cache": None, "parallel": None}
     wrong = together.contradiction(asked_settings(argparse.Namespace(**asked | words)))
     assert (
         wrong and all(f"--{name.replace('_', '-')}" in wrong for name in words) and wrong.endswith("give one")

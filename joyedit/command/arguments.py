@@ -22,6 +22,7 @@ from joyedit.command import (
     places,
     preview,
     rewrite,
+    several,
     spatial,
     train,
 )
@@ -76,6 +77,8 @@ def misuse(args: argparse.Namespace) -> str | None:
         return wrong
     if wrong := rewrite.misuse(args):
         return wrong
+    if wrong := several.misuse(args):
+        return wrong
     if (args.height is None) != (args.width is None):
         return "give both --height and --width, or neither"
     if args.graphs and not has_graphs():
@@ -111,7 +114,7 @@ def contradiction(args: argparse.Namespace) -> str | None:
     for system in SYSTEMS:
         if wrong := system.contradiction(args):
             return wrong
-    if wrong := rewrite.contradiction(args) or places.contradiction(args):
+    if wrong := rewrite.contradiction(args) or places.contradiction(args) or several.contradiction(args):
         return wrong
     if args.graphs and args.device not in (None, "auto") and not args.device.startswith("cuda"):
         return f"--graphs needs a CUDA or ROCm device, and --device is {shown(args.device, 40)}"
@@ -136,6 +139,7 @@ def asked_settings(args: argparse.Namespace) -> dict[str, str]:
         "offload": (args.offload not in (None, "none"), f"--offload {args.offload}"),
         "graphs": (args.graphs, "--graphs"),
         "step_cache": (bool(args.step_cache), f"--step-cache {args.step_cache}"),
+        "parallel": (args.parallel is not None, f"--parallel {several.spelt(args)}"),
     }
     return {name: words for name, (asked, words) in given.items() if asked}
 
@@ -384,6 +388,7 @@ def image_options(many: bool = False) -> Parser:
         "is rounded away",
     )
     devices.add_options(add)
+    several.add_option(add)
     add(
         "--graphs",
         action="store_true",

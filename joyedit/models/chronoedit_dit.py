@@ -206,7 +206,21 @@ class ChronoEditTransformer3DModel(Network):
             raise ValueError(f"a rotary table of {rope[0].shape[0]} tokens does not fit the grid {grid}")
         vec = vec if vec.ndim == 3 else vec[None]
         img = self.patch_embedding(latents.to(self.activation_dtype(latents.device)))  # (B, N, D)
-        imgs, count = [img] * len(texts), len(self.blocks)
+        found = self.denoise([img] * len(texts), texts, image, vec, rope, grid, caches)
+        return [velocity.to(latents.dtype) for velocity in found]
+
+    def denoise(
+        self,
+        imgs: list[Tensor],
+        texts: Sequence[Context],
+        image: Context | None,
+        vec: Tensor,
+        rope: Rope,
+        grid: Grid,
+        caches: Sequence[BranchCache] | None = None,
+    ) -> list[Tensor]:
+        """The blocks and the head: velocities, unpatchified, of tokens (B, N, D) under each text."""
+        count = len(self.blocks)
         if caches is None:
             imgs = self.through(range(count), imgs, texts, image, vec, rope)
         else:
@@ -218,8 +232,8 @@ class ChronoEditTransformer3DModel(Network):
 
             imgs = finished(caches, imgs, begun, others)
         shift, scale = (self.scale_shift_table + vec[:, 6:]).unbind(1)
-        patches = [self.proj_out(ops.ada_layer_norm(x, shift, scale, self.config.eps)) for x in imgs]
-        return [self.unpatchify(x, grid).to(latents.dtype) for x in patches]
+        patches = (self.proj_out(ops.ada_layer_norm(x, shift, scale, self.config.eps)) for x in imgs)
+        return [self.unpatchify(x, grid) for x in patches]
 
     def through(
         self,
@@ -359,11 +373,13 @@ class GatedResidual(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """q and k are normed over all heads together, then rotated head by head."""
+    """q and k are normed over all heads together, then rotated head by head. `attend` is another function
+    where tokens are divided among processes."""
 
     def __init__(self, width: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
+        self.attend = ops.attention
         self.to_q, self.to_k, self.to_v = (Linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([Linear(width, width)])
         self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
@@ -372,7 +388,7 @@ class SelfAttention(nn.Module):
         """(B, N, D) -> (B, N, D)."""
         q, k, v = (heads(linear(x), self.num_heads) for linear in (self.to_q, self.to_k, self.to_v))
         q, k = ops.qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, self.norm_q.eps)
-        return self.to_out[0](ops.attention(q, k, v).flatten(2))
+        return self.to_out[0](self.attend(q, k, v).flatten(2))
 
 
 class CrossAttention(nn.Module):

@@ -360,11 +360,15 @@ class DoubleStreamBlock(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Attention of all tokens over [img, txt]; each stream has its own projections and norms of q and k."""
+    """Attention of all tokens over [img, txt]; each stream has its own projections and norms of q and k.
+
+    `attend` is another function where tokens are divided among processes.
+    """
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
+        self.attend = ops.attention
         self.img_attn_qkv = Linear(width, 3 * width)
         self.img_attn_q_norm = RMSNorm(width // num_heads)
         self.img_attn_k_norm = RMSNorm(width // num_heads)
@@ -382,7 +386,7 @@ class JointAttention(nn.Module):
         img_q, img_k = self.norm_img(img_q, img_k, rope, img_out)
         txt_q, txt_k = self.norm_txt(txt_q, txt_k, txt_out)
 
-        out = ops.attention((img_q, txt_q), (img_k, txt_k), (img_v, txt_v)).flatten(2)  # (B, N + L, D)
+        out = self.attend((img_q, txt_q), (img_k, txt_k), (img_v, txt_v)).flatten(2)  # (B, N + L, D)
         img_attn, txt_attn = out.split((img.shape[1], txt.shape[1]), dim=1)
         return self.img_attn_proj(img_attn), self.txt_attn_proj(txt_attn)
 
@@ -394,7 +398,7 @@ class JointAttention(nn.Module):
         q, img_k = self.norm_img(q, img_k, rope, img_out and (None, *img_out))
         _, txt_k = self.norm_txt(no_q, txt_k, txt_out and (None, *txt_out))
 
-        out = ops.attention(q, (img_k, txt_k), (img_v, txt_v)).flatten(2)  # (B, M, D)
+        out = self.attend(q, (img_k, txt_k), (img_v, txt_v)).flatten(2)  # (B, M, D)
         return self.img_attn_proj(out)
 
     def project(

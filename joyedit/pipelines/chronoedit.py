@@ -254,6 +254,7 @@ class ChronoEditPipeline(PipelineWithPresets):
         text.check()
         check_embedded(text, image_embeds, self.transformer.config)
         recipe = self._recipe(preset, num_inference_steps, guidance_scale)
+        self.meet(recipe.guidance_scale)
         threshold = self.check_step_cache(step_cache)
         max_sequence_length = check_count("max_sequence_length", max_sequence_length)
         check_output_type(output_type)
@@ -420,7 +421,7 @@ class ChronoEditPipeline(PipelineWithPresets):
             predict = self.graphed(transformer, transformer.predict_branches)
             rope, caches = None, [cache.branch(), cache.branch()]
             for i, timestep in enumerate(steps):
-                if self.interrupt:
+                if self.ends_at(i, latents, positive, negative):
                     break
                 self._current_timestep = timestep
                 if i == cut:

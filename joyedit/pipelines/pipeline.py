@@ -370,7 +370,10 @@ class Pipeline(Placed, PipelineSpellings):
         self._progress = settings
 
     def progress_bar(self, total: int, description: str = "denoising") -> tqdm:
-        return tqdm(total=total, **{"disable": None, "desc": description, **self._progress})
+        settings = {"disable": None, "desc": description, **self._progress}
+        if self.mesh is not None and not self.mesh.first:
+            settings["disable"] = True
+        return tqdm(total=total, **settings)
 
     @property
     def guidance_scale(self) -> float:
@@ -418,6 +421,16 @@ class Pipeline(Placed, PipelineSpellings):
     @interrupt.setter
     def interrupt(self, value: bool) -> None:
         self._interrupt = value
+
+    def ends_at(self, step: int, *tensors: Tensor | None) -> bool:
+        """Whether the remaining steps are left out, from this one on: on all processes among which the
+        denoiser is divided, when one asks for it. Raises ValueError where these are not at the same, as far
+        as step, guidance, the shapes of the tensors and the first one's beginning tell."""
+        if (mesh := self.mesh) is None:
+            return self.interrupt
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
+        drawn = 0.0 if step or tensors[0] is None else tensors[0].flatten()[0].item()
+        return mesh.any(self.interrupt, step, self.guidance_scale, shapes, drawn)
 
     def unless_said(self, **arguments: Any) -> dict[str, Any]:
         """Arguments of a call: what was passed, else what the checkpoint was made for, else the default. A

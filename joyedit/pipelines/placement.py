@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 
+from joyedit import parallel
 from joyedit.checkpoints.network import Network
 from joyedit.checkpoints.sizes import parse_size, written_size
 from joyedit.graphs import GraphedCalls
@@ -36,6 +37,7 @@ class Placed:
     """What pipelines do with all their networks at once, as far as it is about places."""
 
     networks: dict[str, Network]
+    denoiser: Any
     _offload_device: torch.device | None = None  # where networks come to when they run
     _room: Watched | None = None  # within the budget
     _graphs: GraphedCalls | None = None
@@ -49,6 +51,8 @@ class Placed:
             facts["memory"] = f"{self._room.total:,} bytes"
         if self._graphs is not None:
             facts["graphs"] = f"{len(self._graphs)} recorded"
+        if (mesh := self.mesh) is not None:
+            facts["parallel"] = f"cfg={mesh.cfg}, sequence={mesh.sequence}, process {mesh.rank}"
         return facts
 
     def in_use(self) -> set[str]:
@@ -61,6 +65,7 @@ class Placed:
             "memory": self._room is not None,
             "offload": self._room is None and offloaded,
             "graphs": self._graphs is not None,
+            "parallel": self.mesh is not None,
             "compile": any(module._compiled_call_impl is not None for module in modules),
         }
         return {name for name, on in states.items() if on}
@@ -188,6 +193,44 @@ class Placed:
     def graphed(self, network: Network, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         """A function of the network, replayed from graphs if these are enabled; see `GraphedCalls`."""
         return function if self._graphs is None else functools.partial(self._graphs, network, function)
+
+    @property
+    def mesh(self) -> parallel.Mesh | None:
+        """The processes among which the denoiser is divided; see `parallelize`."""
+        return parallel.mesh_of(self.denoiser)
+
+    def parallelize(self, cfg: int = 1, sequence: int = 1) -> None:
+        """Divide the denoiser among cfg x sequence processes, one for each GPU; 1 and 1 end that.
+
+        cfg: 2 computes the branches of the guidance at once. sequence: among how many processes the tokens
+        of a branch are divided, of which the heads of attention are a multiple. The processes are those of
+        the group that is there, else those that `torchrun` has started. From then on each makes the same
+        calls with the same arguments and seeds, one call at a time, and gets the whole result; the first
+        one shows the progress. `pipe.transformer(...)` takes and gives whole tensors, and its gradients are
+        those of one process.
+
+        Raises ValueError for a mesh that does not fit the processes or the network, for pipelines without a
+        transformer that can be divided (DiffEdit), and for a pipeline that is not on this process's GPU, or
+        is set to what excludes it. With cfg=2 calls without guidance raise ValueError.
+        """
+        if (cfg, sequence) == (1, 1):
+            return None if self.denoiser is None else parallel.undo(self.denoiser)
+        network = parallel.checked(self.denoiser, cfg, sequence)
+        asked = f"parallelize(cfg={cfg}, sequence={sequence})"
+        together.check("parallel", asked, self.in_use() - {"parallel"})
+        parallel.divide(network, parallel.meet(cfg, sequence, self.device))
+
+    def meet(self, guidance_scale: float) -> None:
+        """A call of all processes among which the denoiser is divided begins, if it is: they draw the same.
+        Raises ValueError where there is no second branch for those that would compute it."""
+        if (mesh := self.mesh) is None:
+            return
+        if mesh.cfg == 2 and guidance_scale <= 1:
+            raise ValueError(
+                f"guidance_scale={guidance_scale:g} turns guidance off, and cfg=2 divides its branches: call "
+                f"parallelize(sequence={mesh.size}), or give a guidance_scale above 1"
+            )
+        mesh.same_draws()
 
     @contextlib.contextmanager
     def on_device(self, network: Part) -> Iterator[Part]:

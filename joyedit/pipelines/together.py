@@ -13,6 +13,7 @@ SETTINGS = {
     "graphs": ("`enable_graphs()`, `--graphs`", "call disable_graphs() first"),
     "step_cache": ("`step_cache=0.1`, `--step-cache`", "leave step_cache out"),
     "compile": ("`network.compile()`", "load the pipeline anew and do not compile it"),
+    "parallel": ("`parallelize(sequence=2)`, `--parallel`", "call parallelize() first"),
     "lora": ("a LoRA, not fused", "call unload_lora_weights() first"),
     "fused_lora": ("a LoRA, fused", "call unfuse_lora() first"),
 }
@@ -21,6 +22,9 @@ APART = {
     frozenset({"offload", "graphs"}): "it moves the weights that graphs read",
     frozenset({"memory", "offload"}): "offload is a shorthand of a budget",
     frozenset({"step_cache", "graphs"}): "a graph repeats what it recorded, and cannot leave some of it out",
+    frozenset({"parallel", "graphs"}): "a graph does not record what processes tell each other",
+    frozenset({"parallel", "step_cache"}): "each process would decide by its own tokens",
+    frozenset({"parallel", "compile"}): "compiled blocks do not wait for the tokens of other processes",
     frozenset({"compile", "graphs"}): 'compiled code has its own: network.compile(mode="reduce-overhead")',
     frozenset({"compile", "memory"}): "compiled blocks do not wait for weights that come and go",
     frozenset({"compile", "offload"}): "compiled blocks do not wait for weights that come and go",

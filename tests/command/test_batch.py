@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import joyedit
-from joyedit.command import batch as many
 from joyedit.command import batch_record, cli
+from joyedit.command import batch_run as many
 from joyedit.command.arguments import parse
 from joyedit.command.instruction import Instruction
 from joyedit.loading import layouts

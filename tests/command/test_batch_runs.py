@@ -1,5 +1,5 @@
-"""What `joyedit batch` makes is what `joyedit edit` makes, also in shards that are killed, and as the examples
-for schedulers start it."""
+"""What `joyedit batch` makes is what `joyedit edit` makes, also in shards that are killed, and where the
+examples for schedulers start it."""
 
 import importlib.util
 import json
