@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
+from joyedit.command import several
 from joyedit.command.calls import spelt
 from joyedit.command.parsing import unrecognized
 from joyedit.command.rewrite import LOCAL
@@ -13,6 +14,7 @@ from joyedit.command.shards import shard
 from joyedit.command.systems import SYSTEMS
 from joyedit.command.values import place, whole_number
 from joyedit.media.download import is_url
+from joyedit.training.processes import started
 
 MOST_TOGETHER = 1024  # pictures of one call
 
@@ -71,6 +73,8 @@ def misuse(args: argparse.Namespace) -> str | None:
         return f"{options[0]} is about one result: joyedit edit has it"
     if args.rewrite not in (None, LOCAL) and not is_url(args.rewrite):
         return "--rewrite local or --rewrite URL: another model would be loaded beside the editor"
+    if several.size(args) > 1 and not started().first:
+        return None  # the first one looks at files, and tells
     source, out = expanded(args.source), expanded(args.out)
     if not os.path.exists(source):
         return f"{shown(args.source, 80)} is no folder, and no file with jobs"

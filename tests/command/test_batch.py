@@ -208,6 +208,15 @@ def test_shards_make_each_once(run, calls, monkeypatch):
     assert run("batch", "photos", "x", "--out", "out", "--shard", "0/1")[1].split() == printed[:1]
 
 
+def test_ranks_of_torchrun_are_parts(run, calls, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, names in enumerate((("a", "b"), ("c", "d"))):
+        monkeypatch.setenv("RANK", str(rank))
+        status, out, err = run("batch", "photos", "x", "--out", "out", *SEED)
+        assert (status, sorted(out.split())) == (0, [f"out/{name}-edit-7.png" for name in names])
+        assert "2 edits: 2 made" in err
+
+
 def test_an_environment_that_fits_nothing_is_refused(run, calls, monkeypatch):
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
     status, _, err = run("batch", "photos", "x", "--out", "out")

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.command.test_parallel import commanded
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("--seed", "7", "--steps", "1", "--device", "cpu")
 pytestmark = pytest.mark.slow
@@ -144,6 +146,27 @@ def test_lines_together_with_masks_and_words_of_their_own(desk, run):
         assert run("edit", one["photo"], one["prompt"], "-o", f"{number}.png", *own)[0] == 0
         assert Path(f"{number}.png").read_bytes() == Path(f"one/{number}.png").read_bytes()
         assert abs(pixels(f"one/{number}.png") - pixels(f"three/{number}.png")).max() <= 1
+
+
+def test_several_processes_make_each_together(desk, run, workers):
+    """The second one has no photographs: it is told them, and writes nothing."""
+    Path("0").mkdir()
+    draw(4)
+    Path("photos/01.png").write_bytes(b"no picture")
+    Path("photos").rename("0/photos")
+    words = ("Make it red", "--guidance-scale", 2.5, "--dtype", "float32", *QUICK)
+    first, second = workers.run(
+        commanded, desk, "batch", "photos", *words, "--out", "out", "--parallel", "cfg=2"
+    )
+    made = [f"out/{number}-edit-7.png" for number in ("00", "02", "03")]
+    assert first[0] == 1 and sorted(first[1].split()) == made and first[3] == ["out"]
+    assert second == (0, "", "", []) and "4 edits: 3 made" in first[2]
+    assert json.loads(Path("0/out/errors-0.jsonl").read_text())["file"] == "photos/01.png"
+    for name in made:
+        status, *_ = run("edit", f"0/photos/{name[4:6]}.png", *words, "-o", f"{name[4:6]}.png")
+        assert status == 0 and (pixels(f"{name[4:6]}.png") == pixels(Path("0", name))).all()
+    again = workers.run(commanded, desk, "batch", "photos", *words, "--out", "out", "--parallel", "cfg=2")
+    assert [one[:2] for one in again] == [(1, ""), (0, "")]
 
 
 def finished(processes):
