@@ -83,10 +83,11 @@ def desk(checkpoint, tmp_path, monkeypatch):
     photo.rotate(180).save("hat.jpg")
     photo.convert("L").save("where.png")
     Path("photographs").mkdir()
-    for name in ("a.jpg", "b.jpg", "b-mask.png"):
-        photo.convert("RGB" if name.endswith(".jpg") else "L").save(f"photographs/{name}")
+    for name in ("a.jpg", "b.jpg"):
+        photo.save(f"photographs/{name}")
+    photo.convert("L").save("b-mask.png")
     jobs = re.findall(r"^ *(\{.*\})$", TEXTS["docs/command-line.md"], re.M)
-    Path("jobs.jsonl").write_text("\n".join(jobs).replace("b-mask", "photographs/b-mask"))
+    Path("jobs.jsonl").write_text("\n".join(jobs))
     for name in ("target", "control"):
         Path("pairs", name).mkdir(parents=True)
         photo.save(f"pairs/{name}/0001.png")
