@@ -5,6 +5,7 @@ The networks are left out here: an edit returns the photograph. What they make i
 
 import errno
 import json
+import os
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 import joyedit
+from joyedit.command import batch as planning
 from joyedit.command import batch_record, cli
 from joyedit.command import batch_run as many
 from joyedit.command.arguments import parse
@@ -191,6 +193,21 @@ def test_who_comes_first_draws_the_seed(tmp_path):
         records = list(pool.map(claim, range(8)))
     assert len({record["seed"] for record in records}) == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["batch.json"]
+
+
+def test_the_seed_is_that_of_who_was_a_moment_earlier(run, calls, monkeypatch):
+    """Another process writes the record after this one has looked for it."""
+    look = planning.refuse_others
+
+    def other(plan):
+        look(plan)
+        batch_record.claim(plan.out, 5, planning.facts_of(plan, plan.args))
+
+    monkeypatch.setattr(planning, "refuse_others", other)
+    monkeypatch.setattr(planning, "facts_of", lambda plan, args: {"settings": {}})
+    status, out, err = run("batch", "photos", "x", "--out", "out")
+    assert status == 0 and sorted(out.split()) == [f"out/{name}-edit-5.png" for name in "abcd"]
+    assert [seed for _, seed in calls] == [5] * 4 and "seed 5\n" in err
 
 
 # ----------------------------------------------------------------------------------------------------- shards
@@ -509,6 +526,21 @@ def test_an_end_leaves_whole_files_alone(run, calls, monkeypatch, ending):
     assert status == (130 if ending is KeyboardInterrupt else 143)
     left = [path for path in Path("out").rglob("*") if path.name != "batch.json"]
     assert len(left) == 2 and all(Image.open(path).size for path in left)
+
+
+def test_results_are_moved_to_their_places(run, calls, monkeypatch):
+    """So that nobody sees half of one, and none is left where a process dies."""
+    replace, moved = os.replace, []
+
+    def watched(source, target):
+        if Path(target).parent == Path("out") and Path(target).suffix == ".png":
+            assert Image.open(source).load() and not Path(target).exists()
+            moved.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    assert run("batch", "photos", "x", "--out", "out", *SEED)[0] == 0
+    assert sorted(moved) == [f"{name}-edit-7.png" for name in "abcd"]
 
 
 def test_progress_and_what_is_said(run, calls):
