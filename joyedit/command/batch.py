@@ -112,6 +112,8 @@ def planned(args: argparse.Namespace) -> Plan:
     seed = secrets.randbelow(MOST_SEEDS) if seed is None else seed
     while True:
         plan = looked_at(args, source, out, seed, shard)
+        refuse_adapters(plan.args)
+        refuse_rewriter(plan.args, plan.system, plan.made_for)
         if record is None:
             refuse_others(plan)
         record = claim(out, seed, facts_of(plan, args))
@@ -120,8 +122,6 @@ def planned(args: argparse.Namespace) -> Plan:
         seed = record["seed"]  # another process was first
     if wrong := differences(record, asked, facts_of(plan, args)):
         raise Faulty([f"{out} holds another batch ({'; '.join(wrong)}): name another folder with --out"])
-    refuse_adapters(plan.args)
-    refuse_rewriter(plan.args, plan.system, plan.made_for)
     own = list(plan.work.jobs(shard.of(len(plan.work))))
     done = set(finished(out, [job.output for job in own]))
     jobs = [job for job in own if job.output not in done]

@@ -147,7 +147,7 @@ def test_one_that_fails_is_noted_and_tried_again(run, calls):
 
 
 @pytest.mark.parametrize(
-    "words", [["Make it blue"], ["x", "--seed", 8], ["x", "--steps", 2], ["x", "--lora", "l"]]
+    "words", [["Make it blue"], ["x", "--seed", 8], ["x", "--steps", 2], ["x", "--negative-prompt", "y"]]
 )
 def test_the_folder_of_another_batch_is_refused(run, calls, words):
     assert run("batch", "photos", "x", "--out", "out", *SEED)[0] == 0
@@ -572,3 +572,8 @@ def test_a_rewritten_instruction_or_none(run, calls, monkeypatch):
         silent = serve((500, "", {}))
         status, out, _ = run("batch", "photos", "red", "--out", "none", "--rewrite", silent.base, *SEED)
         assert (status, out) == (1, "") and files("none") == ["batch.json", "errors-0.jsonl"]
+
+
+def test_an_adapter_that_is_not_there_takes_no_folder(run, desk, no_work):
+    status, _, err = run("batch", "photos", "x", "--out", "out", "--lora", "none.safetensors")
+    assert status == 1 and "none.safetensors" in err and not Path("out").exists()
