@@ -385,6 +385,7 @@ def test_torchrun(desk):
         ("raises", "joyedit: error: what is wrong\n", 1),
         ("killed", "joyedit: ended by SIGTERM while waiting for another process\n", 143),
     ],
+    ids=["raises", "killed"],
 )
 def test_one_that_fails_ends_all(how, said, own, desk):
     """The second one, in the middle of the steps, while the first waits for it in C++ and hears nothing.
