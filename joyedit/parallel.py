@@ -13,7 +13,7 @@ blocks and the head, and what they give is gathered before the guidance. Only at
 others: two all-to-alls turn a share of the tokens with all heads into all tokens with a share of the heads,
 and back. Keys have no order once they are rotated, so the shares stay as they come. How many tokens others
 have follows from the shapes, so nobody asks. Text encoder and autoencoder run on every process: one that
-waited for their results would do nothing meanwhile, and they are gone before the steps begin.
+waited for their results would do nothing meanwhile.
 
 With gradients every process computes those of its share. They go out as many times too large as there are
 processes, and come to every leaf (weight, factor of an adapter, input) as their mean, so that what a loss
@@ -220,7 +220,6 @@ def attending(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if "attend" in vars(module)]
 
 
-# ------------------------------------------------------------------------------ who computes what of a call
 class Rows(NamedTuple):
     """How many tokens of a branch each process of a sequence has: of all, and of the target."""
 
@@ -325,7 +324,6 @@ def tensors_in(nested: Any) -> Iterator[Tensor]:
             yield from tensors_in(each)
 
 
-# ------------------------------------------------------------------------------------------------ attention
 class Ulysses:
     """Attention over the tokens of all processes of a sequence, in place of `ops.attention`."""
 
@@ -395,7 +393,6 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(grads[0], *ctx.back), None, None, None
 
 
-# ------------------------------------------------------------------------------------------- the velocities
 class Division:
     """What becomes of the branches that the processes of a mesh have computed, and of their gradients."""
 
