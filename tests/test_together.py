@@ -150,7 +150,7 @@ def test_the_step_cache_is_refused_with_graphs():
     ],
 )
 def test_the_command_refuses_the_same(words):
-    asked = {"memory": None, "offload": None, "graphs": False, "step_cache": None}
+    asked = {"memory": None, "offload": None, "graphs": False, "step_cache": None, "parallel": None}
     wrong = together.contradiction(asked_settings(argparse.Namespace(**asked | words)))
     assert (
         wrong and all(f"--{name.replace('_', '-')}" in wrong for name in words) and wrong.endswith("give one")

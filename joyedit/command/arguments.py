@@ -13,7 +13,7 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import ask, devices, estimate, film, places, preview, rewrite, spatial, train
+from joyedit.command import ask, devices, estimate, film, places, preview, rewrite, several, spatial, train
 from joyedit.command.parsing import Parser, take_in_question, take_in_words
 from joyedit.command.results import OUTPUT_SUFFIXES
 from joyedit.command.systems import SYSTEMS
@@ -61,6 +61,8 @@ def misuse(args: argparse.Namespace) -> str | None:
         return wrong
     if wrong := rewrite.misuse(args):
         return wrong
+    if wrong := several.misuse(args):
+        return wrong
     if (args.height is None) != (args.width is None):
         return "give both --height and --width, or neither"
     if args.graphs and not has_graphs():
@@ -96,7 +98,7 @@ def contradiction(args: argparse.Namespace) -> str | None:
     for system in SYSTEMS:
         if wrong := system.contradiction(args):
             return wrong
-    if wrong := rewrite.contradiction(args) or places.contradiction(args):
+    if wrong := rewrite.contradiction(args) or places.contradiction(args) or several.contradiction(args):
         return wrong
     if args.graphs and args.device not in (None, "auto") and not args.device.startswith("cuda"):
         return f"--graphs needs a CUDA or ROCm device, and --device is {shown(args.device, 40)}"
@@ -121,6 +123,7 @@ def asked_settings(args: argparse.Namespace) -> dict[str, str]:
         "offload": (args.offload not in (None, "none"), f"--offload {args.offload}"),
         "graphs": (args.graphs, "--graphs"),
         "step_cache": (bool(args.step_cache), f"--step-cache {args.step_cache}"),
+        "parallel": (args.parallel is not None, f"--parallel {several.spelt(args)}"),
     }
     return {name: words for name, (asked, words) in given.items() if asked}
 
@@ -361,6 +364,7 @@ def image_options() -> Parser:
         "is rounded away",
     )
     devices.add_options(add)
+    several.add_option(add)
     add(
         "--graphs",
         action="store_true",

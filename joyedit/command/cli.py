@@ -29,12 +29,15 @@ from typing import Any
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
 from joyedit.command import convert as conversion
+from joyedit.command import several
 from joyedit.command.arguments import DEMO_FOLDER, parse
 from joyedit.command.ask import answer
 from joyedit.command.calls import source_options
 from joyedit.command.make import make
 from joyedit.command.parsing import one_line
 from joyedit.command.results import OUTPUT_SUFFIXES
+from joyedit.training.ending import FailedElsewhere
+from joyedit.training.processes import started
 
 log = logging.getLogger("joyedit")
 
@@ -43,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; wrong arguments raise SystemExit(2)."""
     commands = {"edit": edit, "generate": edit, "ask": ask, "estimate": estimate}
     commands |= {"train": train, "demo": demo, "convert": convert, "verify": verify, "info": info}
-    args = parse(argv, commands)
+    with several.said_once():
+        args = parse(argv, commands)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the console has no letters for
     with log_to_stderr(args.verbosity), signals_raise():
@@ -57,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + error.number
         except BrokenPipeError:  # the reader of our output went away, as in `joyedit info | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except FailedElsewhere as error:
+            log.debug("%s", error)
             return 1
         except (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
             message = known_error(error)
@@ -137,11 +144,12 @@ def log_to_stderr(verbosity: int) -> Iterator[None]:
 def edit(args: argparse.Namespace) -> None:
     """Edit a photograph; without one, generate. All results are written, whatever becomes of the output."""
     unprinted = None
-    for paths in make(args):
-        try:
-            print(*paths, sep="\n", flush=True)
-        except (OSError, ValueError) as error:  # the reader went away; the output was closed
-            unprinted = unprinted or error
+    with several.joined(args) as processes:
+        for paths in make(args, processes):
+            try:
+                print(*paths, sep="\n", flush=True)
+            except (OSError, ValueError) as error:  # the reader went away; the output was closed
+                unprinted = unprinted or error
     if unprinted is not None:
         raise unprinted
 
@@ -172,30 +180,23 @@ def train(args: argparse.Namespace) -> int:
     the first, or the first that fails."""
     from joyedit.command import train as training
     from joyedit.training.pairs import FaultyPairs
-    from joyedit.training.processes import FailedElsewhere, started
 
     disable, first = {-1: True, 0: None}.get(args.verbosity, False), started().first
-    if not first:
-        log.setLevel(logging.ERROR)
+    if args.check and not first:
+        return 0
     try:
-        if not args.check:
-            made = training.train(args, disable)
-            if first:
-                print(made, flush=True)
-            return 0
-        if not first:
-            return 0
-        found = training.check(args)
-        for line in training.lines(found):
-            log.info("%s", line)
-        if found.sheet is not None:
-            print(found.sheet, flush=True)
-        faults = found.faults
+        with several.heard(args, first):
+            if not args.check:
+                print(training.train(args, disable), flush=True)
+                return 0
+            found = training.check(args)
+            for line in training.lines(found):
+                log.info("%s", line)
+            if found.sheet is not None:
+                print(found.sheet, flush=True)
+            faults = found.faults
     except FaultyPairs as error:
         faults = error.faults
-    except FailedElsewhere as error:
-        log.debug("%s", error)
-        return 1
     for fault in faults:
         log.error("%s", fault)
     if faults:

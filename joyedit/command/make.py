@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
-from joyedit.command import places, preview
+from joyedit.command import places, preview, several
 from joyedit.command.arguments import blank, contradiction
 from joyedit.command.calls import origin_options, said, source_options, spelt
 from joyedit.command.photos import Photo, read_photo
@@ -23,6 +23,7 @@ from joyedit.command.references import open_references
 from joyedit.command.results import numbered, output_paths, refuse_files, write_results
 from joyedit.command.rewrite import LOCAL, refuse_rewriter, rewritten
 from joyedit.command.systems import SYSTEMS, System, system_of
+from joyedit.training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from joyedit.pipelines.made_for import MadeFor
@@ -32,21 +33,15 @@ log = logging.getLogger("joyedit")
 LONGEST_PROMPT = 100_000  # bytes
 
 
-def make(args: argparse.Namespace) -> Iterator[list[Path]]:
+def make(args: argparse.Namespace, processes: Processes = ALONE) -> Iterator[list[Path]]:
     """Make images from what `args` say and, unless `args.photos` is None, the photographs there.
 
-    Yields what was written for each photograph and seed. Everything that can be refused is refused before the
+    Yields what was written for each photograph and seed; of several processes (`several.py`) all compute, and
+    the first writes. Everything that can be refused is refused before the
     model is loaded, and what only the model can refuse before the first run. What nobody says is filled in:
     from the image of `--config-from`, then by the checkpoint.
     """
-    take_in_prompt(args)
-    photos = [read_photo(source) for source in args.photos or ()]
-    if args.config_from is not None:
-        fill_from_image(args, photos)
-        refuse_contradictions(args)
-    args.references, args.mask = open_references(args), places.open_mask(args, photos)
-    seeds = seeds_of(args)
-    paths = paths_of(args, photos, seeds)
+    photos, seeds, paths = several.told(processes, args, lambda: taken_in(args))
 
     system = system_for(args)
     refuse_adapters(args)
@@ -56,18 +51,21 @@ def make(args: argparse.Namespace) -> Iterator[list[Path]]:
 
     told = [args] * len(photos or [None])  # the arguments of each photograph, whose prompt may be its own
     if args.rewrite not in (None, LOCAL):
-        told = rewritten(args, system, photos)
+        told = rewritten(args, system, photos, processes)
     pipe = open_pipeline(args)
     if args.rewrite == LOCAL:
-        told = rewritten(args, system, photos, pipe)
+        told = rewritten(args, system, photos, processes, pipe)
     log.info("seed %s", " ".join(map(str, seeds)))
     calls = calls_of(told, system, pipe, photos, images)
-    warn_of_no_effect(args, system, pipe, calls[0])
-    warn_of_the_unknown(args, system, pipe, photos, calls, made_for)
+    if processes.first:
+        warn_of_no_effect(args, system, pipe, calls[0])
+        warn_of_the_unknown(args, system, pipe, photos, calls, made_for)
+        calls = preview.watched(calls, args)
 
-    watched = preview.watched(calls, args)
-    for own, photo, call, files_of_seeds in zip(told, photos or [None], watched, paths, strict=True):
+    for own, photo, call, files_of_seeds in zip(told, photos or [None], calls, paths, strict=True):
         made = system.run(pipe, call, seeds, args)
+        if not processes.first:
+            continue
         for seed, files, results in zip(seeds, files_of_seeds, made, strict=True):
             metadata = None
             if args.metadata:
@@ -76,6 +74,21 @@ def make(args: argparse.Namespace) -> Iterator[list[Path]]:
             profile = None if photo is None else photo.profile
             write_results(results, files, metadata, profile, force=args.force)
             yield [*files.values()]
+
+
+def taken_in(
+    args: argparse.Namespace,
+) -> tuple[list[Photo], list[int], list[list[dict[str, Path]]]]:
+    """What the user gives, wherever it is, opened and put among the arguments: the photographs, the seeds,
+    and where the results go. Raises for what cannot be read, or written."""
+    take_in_prompt(args)
+    photos = [read_photo(source) for source in args.photos or ()]
+    if args.config_from is not None:
+        fill_from_image(args, photos)
+        refuse_contradictions(args)
+    args.references, args.mask = open_references(args), places.open_mask(args, photos)
+    seeds = seeds_of(args)
+    return photos, seeds, paths_of(args, photos, seeds)
 
 
 def take_in_prompt(args: argparse.Namespace) -> None:
@@ -188,6 +201,8 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     )
     pipe = load(args.model, **options, **source_options(args), **(args.parts or {}))
     add_adapters(pipe, args)
+    if args.parallel is not None:
+        pipe.parallelize(**args.parallel)
     if args.graphs:
         pipe.enable_graphs()
     if table is not None:

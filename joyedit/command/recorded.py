@@ -13,7 +13,7 @@ from typing import Any
 
 from joyedit import __version__
 from joyedit.checkpoints.plain_text import shown, visible
-from joyedit.command import places
+from joyedit.command import places, several
 from joyedit.command.calls import origin_options, said
 from joyedit.command.photos import Photo
 from joyedit.command.rewrite import RECORDED
@@ -92,6 +92,7 @@ def facts_of_run(
         "offload": args.offload,
         "memory": args.memory,
         "graphs": args.graphs,
+        "parallel": several.spelt(args),
         "preview": None if args.preview is None else Path(args.preview).name,
         "version": __version__,
         "torch": torch.__version__,

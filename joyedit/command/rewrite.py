@@ -19,6 +19,7 @@ from joyedit.command.photos import Photo
 from joyedit.command.spatial import OPTIONS as SPATIAL
 from joyedit.command.values import above_zero, place
 from joyedit.media.download import is_url
+from joyedit.training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from joyedit.command.systems import System
@@ -109,34 +110,48 @@ def refuse_rewriter(args: argparse.Namespace, system: "System", made_for: "MadeF
 
 
 def rewritten(
-    args: argparse.Namespace, system: "System", photos: Sequence[Photo], pipe: Any = None
+    args: argparse.Namespace,
+    system: "System",
+    photos: Sequence[Photo],
+    processes: Processes = ALONE,
+    pipe: Any = None,
 ) -> list[argparse.Namespace]:
     """The arguments for each photograph, or once for none, with a prompt of its own. pipe: what rewrites,
-    where that is the editor itself; others are let go of before this returns.
+    where that is the editor itself; others are let go of before this returns. Of several processes the first
+    asks, and tells the others.
 
     A failure is one warning, and nobody is asked for the photographs that follow.
     """
+    found = [copy.copy(args) for _ in photos or [None]]
+    if processes.first:
+        rewrite_each(found, system, photos, pipe)
+    names = ("prompt", *RECORDED)
+    words = processes.told([{name: getattr(one, name) for name in names} for one in found])
+    for one, own in zip(found, words, strict=True):
+        vars(one).update(own)
+    return found
+
+
+def rewrite_each(
+    found: Sequence[argparse.Namespace], system: "System", photos: Sequence[Photo], pipe: Any
+) -> None:
+    """The prompts in place, each with its photograph."""
     from joyedit.pipelines.rewriting import rewrite
 
-    by = pipe
+    args, by = found[0], pipe
     if by is None:
         by = server_of(args) if is_url(args.rewrite) else open_reader(args.rewrite, args, elsewhere(args))
     name = f"{by.model} at {by}" if is_url(args.rewrite) else args.rewrite
     references = [reference.image for reference in args.references or ()]
     original = args.original_prompt or args.prompt
-    found, failed = [], False
-    for photo in photos or [None]:
-        found.append(one := copy.copy(args))
-        if failed:
-            continue
+    for one, photo in zip(found, photos or [None], strict=True):
         pictures = references if photo is None else [photo.image, *references]
         made = rewrite(original, pictures, by, form=system.form)
-        failed = made.failure is not None
-        if not failed:
-            one.prompt, one.original_prompt, one.rewritten_by = made.prompt, original, name
-            of = f" for {photo.name}" if photo is not None and len(photos) > 1 else ""
-            log.info("the prompt%s is now: %s", of, visible(made.prompt, None))
-    return found
+        if made.failure is not None:
+            return
+        one.prompt, one.original_prompt, one.rewritten_by = made.prompt, original, name
+        of = f" for {photo.name}" if photo is not None and len(photos) > 1 else ""
+        log.info("the prompt%s is now: %s", of, visible(made.prompt, None))
 
 
 def server_of(args: argparse.Namespace) -> Any:

@@ -46,7 +46,7 @@ def check(settings: Settings, out: str | Path) -> Found:
         cells = [cell(example) for example in shown[:SHOWN]]
         rows = [cells[i : i + ACROSS] for i in range(0, len(cells), ACROSS)]
         place = save_png(sheet(rows), out / SHEET, force=True)
-    needed = memory_needed(settings, plan, device_of(settings)) if plan.examples else None
+    needed = memory_needed(settings, plan, device_of(settings.device)) if plan.examples else None
     buckets = Counter(example.bucket for example in plan.examples)
     return Found(len(plan.examples), len(plan.valid), buckets, faults, needed, place)
 

@@ -1,4 +1,4 @@
-"""Where a training computes."""
+"""Where a training, or a process of several, computes."""
 
 import os
 
@@ -6,20 +6,19 @@ import torch
 
 from joyedit.pipelines.placement import accelerator_device
 from joyedit.training.processes import started
-from joyedit.training.settings import Settings
 
 
-def device_of(settings: Settings) -> torch.device:
-    """Of several processes each has its own. Raises ValueError for what is no device, and for one that all
-    would share."""
-    if settings.device == "auto":
+def device_of(name: str) -> torch.device:
+    """Of several processes each has its own. Raises ValueError for what is no device, for one that all would
+    share, and where there are fewer than processes."""
+    if name == "auto":
         return of_this_process(accelerator_device() or torch.device("cpu"))
     try:
-        device = torch.device(settings.device)
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={settings.device!r}: must be auto, cpu, cuda, cuda:1, mps") from None
+        raise ValueError(f"device={name!r}: must be auto, cpu, cuda, cuda:1, mps") from None
     if started().several and device.index is not None:
-        raise ValueError(f"device={settings.device!r}: several processes have one each: say {device.type!r}")
+        raise ValueError(f"device={name!r}: several processes have one each: say {device.type!r}")
     return of_this_process(device)
 
 
@@ -27,5 +26,11 @@ def of_this_process(device: torch.device) -> torch.device:
     if not started().several or device.type == "cpu":
         return device
     own = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
+    count = torch.accelerator.device_count()
+    if own.index >= count:
+        raise ValueError(
+            f"device={device.type!r}: each process has one of its own, and this machine has {count}: start "
+            f"no more with torchrun --nproc-per-node"
+        )
     torch.accelerator.set_device_index(own)
     return own

@@ -45,7 +45,7 @@ def train(settings: Settings, out: str | Path, disable_progress: bool | None = F
     cannot be trained on, ValueError for a run of other settings or another model, both before anything is
     read; OSError for a full disk, with the last state whole; FailedElsewhere after another process.
     """
-    device = device_of(settings)
+    device = device_of(settings.device)
     with joined(device) as processes:
         disable = disable_progress if processes.first else True
         return train_together(settings, Path(out).expanduser(), device, processes, disable)

@@ -10,16 +10,17 @@ import dataclasses
 import datetime
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
+from joyedit.training.ending import FailedElsewhere, is_first_to_fail, is_lost, leave_group, watched
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Word = TypeVar("Word")
 
 PATIENCE = datetime.timedelta(days=1)  # one that encodes or writes for hours has not failed
-
-
-class FailedElsewhere(RuntimeError):
-    """Another process has failed, and said why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Processes:
     def largest(self, number: int) -> int:
         if not self.several:
             return number
+        import torch
         import torch.distributed as dist
 
         held = torch.tensor([number])
@@ -75,9 +77,13 @@ class Processes:
         return int(held)
 
     def total(self, number: float) -> float:
-        return number if not self.several else self.sum(torch.tensor([number], dtype=torch.float64)).item()
+        if not self.several:
+            return number
+        import torch
 
-    def sum(self, tensor: Tensor) -> Tensor:
+        return self.sum(torch.tensor([number], dtype=torch.float64)).item()
+
+    def sum(self, tensor: "Tensor") -> "Tensor":
         """In place."""
         if self.several:
             import torch.distributed as dist
@@ -85,20 +91,23 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def told(self, word: str) -> str:
-        """What the first process says."""
+    def told(self, word: Word) -> Word:
+        """What the first process says, whatever it is."""
         if not self.several:
             return word
+        import torch
         import torch.distributed as dist
 
         words = [word]
         dist.broadcast_object_list(words, device=torch.device("cpu"))
         return words[0]
 
-    def average_(self, tensors: Sequence[Tensor]) -> None:
+    def average_(self, tensors: "Sequence[Tensor]") -> None:
         """The mean over the processes, in place of each tensor; all in one message."""
         if not self.several or not tensors:
             return
+        import torch
+
         together = self.sum(torch.cat([tensor.flatten() for tensor in tensors])) / self.count
         places = together.split([tensor.numel() for tensor in tensors])
         for tensor, mean in zip(tensors, places, strict=True):
@@ -114,10 +123,12 @@ def started() -> Processes:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[Processes]:
+def joined(device: "torch.device", at_signals: bool = False) -> Iterator[Processes]:
     """The processes that were started, while the block runs; those that the caller has joined stay so.
 
-    When one fails, the others raise FailedElsewhere as soon as they wait for it.
+    When one fails, all end within seconds (`ending.py`): the others raise FailedElsewhere, or are ended where
+    they wait. at_signals: so they do when one gets a signal that is to end it; else the caller sees to that.
+    Raises ConnectionError where another process is gone and has said nothing.
     """
     processes = started()
     if not processes.several:
@@ -130,21 +141,17 @@ def joined(device: torch.device) -> Iterator[Processes]:
         yield processes
         return
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
-    store, rank, count = next(rendezvous("env://"))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
-    try:
-        yield processes
-    except Exception as error:
-        if not is_first_to_fail(store, rank):
-            raise FailedElsewhere(f"another process has failed, and then this one: {error}") from error
-        raise
-    finally:
+    (store, rank, count), (watched_store, *_) = next(rendezvous("env://")), next(rendezvous("env://"))
+    with watched(watched_store, rank, at_signals):
+        try:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+            yield processes
+        except BaseException as error:
+            first = is_first_to_fail(watched_store, rank)
+            leave_group()
+            if not first:
+                raise FailedElsewhere(f"another process has failed, and then this one: {error}") from error
+            if is_lost(error):
+                raise ConnectionError("another process has ended, and did not say why") from error
+            raise
         dist.destroy_process_group()
-
-
-def is_first_to_fail(store: Any, rank: int) -> bool:
-    """Whether no other process has noted its failure where all see it."""
-    try:
-        return store.compare_set("joyedit failed", "", str(rank)) == str(rank).encode()
-    except Exception:  # the place is gone with the process that had it
-        return rank == 0
