@@ -43,7 +43,7 @@ from joyedit.checkpoints.network import Network
 from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel, grids_of
 
-PATIENCE = datetime.timedelta(days=1)  # one that reads a checkpoint for long has not failed
+PATIENCE = datetime.timedelta(days=1)  # one that reads, encodes or writes for hours has not failed
 DIVISION = "division"  # the attribute of a divided network
 
 Patches = list[Tensor]  # (B, n, P) of each branch: what the head gives for the tokens of a process
@@ -132,14 +132,10 @@ def connect(device: torch.device, **options: Any) -> None:
     `init_process_group`."""
     if dist.is_initialized():
         return
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    dist.init_process_group(backend_of(device), **{"timeout": PATIENCE, **options})
-
-
-def backend_of(device: torch.device) -> str:
-    """What carries messages from main memory and, of a GPU, from its own."""
-    return "gloo" if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
+    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
+    dist.init_process_group(backend, timeout=PATIENCE, **options)
 
 
 def checked(network: Any, cfg: int, sequence: int) -> Network:
