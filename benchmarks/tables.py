@@ -22,6 +22,7 @@ Each stands between `<!-- NAME -->` and `<!-- /NAME -->`, on whichever page has 
   quantised     results/quantised/: what eight bits cost the small models
   released      the same file: bytes of the released networks
   training      results/training.json: a step of training beside diffusers and PEFT
+  scaling       results/scaling.json: a step on several GPUs, as predicted
   steps         results/step_cache/: what a step cache leaves out, and what that costs the small models
 """
 
@@ -427,6 +428,20 @@ def machine_table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def scaling_table(results: Path = RESULTS) -> str:
+    """Markdown of what a guided step takes on several GPUs, and how many times as fast that is."""
+    found = json.loads((results / "scaling.json").read_text(encoding="utf-8"))["edits"]
+    meshes = list(next(iter(found.values())))
+    names = [" x ".join(mesh.split("x")) for mesh in meshes]
+    lines = [f"| a step, cfg x sequence | {' | '.join(names)} |", f"| --- |{' ---: |' * len(meshes)}"]
+    for edit, rows in found.items():
+        for gpu in ("H100", "RTX 4090"):
+            took = [rows[mesh]["computing"][gpu] + rows[mesh]["sending"][gpu] for mesh in meshes]
+            cells = [f"{seconds:.3g} s, {took[0] / seconds:.1f}x" for seconds in took[1:]]
+            lines.append(f"| {edit}, {gpu} | {' | '.join([f'{took[0]:.3g} s', *cells])} |")
+    return "\n".join(lines)
+
+
 def together_table(results: Path = RESULTS) -> str:
     """Markdown of the settings of a pipeline that go together; a column for each, by its number."""
     names = list(together.SETTINGS)
@@ -563,6 +578,7 @@ TABLES = {
     "released_machines": machine_table,
     "estimates": estimates_table,
     "together": together_table,
+    "scaling": scaling_table,
     "full_size": full_size_table,
     "streaming": streaming_sentence,
     "training": training_table,

@@ -1,7 +1,7 @@
 """Many edits with Ray Data: each actor holds one pipeline, and Ray hands it the paths.
 
     pip install "ray[data]"
-    python examples/ray_data.py photographs "Make it winter." --out results --model MODEL --workers 8 --gpus 1
+    python examples/ray_data.py photos "Make it winter." --out results --model MODEL --workers 8 --gpus 1
 
 The names are those of `joyedit batch`, finished pictures are passed over, and a picture that fails is a row
 with its message, not the end of the run. The folders must be ones that all nodes see.

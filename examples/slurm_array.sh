@@ -1,7 +1,7 @@
 #!/bin/bash
 # Many edits as a SLURM array: each task takes its part, and goes on with it when it is started again.
 #
-#     sbatch examples/slurm_array.sh photographs "Make it winter." --out results --model MODEL
+#     sbatch examples/slurm_array.sh photos "Make it winter." --out results --model MODEL
 #
 # The folder of the results must be one that all nodes see.
 #SBATCH --job-name=joyedit

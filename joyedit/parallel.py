@@ -13,7 +13,7 @@ blocks and the head, and what they give is gathered before the guidance. Only at
 others: two all-to-alls turn a share of the tokens with all heads into all tokens with a share of the heads,
 and back. Keys have no order once they are rotated, so the shares stay as they come. How many tokens others
 have follows from the shapes, so nobody asks. Text encoder and autoencoder run on every process: one that
-waited for their results would do nothing meanwhile, and they are gone before the steps begin.
+waited for their results would do nothing meanwhile.
 
 With gradients every process computes those of its share. They go out as many times too large as there are
 processes, and come to every leaf (weight, factor of an adapter, input) as their mean, so that what a loss
@@ -43,7 +43,7 @@ from joyedit.checkpoints.network import Network
 from joyedit.models.chronoedit_dit import ChronoEditTransformer3DModel
 from joyedit.models.joyimage_mmdit import JoyImageEditTransformer3DModel, grids_of
 
-PATIENCE = datetime.timedelta(days=1)  # one that reads a checkpoint for long has not failed
+PATIENCE = datetime.timedelta(days=1)  # one that reads, encodes or writes for hours has not failed
 DIVISION = "division"  # the attribute of a divided network
 
 Patches = list[Tensor]  # (B, n, P) of each branch: what the head gives for the tokens of a process
@@ -132,14 +132,10 @@ def connect(device: torch.device, **options: Any) -> None:
     `init_process_group`."""
     if dist.is_initialized():
         return
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    dist.init_process_group(backend_of(device), **{"timeout": PATIENCE, **options})
-
-
-def backend_of(device: torch.device) -> str:
-    """What carries messages from main memory and, of a GPU, from its own."""
-    return "gloo" if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
+    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
+    dist.init_process_group(backend, timeout=PATIENCE, **options)
 
 
 def checked(network: Any, cfg: int, sequence: int) -> Network:
@@ -220,7 +216,6 @@ def attending(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if "attend" in vars(module)]
 
 
-# ------------------------------------------------------------------------------ who computes what of a call
 class Rows(NamedTuple):
     """How many tokens of a branch each process of a sequence has: of all, and of the target."""
 
@@ -325,7 +320,6 @@ def tensors_in(nested: Any) -> Iterator[Tensor]:
             yield from tensors_in(each)
 
 
-# ------------------------------------------------------------------------------------------------ attention
 class Ulysses:
     """Attention over the tokens of all processes of a sequence, in place of `ops.attention`."""
 
@@ -395,7 +389,6 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(grads[0], *ctx.back), None, None, None
 
 
-# ------------------------------------------------------------------------------------------- the velocities
 class Division:
     """What becomes of the branches that the processes of a mesh have computed, and of their gradients."""
 

@@ -82,9 +82,9 @@ def desk(checkpoint, tmp_path, monkeypatch):
     photo.save("astronaut.jpg")
     photo.rotate(180).save("hat.jpg")
     photo.convert("L").save("where.png")
-    Path("photographs").mkdir()
+    Path("photos").mkdir()
     for name in ("a.jpg", "b.jpg"):
-        photo.save(f"photographs/{name}")
+        photo.save(f"photos/{name}")
     photo.convert("L").save("b-mask.png")
     jobs = re.findall(r"^ *(\{.*\})$", TEXTS["docs/command-line.md"], re.M)
     Path("jobs.jsonl").write_text("\n".join(jobs))
@@ -240,10 +240,29 @@ def test_command_lines(page, source, desk, published, capsys, monkeypatch):
         words = shlex.split(line)
         if words[0] == "joyedit":
             run_joyedit(words[1:], published, capsys)
-        else:
+        elif words[0] != "torchrun":
             worked_on += run_training(words, monkeypatch)
     if page == "docs/small-models.md":
         assert worked_on == ["wan-vae", "joyimage", "checkpoint"]
+
+
+def started_by_torchrun(folder, words):
+    with contextlib.chdir(folder):
+        return main(words)
+
+
+@pytest.mark.slow
+def test_command_lines_of_several_processes(desk, workers):
+    """They are one edit each."""
+    lines = [line for _, source in blocks_to_run("bash") for line in source.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("torchrun")]
+    assert commands
+    for number, (_, option, count, *rest) in enumerate(commands):
+        assert option == "--nproc-per-node" and rest[:2] == ["-m", "joyedit"]
+        result = f"{number}.png"
+        words = [*rest[2:], "--steps", "1", "--device", "cpu", "-o", result]
+        assert workers.run(started_by_torchrun, str(desk), words, count=int(count)) == [0] * int(count)
+        assert Image.open(result).size[0] > 0
 
 
 def test_options_that_the_pages_name_exist(capsys):

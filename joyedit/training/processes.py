@@ -7,7 +7,6 @@ weights that are divided among them (`sharding.py`) asks every process for its p
 
 import contextlib
 import dataclasses
-import datetime
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Word = TypeVar("Word")
-
-PATIENCE = datetime.timedelta(days=1)  # one that encodes or writes for hours has not failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +135,15 @@ def joined(device: "torch.device", at_signals: bool = False) -> Iterator[Process
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
+    from joyedit.parallel import connect
+
     if dist.is_initialized():
         yield processes
         return
-    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
     (store, rank, count), (watched_store, *_) = next(rendezvous("env://")), next(rendezvous("env://"))
     with watched(watched_store, rank, at_signals):
         try:
-            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+            connect(device, store=store, rank=rank, world_size=count)
             yield processes
         except BaseException as error:
             first = is_first_to_fail(watched_store, rank)

@@ -193,7 +193,7 @@ def test_pods_of_an_indexed_job(desk):
     (variable,) = container["env"]
     assert variable == {"name": "JOB_COMPLETIONS", "value": str(job["spec"]["completions"])}
     assert job["spec"]["completionMode"] == "Indexed" and container["command"][0] == "python"
-    local = {"/data/photographs": "photos", "/data/results": "out", "/data/model": "tiny-joyimage"}
+    local = {"/data/photos": "photos", "/data/results": "out", "/data/model": "tiny-joyimage"}
     words = [local.get(word, word) for word in container["args"]]
     command = (sys.executable, *container["command"][1:], *words, *QUICK)
     pods = [start(*command, JOB_COMPLETION_INDEX=index, JOB_COMPLETIONS="2") for index in "01"]

@@ -23,7 +23,7 @@ from joyedit.loading import layouts
 from joyedit.media import images
 from joyedit.pipelines.made_for import MadeFor
 from joyedit.training import devices, ending
-from joyedit.training.processes import ALONE, Processes
+from joyedit.training.processes import ALONE, Processes, started
 from tests.answering import answering, rewritten
 
 BLUE = "Make the red square blue."
@@ -180,6 +180,17 @@ def test_wrong_words_are_said_once(two, capsys, monkeypatch):
     message = wrong(capsys, "edit", "photo.png", BLUE, "--colour")
     assert message.startswith("joyedit edit: error: unrecognized arguments: --colour")
     assert heard == [(several.FIRST_SPEAKS, ("", ""))]
+
+
+def test_a_rank_alone_is_no_second_process(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(several.time, "sleep", lambda seconds: pytest.fail("waits for nobody"))
+    assert "unrecognized arguments: --colour" in wrong(capsys, "edit", "photo.png", BLUE, "--colour")
+    args = argparse.Namespace(parallel=None, command="edit")
+    assert several.misuse(args) is None and started() == ALONE
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert started() == Processes(3, 4) and several.misuse(args)
+    assert several.misuse(argparse.Namespace(parallel=None, command="batch")) is None
 
 
 # What several processes make.
@@ -385,6 +396,7 @@ def test_torchrun(desk):
         ("raises", "joyedit: error: what is wrong\n", 1),
         ("killed", "joyedit: ended by SIGTERM while waiting for another process\n", 143),
     ],
+    ids=["raises", "killed"],
 )
 def test_one_that_fails_ends_all(how, said, own, desk):
     """The second one, in the middle of the steps, while the first waits for it in C++ and hears nothing.
