@@ -40,6 +40,7 @@ from joyedit.training.processes import ALONE, Processes, started
 log = logging.getLogger("joyedit")
 
 MOST_SEEDS = 2**32
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Done(NamedTuple):
@@ -92,7 +93,23 @@ def batch(
                         show(path)
     if own is None or errors is None:
         return None
+    if several.size(args) == 1:
+        let_others_finish(errors.count > 0)
     return Done(made, own.there, errors.count, time.monotonic() - start, errors.path)
+
+
+def let_others_finish(failed: bool) -> None:
+    """torchrun ends all its processes when one ends with another status than 0. So this one, if some of its
+    edits failed, waits until the others have done theirs."""
+    if not started().several or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, count = next(rendezvous("env://"))
+    name = f"joyedit batch {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store.add(name, 1)
+    while failed and store.add(name, 0) < count:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 # ------------------------------------------------------------------------------------------------ before work

@@ -4,6 +4,7 @@ The networks are left out here: an edit returns the photograph. What they make i
 """
 
 import errno
+import importlib
 import json
 import os
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch.distributed import HashStore
 
 import joyedit
 from joyedit.command import batch as planning
@@ -232,6 +234,27 @@ def test_ranks_of_torchrun_are_parts(run, calls, monkeypatch):
         status, out, err = run("batch", "photos", "x", "--out", "out", *SEED)
         assert (status, sorted(out.split())) == (0, [f"out/{name}-edit-7.png" for name in names])
         assert "2 edits: 2 made" in err
+
+
+def test_a_rank_with_failures_ends_when_the_others_are_done(run, calls, monkeypatch):
+    """torchrun would end them with it."""
+    store, waits = HashStore(), []
+
+    def other_ends(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            store.add("joyedit batch 0", 1)
+
+    meeting = importlib.import_module("torch.distributed.rendezvous")
+    monkeypatch.setattr(meeting, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(planning.time, "sleep", other_ends)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "none")):
+        monkeypatch.setenv(name, value)
+    assert run("batch", "photos", "x", "--out", "well")[0] == 0 and not waits
+    assert store.add("joyedit batch 0", 0) == 1
+    store.add("joyedit batch 0", -1)
+    Path("photos/a.png").write_bytes(b"no picture")
+    assert run("batch", "photos", "x", "--out", "out")[0] == 1 and len(waits) == 3
 
 
 def test_an_environment_that_fits_nothing_is_refused(run, calls, monkeypatch):
