@@ -93,9 +93,10 @@ def batch(
                         show(path)
     if own is None or errors is None:
         return None
+    done = Done(made, own.there, errors.count, time.monotonic() - start, errors.path)
     if several.size(args) == 1:
-        let_others_finish(errors.count > 0)
-    return Done(made, own.there, errors.count, time.monotonic() - start, errors.path)
+        let_others_finish(done.failed > 0)
+    return done
 
 
 def let_others_finish(failed: bool) -> None:
