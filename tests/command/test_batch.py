@@ -408,6 +408,8 @@ def test_the_first_line_says_which_model(run, desk, monkeypatch):
         "inpaint_strength: 1.5 is not within 0 and 1" in run("batch", lines(captions, wrong), "--out", "o")[2]
     )
     assert "prompt is not for tiny-diffedit" in run("batch", lines(captions, GOOD), "--out", "o")[2]
+    alone = ("batch", lines({"prompt": "x"}), "--out", "o", "--model", "tiny-chronoedit")
+    assert "line 1: tiny-chronoedit edits photographs here" in run(*alone)[2]
     assert opened == ["tiny-diffedit"]
 
 
