@@ -149,11 +149,14 @@ def checked(network: Any, cfg: int, sequence: int) -> Network:
     if not isinstance(network, divisible):
         kinds = " and ".join(kind.__name__ for kind in PLANS)
         raise ValueError(f"a {type(network).__name__} cannot be divided among processes, only {kinds}")
-    heads = network.config.num_attention_heads
+    check_heads(network.config.num_attention_heads, sequence)
+    return network
+
+
+def check_heads(heads: int, sequence: int) -> None:
     if heads % sequence:
         fitting = ", ".join(str(k) for k in range(1, heads + 1) if heads % k == 0)
         raise ValueError(f"sequence={sequence} does not divide the {heads} heads of attention: {fitting} do")
-    return network
 
 
 def meet(cfg: int, sequence: int, device: torch.device) -> Mesh:

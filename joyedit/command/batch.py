@@ -130,6 +130,7 @@ def planned(args: argparse.Namespace) -> Plan:
     seed = secrets.randbelow(MOST_SEEDS) if seed is None else seed
     while True:
         plan = looked_at(args, source, out, seed, shard)
+        several.refuse_heads(plan.args)
         refuse_adapters(plan.args)
         refuse_rewriter(plan.args, plan.system, plan.made_for)
         if record is None:

@@ -46,6 +46,7 @@ def make(args: argparse.Namespace, processes: Processes = ALONE) -> Iterator[lis
     photos, seeds, paths = several.told(processes, args, lambda: taken_in(args))
 
     system = system_for(args)
+    several.refuse_heads(args)
     refuse_adapters(args)
     made_for = fill_from_checkpoint(args, system)
     refuse_rewriter(args, system, made_for)

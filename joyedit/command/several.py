@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from joyedit.checkpoints.plain_text import shown
+from joyedit.command.calls import origin_options, source_options
 from joyedit.command.film import PRESETS
 from joyedit.command.values import whole_number
 from joyedit.training.processes import ALONE, Processes, started
@@ -108,6 +109,21 @@ def contradiction(args: argparse.Namespace) -> str | None:
             "branches cfg=2 divides: leave it to sequence=N"
         )
     return None
+
+
+def refuse_heads(args: argparse.Namespace) -> None:
+    """Raises ValueError where the model has another number of heads than --parallel can divide, before its
+    weights are read."""
+    if size(args) == 1 or "transformer" in (args.parts or {}):
+        return
+    from joyedit import parallel
+    from joyedit.checkpoints.options import LoadOptions
+    from joyedit.estimates.parts import config_of
+    from joyedit.loading.layouts import find_checkpoint
+
+    found = find_checkpoint(args.model, **origin_options(args))
+    config = config_of(found, "transformer", LoadOptions.parse(source_options(args)))
+    parallel.check_heads(config.num_attention_heads, args.parallel["sequence"])
 
 
 @contextlib.contextmanager

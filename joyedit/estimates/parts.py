@@ -113,6 +113,13 @@ def open_parts(found: Checkpoint, options: LoadOptions) -> dict[str, Part]:
     return _as_published(found, opened, options)
 
 
+def config_of(found: Checkpoint, name: str, options: LoadOptions) -> Any:
+    """The config of a network, without its weights."""
+    kind = _kinds(found)[name]
+    folder, _ = _weights(found, name, kind, options)
+    return kind.Config.from_dict(_settings(found, name, folder))
+
+
 def _planned(planned: Any, size: int | None = None) -> Part:
     """size: of its files; None: as much as its tensors."""
     stored, network = planned.files.dtypes, planned.network
