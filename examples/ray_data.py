@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             "steps": given.steps,
         },
         batch_size=8,
-        concurrency=given.workers,
+        compute=ray.data.ActorPoolStrategy(size=given.workers),
         num_gpus=given.gpus,
     )
     failed = 0
