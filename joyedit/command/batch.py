@@ -56,7 +56,8 @@ class Done(NamedTuple):
         total = self.made + self.there + self.failed
         each = f", {self.seconds / self.made:.2f} s each" if self.made else ""
         there = f", {self.there} were there" if self.there else ""
-        return f"{total} edits: {self.made} made{each}{there}, {self.failed} failed"
+        edits = "1 edit" if total == 1 else f"{total} edits"
+        return f"{edits}: {self.made} made{each}{there}, {self.failed} failed"
 
 
 def batch(
