@@ -118,11 +118,12 @@ class Shape(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """network, config: of the transformer, in bf16. step: what a guided step calls of it."""
+    """network, config: of the transformer, in bf16. step: does what is done once in a run, and gives what a
+    guided step does, to be called."""
 
     network: type[Network]
     config: Any
-    step: Callable[[Any], list[Tensor]]
+    step: Callable[[Any], Callable[[], list[Tensor]]]
     shape: Shape
 
 
@@ -130,29 +131,34 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def joyimage(network: JoyImageEditTransformer3DModel) -> list[Tensor]:
+def joyimage(network: JoyImageEditTransformer3DModel) -> Callable[[], list[Tensor]]:
     """1024 x 1024 pixels, and one reference."""
     latents = empty(1, 1, network.config.in_channels, 1, 128, 128)
     frames, rows, columns = network.token_grid(latents)
     grid = (2 * frames, rows, columns)
     references, vec = network.embed_image(latents), network.embed_time(empty(1, dtype=torch.float32))
     texts = [network.embed_text(empty(1, count, network.config.text_dim)) for count in TEXTS]
-    target = network.embed_image(latents)
-    return network.predict_branches(target, references, texts, vec[0], network.rope(grid), grid)
+    rope = network.rope(grid, "meta")
+
+    def step() -> list[Tensor]:
+        target = network.embed_image(latents)
+        return network.predict_branches(target, references, texts, vec[0], rope, grid)
+
+    return step
 
 
-def film(frames: int) -> Callable[[ChronoEditTransformer3DModel], list[Tensor]]:
+def film(frames: int) -> Callable[[ChronoEditTransformer3DModel], Callable[[], list[Tensor]]]:
     """1280 x 720 pixels."""
 
-    def step(network: ChronoEditTransformer3DModel) -> list[Tensor]:
+    def begun(network: ChronoEditTransformer3DModel) -> Callable[[], list[Tensor]]:
         latents = empty(1, network.config.in_channels, 1 + (frames - 1) // 4, 90, 160, dtype=torch.float32)
         vec = network.embed_time(empty(1, dtype=torch.float32))
         texts = [network.embed_text(empty(1, PADDED, network.config.text_dim)) for _ in range(2)]
         image = network.embed_image(empty(1, CLIP_TOKENS, network.config.image_dim))
         rope = network.rope(network.token_grid(latents), "meta")
-        return network.predict_branches(latents, vec[0], texts, image, rope)
+        return lambda: network.predict_branches(latents, vec[0], texts, image, rope)
 
-    return step
+    return begun
 
 
 def film_of(frames: int) -> Edit:
@@ -180,8 +186,10 @@ def work_of(edit: Edit, cfg: int, sequence: int, rank: int = 0) -> Work:
     if mesh.size > 1:
         parallel.divide(network, mesh)
     counted = Counted(network.parameters(), ())
-    with torch.no_grad(), ops.standing_for("cuda"), counted, counted.measure() as tally:
-        edit.step(network)
+    with torch.no_grad(), ops.standing_for("cuda"), counted:
+        step = edit.step(network)
+        with counted.measure() as tally:
+            step()
     return Work(tally, mesh.together.sent, mesh.everyone.sent)
 
 

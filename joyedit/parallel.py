@@ -134,8 +134,14 @@ def connect(device: torch.device, **options: Any) -> None:
         return
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
-    dist.init_process_group(backend, timeout=PATIENCE, **options)
+    dist.init_process_group(backend_of(device), timeout=PATIENCE, **options)
+
+
+def backend_of(device: torch.device) -> str:
+    """What carries messages from main memory and, of an accelerator, from its own."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
 def checked(network: Any, cfg: int, sequence: int) -> Network:
@@ -164,7 +170,7 @@ def meet(cfg: int, sequence: int, device: torch.device) -> Mesh:
     ValueError for more or fewer, and for a device that is another process's."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    started = int(os.environ.get("WORLD_SIZE") or 1)
     if (count := dist.get_world_size() if dist.is_initialized() else started) != cfg * sequence:
         raise ValueError(
             f"a mesh of cfg={cfg} x sequence={sequence} is {cfg * sequence} processes, not {count}: start "
@@ -173,7 +179,7 @@ def meet(cfg: int, sequence: int, device: torch.device) -> Mesh:
     local = os.environ.get("LOCAL_RANK")
     if device.type == "cuda" and local is not None:
         index = torch.cuda.current_device() if device.index is None else device.index
-        if index != int(local):
+        if index != int(local) and torch.cuda.device_count() > 1:  # else it sees its own alone
             raise ValueError(
                 f"the pipeline is on cuda:{index}, and this is process {local} of its machine: load it with "
                 f"device='cuda:{local}'"
@@ -244,6 +250,7 @@ def streams(network: JoyImageEditTransformer3DModel, division: "Division") -> De
 
     def denoise(branches, num_targets, vec, rope, grid, caches=None):
         refuse_caches(caches)
+        branches, vec = entered((branches, vec))
         owners = mesh.owners([img.shape[0] * (img.shape[1] + txt.shape[1]) for img, txt in branches])
         lengths: dict[int, list[int]] = {}
         for i, (_, txt) in enumerate(branches):
@@ -275,6 +282,7 @@ def film(network: ChronoEditTransformer3DModel, division: "Division") -> Denoise
 
     def denoise(imgs, texts, image, vec, rope, grid, caches=None):
         refuse_caches(caches)
+        imgs, texts, image, vec = entered((imgs, texts, image, vec))
         owners = mesh.owners([len(img) for img in imgs])
         own = [i for i, owner in enumerate(owners) if owner == mesh.branch]
         counts = mesh.counts(rope[0].shape[0])
@@ -313,6 +321,14 @@ def patches_of(network: Any, *arguments: Any) -> Patches:
 def refuse_caches(caches: Any) -> None:
     if caches is not None:
         raise ValueError("a divided network has no step cache: each process would decide by its own tokens")
+
+
+def entered(nested: Any) -> Any:
+    """The same tensors as nodes of the graph of their own: where gradients come together before they go on to
+    leaves, so that these get theirs in the same order in every process."""
+    if isinstance(nested, Tensor):
+        return nested.view_as(nested)
+    return tuple(map(entered, nested)) if isinstance(nested, (list, tuple)) else nested
 
 
 def tensors_in(nested: Any) -> Iterator[Tensor]:

@@ -54,7 +54,9 @@ def inputs_of(kind):
 def branches_of(kind, network, inputs, other):
     """The velocities under two texts, by the pieces that an edit calls."""
     latents, times, text, *image = inputs
-    vec, texts = network.embed_time(times), [network.embed_text(text), network.embed_text(other)]
+    vec, texts = network.embed_time(times), [network.embed_text(text), other]
+    if kind == "chronoedit":
+        texts[1] = network.embed_text(other)
     if kind == "joyimage":
         grid = network.token_grid(latents)
         target, references = network.embed_image(latents).split([15, 30], dim=1)
@@ -82,7 +84,8 @@ def passed(kind, mesh=None, checkpointing=False, adapter=False):
         if way == "whole":
             outputs = [network(*inputs).sample]
         else:  # the second text, of another length, is one branch's alone
-            other = drawn(2, 4, inputs[2].shape[2], seed=4).requires_grad_()
+            width = 48 if kind == "joyimage" else inputs[2].shape[2]  # embedded, and not
+            other = drawn(2, 4, width, seed=4).requires_grad_()
             outputs = branches_of(kind, network, inputs, other)
             inputs.append(other)
         loss = sum((x * drawn(*x.shape, seed=i)).sum() for i, x in enumerate(outputs))
@@ -287,9 +290,10 @@ def test_each_process_computes_its_share_alone(workers):
 
 
 # ------------------------------------------------------------------------------------ settings, and agreement
-def with_setting(setting, mesh=None):
+def with_setting(setting, mesh=None, before=True):
+    """The mesh made before the setting, or after it, as the command does."""
     pipe = opened("joyimage", None)
-    if mesh is not None:
+    if mesh is not None and before:
         pipe.parallelize(*mesh)
     if setting == "memory":
         pipe.set_memory("64G", "cpu")
@@ -299,6 +303,8 @@ def with_setting(setting, mesh=None):
         load_lora(pipe)
         if setting == "fused_lora":
             pipe.fuse_lora()
+    if mesh is not None and not before:
+        pipe.parallelize(*mesh)
     return joyimage(pipe)
 
 
@@ -306,8 +312,9 @@ def with_setting(setting, mesh=None):
 @pytest.mark.parametrize("setting", ["memory", "offload", "lora", "fused_lora"])
 def test_settings_that_go_together_with_it(workers, setting):
     truth = with_setting(setting)
-    for found in workers.run(with_setting, setting, (1, 2)):
-        assert scaled_difference(found, truth) <= 1e-4
+    for before in (True, False):
+        for found in workers.run(with_setting, setting, (1, 2), before):
+            assert scaled_difference(found, truth) <= 1e-4
 
 
 def agreements(mesh):
@@ -331,7 +338,10 @@ def agreements(mesh):
     steps = []
     pipe(**call, callback_on_step_end=lambda *now: (steps.append(now[1]), interrupt(*now))[1])
     messages = []
-    for other in ({"generator": seeds(rank)}, {"prompt": WORDS[rank]}, {"guidance_scale": 2.0 + rank}):
+    two = {"prompt": [WORDS[0]] * 2, "generator": seeds(0, rank)}  # the second of them differs
+    steps_of = {"num_inference_steps": 3 - rank}
+    alone = ({"generator": seeds(rank)}, {"prompt": WORDS[rank]}, {"guidance_scale": 2.0 + rank})
+    for other in (*alone, two, steps_of):
         try:
             pipe(**{**call, "generator": seeds(0), **other})
         except ValueError as error:
@@ -350,7 +360,7 @@ def test_processes_agree_or_say_so(workers):
     for unseeded, steps, messages, again in workers.run(agreements, (1, 2)):
         assert scaled_difference(unseeded, drawn_by_the_first) <= 1e-4
         assert steps == [0]
-        assert len(messages) == 3 and all("not called with the same" in message for message in messages)
+        assert len(messages) == 5 and all("not called with the same" in message for message in messages)
         assert scaled_difference(again, seeded) <= 1e-4
 
 
@@ -403,6 +413,21 @@ def test_what_cannot_be_divided_is_refused(workers):
         assert "enable_graphs() does not go with parallel" in messages["graphs"]
         assert "parallelize(cfg=2, sequence=1) does not go with compile" in messages["compile"]
         assert "UNet2DConditionModel cannot be divided" in messages["diffedit"]
+
+
+def test_what_carries_messages():
+    from torch.distributed.distributed_c10d import BackendConfig
+
+    backends = {kind: parallel.backend_of(torch.device(kind)) for kind in ("cpu", "cuda")}
+    assert BackendConfig(backends["cuda"]).device_backend_map == {"cpu": "gloo", "cuda": "nccl"}
+    assert BackendConfig(backends["cpu"]).device_backend_map["cpu"] == "gloo"
+
+
+def test_a_pipeline_that_was_moved_is_refused():
+    pipe = opened("joyimage", None)
+    parallel.divide(pipe.transformer, parallel.Mesh(1, 2, 0, device=torch.device("cuda")))
+    with pytest.raises(ValueError, match="went from cuda to cpu since it was divided"):
+        pipe(prompt="a", **STEPS)
 
 
 def test_one_process_alone_is_refused(monkeypatch):

@@ -150,12 +150,12 @@ def paths_of(
     """For each photograph, or for none, and each seed the results that are asked for, and where they go.
     Raises as `refuse_files`."""
     extra = [name for system in SYSTEMS for name in system.files if getattr(args, name)]
-    several = len(photos) > 1
+    many = len(photos) > 1
     found = []
     for photo in [photo.name for photo in photos] or [None]:
-        files = {"output": output_paths(args.output, photo, seeds, several=several)}
+        files = {"output": output_paths(args.output, photo, seeds, several=many)}
         for name in extra:
-            files[name] = numbered(Path(getattr(args, name)), seeds, photo if several else None)
+            files[name] = numbered(Path(getattr(args, name)), seeds, photo if many else None)
         found.append(files)
     together = {name: [path for files in found for path in files[name]] for name in ("output", *extra)}
     refuse_files({**together, "preview": preview.path_of(args)}, args.force)

@@ -127,15 +127,15 @@ def fill_from_image(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
         value = recorded.get(name)
         if value is None or getattr(args, name) is not None:
             continue
-        several = name in SEVERAL
-        values = value if several and isinstance(value, list) else [value]
+        listed = name in SEVERAL
+        values = value if listed and isinstance(value, list) else [value]
         if not values or not all(fits(one, kind) for one in values):
             raise ValueError(f"{args.config_from}: the recorded {name} is damaged: {shown(value)}")
         if name == "device" and value not in ("cpu", getattr(accelerator_device(), "type", "cpu")):
             here = "the recorded device (%s) is not here: the result will differ by rounding"
             log.warning(here, visible(str(value), 40))
             continue
-        setattr(args, name, list(values) if several else value)
+        setattr(args, name, list(values) if listed else value)
     if all(len(said(args, system.texts)) < len(system.texts) for system in SYSTEMS):
         raise ValueError(f"{args.config_from} records no prompt: give one")
 

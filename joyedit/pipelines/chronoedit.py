@@ -254,7 +254,7 @@ class ChronoEditPipeline(PipelineWithPresets):
         text.check()
         check_embedded(text, image_embeds, self.transformer.config)
         recipe = self._recipe(preset, num_inference_steps, guidance_scale)
-        self.meet(recipe.guidance_scale)
+        self.begin_together(recipe.guidance_scale)
         threshold = self.check_step_cache(step_cache)
         max_sequence_length = check_count("max_sequence_length", max_sequence_length)
         check_output_type(output_type)

@@ -127,7 +127,7 @@ class JoyImageEditPlusPipeline(JoyImageEditPipeline):
         said = self.unless_said(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         num_inference_steps = check_count("num_inference_steps", said["num_inference_steps"])
         guidance_scale = check_number("guidance_scale", said["guidance_scale"])
-        self.meet(guidance_scale)
+        self.begin_together(guidance_scale)
         threshold = self.check_step_cache(step_cache)
         if negative_prompt_embeds is None:
             negative_prompt = self.unless_said(negative_prompt=negative_prompt)["negative_prompt"]

@@ -425,12 +425,12 @@ class Pipeline(Placed, PipelineSpellings):
     def ends_at(self, step: int, *tensors: Tensor | None) -> bool:
         """Whether the remaining steps are left out, from this one on: on all processes among which the
         denoiser is divided, when one asks for it. Raises ValueError where these are not at the same, as far
-        as step, guidance, the shapes of the tensors and the first one's beginning tell."""
+        as steps, guidance, the shapes of the tensors and how each sample of the first one begins tell."""
         if (mesh := self.mesh) is None:
             return self.interrupt
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
-        drawn = 0.0 if step or tensors[0] is None else tensors[0].flatten()[0].item()
-        return mesh.any(self.interrupt, step, self.guidance_scale, shapes, drawn)
+        drawn = None if step or tensors[0] is None else tensors[0].flatten(1)[:, 0].tolist()
+        return mesh.any(self.interrupt, step, self.num_timesteps, self.guidance_scale, shapes, drawn)
 
     def unless_said(self, **arguments: Any) -> dict[str, Any]:
         """Arguments of a call: what was passed, else what the checkpoint was made for, else the default. A

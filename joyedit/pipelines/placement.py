@@ -207,7 +207,7 @@ class Placed:
         the group that is there, else those that `torchrun` has started. From then on each makes the same
         calls with the same arguments and seeds, one call at a time, and gets the whole result; the first
         one shows the progress. `pipe.transformer(...)` takes and gives whole tensors, and its gradients are
-        those of one process.
+        those of one process. A group that this makes stays until `torch.distributed.destroy_process_group()`.
 
         Raises ValueError for a mesh that does not fit the processes or the network, for pipelines without a
         transformer that can be divided (DiffEdit), and for a pipeline that is not on this process's GPU, or
@@ -220,11 +220,17 @@ class Placed:
         together.check("parallel", asked, self.in_use() - {"parallel"})
         parallel.divide(network, parallel.meet(cfg, sequence, self.device))
 
-    def meet(self, guidance_scale: float) -> None:
+    def begin_together(self, guidance_scale: float) -> None:
         """A call of all processes among which the denoiser is divided begins, if it is: they draw the same.
-        Raises ValueError where there is no second branch for those that would compute it."""
+        Raises ValueError where there is no second branch for those that would compute it, and where the
+        pipeline has been moved."""
         if (mesh := self.mesh) is None:
             return
+        if self.device.type != mesh.device.type:
+            raise ValueError(
+                f"the pipeline went from {mesh.device.type} to {self.device.type} since it was divided among "
+                "processes: call parallelize() again"
+            )
         if mesh.cfg == 2 and guidance_scale <= 1:
             raise ValueError(
                 f"guidance_scale={guidance_scale:g} turns guidance off, and cfg=2 divides its branches: call "

@@ -22,11 +22,17 @@ def device_of(name: str) -> torch.device:
     return of_this_process(device)
 
 
+def sees_one_alone(count: int) -> bool:
+    """Whether who started the processes has shown each a device of its own, and no other."""
+    shown = (os.environ.get(f"{kind}_VISIBLE_DEVICES", "") for kind in ("CUDA", "HIP", "ROCR"))
+    return count == 1 and any(one and "," not in one for one in shown)
+
+
 def of_this_process(device: torch.device) -> torch.device:
     if not started().several or device.type == "cpu":
         return device
-    own = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
     count = torch.accelerator.device_count()
+    own = torch.device(device.type, 0 if sees_one_alone(count) else int(os.environ.get("LOCAL_RANK", 0)))
     if own.index >= count:
         raise ValueError(
             f"device={device.type!r}: each process has one of its own, and this machine has {count}: start "

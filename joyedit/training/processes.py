@@ -1,8 +1,9 @@
-"""The processes of a training: which of them this one is, and the few numbers that they tell each other.
+"""The processes that work together, on a training or on an edit: which of them this one is, and the few words
+and numbers that they tell each other.
 
-torchrun starts them, and says in the environment who is who. Each computes its share of a batch; the first
-one alone writes, and shows progress. What all do together must be as often on all of them: a pass through
-weights that are divided among them (`sharding.py`) asks every process for its part.
+torchrun starts them, and says in the environment who is who. Each computes its share; the first one alone
+writes, and shows progress. What all do together must be as often on all of them: a pass through weights that
+are divided among them (`sharding.py`), or tokens (`joyedit/parallel.py`), asks every process for its part.
 """
 
 import contextlib
@@ -116,8 +117,10 @@ ALONE = Processes()
 
 def started() -> Processes:
     """Those that torchrun has started, before they know each other."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    return Processes(int(os.environ.get("RANK", 0)), count) if count > 1 else ALONE
+    rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (count.isdecimal() and int(count) > 1):
+        return ALONE
+    return Processes(int(rank) if rank.isdecimal() else 0, int(count))
 
 
 @contextlib.contextmanager
@@ -153,4 +156,5 @@ def joined(device: "torch.device", at_signals: bool = False) -> Iterator[Process
             if is_lost(error):
                 raise ConnectionError("another process has ended, and did not say why") from error
             raise
+        processes.wait()  # who has the store may not go before the others have looked
         dist.destroy_process_group()

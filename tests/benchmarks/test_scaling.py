@@ -26,8 +26,8 @@ def picture(network, device="meta"):
     latents = torch.zeros(1, 1, 16, 1, 6, 10, dtype=torch.bfloat16, device=device)
     vec = network.embed_time(torch.zeros(1, device=device))
     texts = [network.embed_text(torch.zeros(1, n, 20, dtype=torch.bfloat16, device=device)) for n in (7, 5)]
-    tokens = network.embed_image(latents)
-    return network.predict_branches(tokens, tokens, texts, vec[0], network.rope((2, 3, 5), device), (2, 3, 5))
+    tokens, rope, grid = network.embed_image(latents), network.rope((2, 3, 5), device), (2, 3, 5)
+    return lambda: network.predict_branches(tokens, tokens, texts, vec[0], rope, grid)
 
 
 def film(network, device="meta"):
@@ -35,7 +35,8 @@ def film(network, device="meta"):
     vec = network.embed_time(torch.zeros(1, device=device))
     texts = [network.embed_text(torch.zeros(1, n, 10, dtype=torch.bfloat16, device=device)) for n in (7, 5)]
     image = network.embed_image(torch.zeros(1, 3, 14, dtype=torch.bfloat16, device=device))
-    return network.predict_branches(latents, vec[0], texts, image, network.rope((3, 3, 5), device))
+    rope = network.rope((3, 3, 5), device)
+    return lambda: network.predict_branches(latents, vec[0], texts, image, rope)
 
 
 SMALL = {
@@ -69,7 +70,7 @@ def really_sent(kind, mesh):
     recorded = scaling.recording(parallel.meet(*mesh, torch.device("cpu")))
     parallel.divide(network, recorded)
     with torch.no_grad():
-        edit.step(network, "cpu")
+        edit.step(network, "cpu")()
     return recorded.together.sent, recorded.everyone.sent
 
 
@@ -88,7 +89,8 @@ def test_the_committed_figures_are_those_of_the_released_networks(name):
         row = found[f"{cfg}x{sequence}"]
         assert row["bytes"] == sent_by_formula(EDITS[name].shape, cfg, sequence)
         alone = found["1x1"]["operations"] / (cfg * sequence)
-        assert alone <= row["operations"] <= 1.2 * alone  # some is done by every process
+        # A text of more tokens than the other, and shares that are not even.
+        assert alone <= row["operations"] <= 1.01 * alone
 
 
 @pytest.mark.slow
