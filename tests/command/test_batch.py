@@ -3,6 +3,7 @@
 The networks are left out here: an edit returns the photograph. What they make is in `test_batch_runs.py`.
 """
 
+import contextlib
 import errno
 import importlib
 import json
@@ -24,7 +25,7 @@ from joyedit.command.arguments import parse
 from joyedit.command.instruction import Instruction
 from joyedit.loading import layouts
 from joyedit.media import images
-from joyedit.pipelines import rewriting_server
+from joyedit.pipelines import reuse, rewriting_server
 from tests.answering import answering, rewritten
 
 SIZES = {"a.png": (96, 72), "b.jpg": (72, 96), "c.webp": (96, 96), "d.png": (96, 72)}
@@ -80,6 +81,64 @@ def errors(name="errors-0.jsonl"):
 
 
 # --------------------------------------------------------------------------------------------------- a folder
+def test_a_name_is_no_person_s_home(run, calls):
+    os.chdir("photos")
+    Path("a.png").rename("~nobody-of-that-name.png")
+    assert run("batch", ".", "x", "--out", "../out", *SEED)[0] == 0
+    assert "~nobody-of-that-name-edit-7.png" in files("../out")
+
+
+def test_what_is_linked_is_looked_into_once(run, calls):
+    Path("else/deep").mkdir(parents=True)
+    Image.new("RGB", (96, 96)).save("else/deep/e.png")
+    for name, target in (("one", "../else"), ("two", "../else/deep"), ("three", "."), ("up", "..")):
+        Path("photos", name).symlink_to(target)
+    assert run("batch", "photos", "x", "--out", "out", *SEED)[0] == 0
+    names = ["a", "b", "c", "d", "two/e"]
+    assert files() == sorted(["batch.json", *(f"{name}-edit-7.png" for name in names)])
+
+
+def test_only_the_edits_are_timed(run, calls, monkeypatch):
+    clock = [0.0]
+    load, edit = planning.open_pipeline, Instruction.run
+
+    def spend(seconds, function):
+        return lambda *args: [clock.__setitem__(0, clock[0] + seconds), function(*args)][1]
+
+    monkeypatch.setattr(planning.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(planning, "open_pipeline", spend(1000, load))
+    monkeypatch.setattr(Instruction, "run", spend(3, edit))
+    assert "4 made, 3.00 s each" in run("batch", "photos", "x", "--out", "out")[2]
+
+
+def test_a_text_that_is_no_utf_8_is_recorded(run, calls):
+    strange = os.fsdecode(b"red \xff")
+    assert run("batch", "photos", "x", "--negative-prompt", strange, "--out", "out")[0] == 0
+    assert json.loads(Path("out/batch.json").read_bytes())["settings"]["negative_prompt"] == strange
+    assert run("batch", "photos", "x", "--negative-prompt", strange, "--out", "out")[:2] == (0, "")
+
+
+def test_the_record_of_another_batch_may_go_where_there_is_no_result(run, calls, monkeypatch):
+    Path("out").mkdir()
+    batch_record.claim(Path("out"), 7, {"settings": {"prompt": "Make it rde"}})
+    Path("out/errors-0.jsonl").touch()
+    status, _, err = run("batch", "photos", "Make it red", "--out", "out")
+    assert status == 2 and "or delete out/batch.json, beside which there is no result" in err
+    Path("out/dogs").mkdir()
+    assert "or delete" not in run("batch", "photos", "Make it red", "--out", "out")[2]
+
+
+def test_settings_of_an_image_are_taken_over_without_a_warning(run, calls):
+    assert run("edit", "photos/a.png", "Make it red", "--steps", 5, "-o", "one.png", *SEED)[0] == 0
+    calls.clear()
+    status, _, err = run("batch", "photos", "--config-from", "one.png", "--out", "out")
+    assert status == 0 and "another photograph" not in err
+    assert {(call["prompt"], call["num_inference_steps"], seed) for call, seed in calls} == {
+        ("Make it red", 5, 7)
+    }
+    assert all("height" not in call for call, _ in calls)
+
+
 def test_pictures_of_a_folder_and_nothing_else(run, calls):
     for name in ("photos/more/e.PNG", "photos/.hidden/f.png", "photos/older/g.png", "photos/more/b.jpg"):
         Path(name).parent.mkdir(exist_ok=True)
@@ -266,12 +325,40 @@ def test_an_environment_that_fits_nothing_is_refused(run, calls, monkeypatch):
 def test_what_shards_left_that_are_no_more_is_cleared_away(run, calls):
     Path("photos/b.jpg").write_bytes(b"no picture")
     assert run("batch", "photos", "x", "--out", "out", "--shard", "1/3")[0] == 1
-    Path("out/.making-2").mkdir()  # as a process leaves it that is killed
+    Path("out/.joyedit-2/made").mkdir(parents=True)  # as a process leaves it that is killed
     assert errors("errors-1.jsonl")
     assert run("batch", "photos", "x", "--out", "out", "--shard", "0/2")[0] == 1
-    assert Path("out/errors-1.jsonl").exists() and not Path("out/.making-2").exists()
+    assert Path("out/errors-1.jsonl").exists() and not Path("out/.joyedit-2").exists()
     assert run("batch", "photos", "x", "--out", "out")[0] == 1
     assert [path.name for path in Path("out").glob("errors*")] == ["errors-0.jsonl"]
+
+
+def test_a_process_of_the_same_part_does_not_touch_what_another_is_making(run, calls, monkeypatch):
+    """The whole other run goes by while this one has written, but not yet moved, its first result."""
+    write, begun = many.write_image, []
+
+    def written(image, path, temporary, record, profile):
+        write(image, path, temporary, record, profile)
+        if not begun:
+            begun.append(Path(temporary).read_bytes())
+            for words in (["--shard", "1/2"], []):
+                assert cli.main(["batch", "photos", "x", "--out", "out", "-q", *words]) == 0
+            assert Path(temporary).read_bytes() == begun[0]
+
+    monkeypatch.setattr(many, "write_image", written)
+    monkeypatch.setattr(reuse, "reused", contextlib.nullcontext)  # one pipeline is here for all runs
+    assert run("batch", "photos", "x", "--out", "out", "--shard", "1/2", *SEED)[0] == 0
+    assert begun and files() == ["a-edit-7.png", "b-edit-7.png", "batch.json", "c-edit-7.png", "d-edit-7.png"]
+    for name in SIZES:
+        assert Image.open(f"out/{name[0]}-edit-7.png").size == SIZES[name]
+        assert images.read_metadata(f"out/{name[0]}-edit-7.png")["input"]["name"] == name
+
+
+def test_a_part_is_divided_by_ranks(run, calls, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out, err = run("batch", "photos", "x", "--out", "out", "--shard", "0/2", *SEED)
+    assert (status, out) == (0, "out/b-edit-7.png\n") and "part 1/4\n" in err
 
 
 # ------------------------------------------------------------------------------------------------------ lines
@@ -340,8 +427,11 @@ GOOD = {"photo": "photos/a.png", "prompt": "x"}
         ({**GOOD, "lora": "l.safetensors"}, "lora is one for all lines: give --lora"),
         ({**GOOD, "model": "tiny-diffedit"}, "model is one for all lines: give --model"),
         ({**GOOD, "target_prompt": "y"}, "target_prompt is not for tiny-joyimage, which takes prompt"),
-        ({**GOOD, "reference": "photos/b.jpg"}, "tiny-joyimage takes one picture: --reference"),
-        ({**GOOD, "reference": []}, "reference is a path or a list of paths"),
+        ({**GOOD, "reference": "photos/b.jpg"}, "JoyAI-Image-Edit-Plus"),
+        ({**GOOD, "reference": "hat.jpg"}, "as in --model jdopensource/JoyAI-Image-Edit-Plus"),
+        ({**GOOD, "reference": []}, "reference is [], not a path or a list of paths"),
+        ({**GOOD, "reference": 5}, "reference is 5, not a path or a list of paths"),
+        ({**GOOD, "reference": ["a\0"]}, "not a path or a list of paths"),
         ({**GOOD, "photo": 1}, "photo is 1, not the path of a file"),
         ({**GOOD, "move": "the cup"}, "--move and --box go together"),
         ({"photo": "photos/a.png"}, "tiny-joyimage edits by instruction"),
@@ -351,12 +441,20 @@ GOOD = {"photo": "photos/a.png", "prompt": "x"}
         ({**GOOD, "output": "a.gif"}, "output 'a.gif' does not end in .png"),
         ({**GOOD, "output": ""}, "output is '', not a path inside --out"),
         ({**GOOD, "output": ".joyedit-1/a.png"}, "names that begin with .joyedit-"),
+        ({**GOOD, "output": ".JoyEdit-1/a.png"}, "names that begin with .joyedit-"),
+        ({**GOOD, "output": "c:x.png"}, "output 'c:x.png' leaves --out"),
+        ({**GOOD, "output": "Batch.json/a.png"}, "files of the batch"),
+        ({**GOOD, "output": "errors-10.jsonl/a.png"}, "files of the batch"),
         ({**GOOD, "output": f"{'a' * 252}.png"}, "more than 255 bytes"),
     ],
 )  # fmt: skip
-def test_a_line_that_is_wrong_is_refused_before_any_work(run, desk, no_work, line, words):
-    status, out, err = run("batch", lines({**GOOD, "output": "first.png"}, line), "--out", "out")
-    assert (status, out) == (2, "") and err.splitlines()[-1].startswith("line 2: ") and words in err
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_line_that_is_wrong_is_refused_before_any_work(run, desk, no_work, line, words, number):
+    each = [{**GOOD, "output": "other.png"}]
+    each.insert(number - 1, line)
+    status, out, err = run("batch", lines(*each), "--out", "out")
+    (told,) = [one for one in err.splitlines() if one.startswith("line ")]
+    assert (status, out) == (2, "") and told.startswith(f"line {number}: ") and words in told
     assert not Path("out").exists()
 
 
@@ -377,6 +475,43 @@ def test_all_that_is_wrong_is_told(run, desk, no_work):
     ]  # fmt: skip
     assert "output 'o.png' is that of line 1" in told[0] and "not text in UTF-8" in told[3]
     assert told[-1].startswith("5 faults: nothing is edited")
+
+
+def test_results_that_would_be_one_file_or_lie_in_one_another(run, desk, no_work):
+    outputs = (
+        "a.png",
+        "x/a.png",
+        "A.PNG",
+        "a.png/b.png",
+        "X/A.png/c.png",
+        "d.png/e/f.png",
+        "D.png",
+        "x/b.png",
+    )
+    outputs += ("caf\u00e9.png", "cafe\u0301.png")
+    name = lines(*({**GOOD, "output": output} for output in outputs))
+    status, _, err = run("batch", name, "--out", "out")
+    assert status == 2 and err.splitlines()[:-1] == [
+        "line 3: output 'A.PNG' is that of line 1 but for the case of letters: each needs its own",
+        "line 4: output 'a.png/b.png' has the output of line 1 as a folder",
+        "line 5: output 'X/A.png/c.png' has the output of line 2 as a folder",
+        "line 7: output 'D.png' is a folder in the output of line 6",
+        "line 10: output 'cafe\u0301.png' is that of line 9 but for the case of letters: each needs its own",
+    ]
+
+
+def test_a_line_that_changes_meanwhile_is_noted(run, calls, monkeypatch):
+    begin = many.Desk.__enter__
+
+    def changed(desk):
+        lines({**GOOD, "output": "a.png"}, {**GOOD, "output": "c.png"})
+        return begin(desk)
+
+    monkeypatch.setattr(many.Desk, "__enter__", changed)
+    name = lines({**GOOD, "output": "a.png"}, {**GOOD, "output": "b.png"})
+    assert run("batch", name, "--out", "out")[0] == 1 and files() == ["a.png", "batch.json", "errors-0.jsonl"]
+    (error,) = errors()
+    assert (error["line"], error["output"]) == (2, "b.png") and "has changed" in error["message"]
 
 
 def test_names_that_follow_from_lines_must_differ_too(run, desk, no_work):
@@ -413,6 +548,48 @@ def test_the_first_line_says_which_model(run, desk, monkeypatch):
     assert opened == ["tiny-diffedit"]
 
 
+@pytest.mark.parametrize("scheme", ["http", "ftp"])
+def test_keys_in_urls_are_not_repeated(run, calls, scheme):
+    url = f"{scheme}://alice:SECRET@127.0.0.1:9/dogs/a.png?token=SECRET"
+    status, _, err = run(
+        "batch", lines({"photo": url, "prompt": "x"}), "--mask", url, "--out", "out", "-v", *SEED
+    )
+    assert status == 1 and "SECRET" not in err and "127.0.0.1:9/dogs/a.png" in err
+    assert errors()[0]["file"] == f"{scheme}://127.0.0.1:9/dogs/a.png"
+    assert "SECRET" not in "".join(Path("out", name).read_text() for name in files())
+    again = run("batch", "jobs.jsonl", "--mask", url.replace("token=", "token=X"), "--out", "out")
+    assert again[0] == 2 and "another batch (mask is" in again[2] and "SECRET" not in again[2]
+
+
+def test_a_photograph_in_the_home_of_nobody_is_noted(run, calls):
+    name = lines({"photo": "~nobody-of-that-name/x.png", "prompt": "x", "output": "n.png"}, GOOD)
+    assert run("batch", name, "--out", "out", *SEED)[:2] == (1, "out/a-edit-7.png\n")
+    assert "there is no user of that name" in errors()[0]["message"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [ValueError("encoding error 5: Image size exceeds WebP limit"), OSError("encoder error -2"), None],
+)
+def test_a_result_that_cannot_be_written_is_noted(run, calls, monkeypatch, failure):
+    """By its format, or where something else is at its place."""
+    write = many.write_image
+
+    def failing(image, path, *rest):
+        if failure is not None and path.name == "n.webp":
+            raise failure
+        write(image, path, *rest)
+
+    monkeypatch.setattr(many, "write_image", failing)
+    Path("out").mkdir()
+    Path("out/file.png").write_bytes(b"another")
+    name = lines({**GOOD, "output": "n.webp" if failure else "file.png/n.webp"}, GOOD)
+    status, out, _ = run("batch", name, "--out", "out", *SEED)
+    assert (status, out) == (1, "out/a-edit-7.png\n")
+    (error,) = errors()
+    assert error["line"] == 1 and (str(failure) if failure else "file.png") in error["message"]
+
+
 # ----------------------------------------------------------------------------------------------- command line
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -430,11 +607,15 @@ def test_the_first_line_says_which_model(run, desk, monkeypatch):
         (["photos", "x", "--out", "out", "--video", "v.mp4"], "--video is about one result"),
         (["photos", "x", "--out", "out", "-o", "o.png"], "unrecognized arguments: -o"),
         (["photos", "x", "--out", "out", "--rewrite", "some/model"], "--rewrite local or --rewrite URL"),
-        (["photos/a.png", "x", "--out", "out", "--num-images", "2"], "a line makes one picture"),
+        (["jobs.jsonl", "x", "--out", "out", "--num-images", "2"], "a line makes one picture"),
+        (["photos/a.png", "x", "--out", "out"], "is one picture, no file with jobs: joyedit edit has it"),
+        (["pipe", "x", "--out", "out"], "is neither a folder nor a file"),
         (["photos", "x", "--out", "out", "--source", "y"], "not both"),
     ],
 )
 def test_words_that_are_wrong(desk, no_work, capsys, words, said):
+    os.mkfifo("pipe")
+    lines(GOOD)
     with pytest.raises(SystemExit) as ended:
         cli.main(["batch", *words])
     assert ended.value.code == 2 and said in capsys.readouterr().err and not Path("out").exists()
@@ -466,6 +647,65 @@ def test_those_of_one_size_go_together(run, calls, monkeypatch):
     assert together == [[(72, 96)] * 2, [(96, 96), (96, 72)], [(96, 72)] * 2, [(96, 72)] * 2]
     assert [call["image"].size for call, _ in calls] == [(72, 96)] * 2  # what went wrong together
     assert len(files()) == 9
+
+
+def test_with_quirks_each_goes_alone(run, calls, monkeypatch):
+    """They draw from the global generator."""
+    monkeypatch.setattr(Instruction, "run_together", lambda *_: 1 / 0)
+    status, _, err = run("batch", "photos", "x", "--out", "out", "--batch-size", 2, "--reference-quirks")
+    assert status == 0 and len(calls) == 4 and "each is edited alone" in err
+
+
+def test_the_next_is_read_and_the_last_is_written_while_one_is_computed(run, calls, monkeypatch):
+    """Each waits for the other thread, which would never come if one followed the other."""
+    read, edit, write = many.read_photo, Instruction.run, many.write_image
+    opened = [threading.Event() for _ in range(5)]
+    computing, written = [threading.Event() for _ in range(5)], [threading.Event() for _ in range(5)]
+    number = {"read": 0, "edit": 0, "write": 0}
+
+    def next_of(kind):
+        number[kind] += 1
+        return number[kind] - 1
+
+    def read_photo(file):
+        photo = read(file)
+        opened[next_of("read")].set()
+        return photo
+
+    def compute(*args):
+        own = next_of("edit")
+        computing[own].set()
+        assert own == 3 or opened[own + 1].wait(20)
+        assert own == 0 or written[own - 1].wait(20)
+        return edit(*args)
+
+    def write_image(*args):
+        own = next_of("write")
+        assert own == 3 or computing[own + 1].wait(20)
+        write(*args)
+        written[own].set()
+
+    monkeypatch.setattr(many, "read_photo", read_photo)
+    monkeypatch.setattr(Instruction, "run", compute)
+    monkeypatch.setattr(many, "write_image", write_image)
+    assert run("batch", "photos", "x", "--out", "out")[0] == 0 and number == dict.fromkeys(number, 4)
+
+
+def test_what_is_not_begun_is_not_read_after_the_end(run, calls, monkeypatch):
+    read, opened, ended = many.read_photo, [], threading.Event()
+
+    def read_photo(file):
+        opened.append(file)
+        assert len(opened) == 1 or ended.wait(20)
+        return read(file)
+
+    def end(*_):
+        threading.Timer(0.2, ended.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(many, "read_photo", read_photo)
+    monkeypatch.setattr(many.Run, "called", end)
+    assert run("batch", "photos", "x", "--out", "out", "--batch-size", 3)[0] == 130 and len(opened) == 2
 
 
 def test_lines_with_settings_of_their_own_go_alone(run, calls, monkeypatch):
