@@ -448,7 +448,7 @@ GOOD = {"photo": "photos/a.png", "prompt": "x"}
         ({**GOOD, "output": f"{'a' * 252}.png"}, "more than 255 bytes"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_line_that_is_wrong_is_refused_before_any_work(run, desk, no_work, line, words, number):
     each = [{**GOOD, "output": "other.png"}]
     each.insert(number - 1, line)
