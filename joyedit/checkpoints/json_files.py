@@ -47,8 +47,11 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, force: bool = True) -> None:
-    """Without `force` it raises FileExistsError for what exists, or has come to exist meanwhile."""
+    """Without `force` it raises FileExistsError for what exists, or has come to exist meanwhile.
+
+    Texts that are no UTF-8, as names of files may be, are escaped, and read as they were.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     with replacing(path, force=force) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        # A surrogate becomes a backslash, u and its number, which is how JSON spells it.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -62,7 +62,7 @@ def replacing_all(
         if not force:
             refuse_existing(path)
     with _SignalsHeld() as signals, contextlib.ExitStack() as clearing:
-        places = {path.parent: clearing.enter_context(_workplace(path.parent)) for path in paths}
+        places = {path.parent: clearing.enter_context(workplace(path.parent)) for path in paths}
         made = [places[path.parent] / "made" / path.name for path in paths]
         try:
             with signals.allowed():
@@ -85,7 +85,7 @@ def replacing_folder(folder: Path, may_replace: Callable[[Path], None] | None = 
     work.
     """
     refuse_filled(folder, may_replace)
-    with _SignalsHeld() as signals, _workplace(folder.parent) as place:
+    with _SignalsHeld() as signals, workplace(folder.parent) as place:
         made, replaced = place / "made" / folder.name, place / "replaced" / folder.name
         try:
             with signals.allowed():
@@ -192,8 +192,9 @@ class _SignalsHeld:
 
 
 @contextlib.contextmanager
-def _workplace(parent: Path) -> Iterator[Path]:
-    """A hidden folder in `parent` with the folders made/ and replaced/, cleared away in the end."""
+def workplace(parent: Path) -> Iterator[Path]:
+    """A hidden folder in `parent` with the folders made/ and replaced/, this process's own, cleared away in
+    the end."""
     parent.mkdir(parents=True, exist_ok=True)
     clear_remains(parent)
     place, lock = _locked_folder(parent)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from joyedit.checkpoints.places import expanded
 from joyedit.command import several
 from joyedit.command.batch_options import has_lines
-from joyedit.command.batch_record import RECORD, claim, differences, read_record, settings_of
+from joyedit.command.batch_record import RECORD, claim, differences, is_of_batch, read_record, settings_of
 from joyedit.command.batch_run import Errors, Plan, Run
 from joyedit.command.jobs import Faulty, Lines, Photographs
 from joyedit.command.make import (
@@ -79,25 +79,38 @@ def batch(
     system, busy = several.told(processes, args, plan)
     own = plans[0] if plans else None
     errors = None if own is None else Errors(own)
-    start, made = time.monotonic(), 0
+    seconds, made = 0.0, 0
     if own is not None:
         log.info("seed %d", own.seed)
+        if own.shard.count > 1:
+            log.info("part %s", own.shard)
     if busy:
         pipe = open_pipeline(args)
         pipe.set_progress_bar_config(disable=True)
-        with Run(system, pipe, args.batch_size, processes, own, errors) as run, quiet_unless_asked(args):
+        start = time.monotonic()  # of the edits: the model is loaded once, whatever their number
+        with Run(system, pipe, together(args), processes, own, errors) as run, quiet_unless_asked(args):
             with bar_of(own, args) as bar:
                 for path in run.results():
                     bar.update()
                     if path is not None:
                         made += 1
                         show(path)
+        seconds = time.monotonic() - start
     if own is None or errors is None:
         return None
-    done = Done(made, own.there, errors.count, time.monotonic() - start, errors.path)
+    done = Done(made, own.there, errors.count, seconds, errors.path)
     if several.size(args) == 1:
         let_others_finish(done.failed > 0)
     return done
+
+
+def together(args: argparse.Namespace) -> int:
+    """How many edits one call may take. Of the reference's defects some draw from the global generator, whose
+    numbers are those of `joyedit edit` for the first one of a call alone."""
+    if args.reference_quirks and args.batch_size > 1:
+        log.warning("--batch-size %d: with --reference-quirks each is edited alone", args.batch_size)
+        return 1
+    return args.batch_size
 
 
 def let_others_finish(failed: bool) -> None:
@@ -120,7 +133,7 @@ def planned(args: argparse.Namespace) -> Plan:
     args.command = "edit"
     take_in_prompt(args)
     if args.config_from is not None:
-        fill_from_image(args, ())
+        fill_from_image(args, None)
         refuse_contradictions(args)
     out, source = expanded(args.out), expanded(args.source)
     folder = existing_parent(out / RECORD)
@@ -141,7 +154,7 @@ def planned(args: argparse.Namespace) -> Plan:
             break
         seed = record["seed"]  # another process was first
     if wrong := differences(record, asked, facts_of(plan, args)):
-        raise Faulty([f"{out} holds another batch ({'; '.join(wrong)}): name another folder with --out"])
+        raise Faulty([f"{out} holds another batch ({'; '.join(wrong)}): {remedy(out)}"])
     own = list(plan.work.jobs(shard.of(len(plan.work))))
     done = set(finished(out, [job.output for job in own]))
     jobs = [job for job in own if job.output not in done]
@@ -157,7 +170,7 @@ def shard_of(args: argparse.Namespace) -> Shard:
         apart = several.size(args) == 1
         if apart and started().several:
             args.device = str(device_of(args.device or "auto"))
-        return args.shard or of_environment(os.environ, torchrun=apart)
+        return of_environment(os.environ, torchrun=apart, given=args.shard)
     except ValueError as error:
         raise Faulty([str(error)]) from None
 
@@ -175,6 +188,15 @@ def looked_at(args: argparse.Namespace, source: Path, out: Path, seed: int, shar
 
 def facts_of(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     return {"settings": settings_of(args), **plan.work.facts}
+
+
+def remedy(out: Path) -> str:
+    """What to do about the folder of another batch. It is not taken over even where it is empty: the other
+    may be loading its model."""
+    other = "name another folder with --out"
+    if any(not is_of_batch(path.name) and path.name[0] != "." for path in out.iterdir()):
+        return other
+    return f"{other}, or delete {out / RECORD}, beside which there is no result, if nobody is at work there"
 
 
 def refuse_others(plan: Plan) -> None:

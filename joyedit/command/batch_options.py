@@ -8,7 +8,7 @@ from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import shown
 from joyedit.command import several
 from joyedit.command.calls import spelt
-from joyedit.command.parsing import unrecognized
+from joyedit.command.parsing import PHOTO_SUFFIXES, unrecognized
 from joyedit.command.rewrite import LOCAL
 from joyedit.command.shards import shard
 from joyedit.command.systems import SYSTEMS
@@ -78,6 +78,11 @@ def misuse(args: argparse.Namespace) -> str | None:
     source, out = expanded(args.source), expanded(args.out)
     if not os.path.exists(source):
         return f"{shown(args.source, 80)} is no folder, and no file with jobs"
+    if source.suffix.lower() in PHOTO_SUFFIXES and not source.is_dir():
+        return f"{shown(args.source, 80)} is one picture, no file with jobs: joyedit edit has it"
+    if not source.is_dir() and not source.is_file():
+        name = shown(args.source, 80)
+        return f"{name} is neither a folder nor a file: jobs are read more than once, so write them to one"
     if has_lines(args) and args.num_images not in (None, 1):
         return "--num-images is for a folder: a line makes one picture"
     if os.path.lexists(out) and not out.is_dir():

@@ -5,6 +5,8 @@ shards have one seed, and nothing that another instruction made is taken for a r
 """
 
 import argparse
+import hashlib
+import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from joyedit import __version__
 from joyedit.checkpoints.json_files import read_json, write_json
 from joyedit.checkpoints.plain_text import shown
+from joyedit.command.photos import shown_file
 from joyedit.command.recorded import REPEATED, without
 from joyedit.command.systems import SYSTEMS
 
@@ -20,12 +23,29 @@ RECORD = "batch.json"
 PATIENCE = 5.0  # seconds until one who takes the name has written the file, where a file system has no links
 
 
+def is_of_batch(name: str) -> bool:
+    """Whether a file of that name, in the folder of the results, tells of the batch, in whatever case."""
+    return re.fullmatch(rf"{re.escape(RECORD)}|errors-[0-9]+\.jsonl", name, re.IGNORECASE) is not None
+
+
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say that changes results; not the seed, nor the device, which changes rounding."""
+    """What the arguments say that changes results; not the seed, nor the device, which changes rounding. Of
+    URLs what may hold a key is left out."""
     names = [*without(REPEATED, ("seed", "device")), "num_images", "rewrite", "rewrite_model"]
     names += [name for system in SYSTEMS for name in (*system.texts, *system.settings)]
     said = {name: getattr(args, name) for name in names}
+    said |= {name: without_keys(said[name]) for name in ("mask", "references", "rewrite")}
     return {name: value for name, value in said.items() if value is not None}
+
+
+def without_keys(value: Any) -> Any:
+    """A file or URL, or a list of some, as they may be shown: URLs that differ in what is left out are told
+    apart by a part of their SHA-256."""
+    if isinstance(value, (list, tuple)):
+        return [without_keys(one) for one in value]
+    if not isinstance(value, str) or (shown_one := shown_file(value)) == value:
+        return value
+    return f"{shown_one} ({hashlib.sha256(value.encode()).hexdigest()[:12]})"
 
 
 def read_record(out: Path) -> dict[str, Any] | None:

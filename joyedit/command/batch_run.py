@@ -11,7 +11,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import visible
+from joyedit.checkpoints.replacing import workplace
 from joyedit.command import places, several
 from joyedit.command.calls import OF_EACH
 from joyedit.command.jobs import Job, Lines, Photographs
 from joyedit.command.make import record_of, warn_of_no_effect, warn_of_the_unknown
-from joyedit.command.photos import Photo, read_photo
+from joyedit.command.photos import Photo, read_photo, shown_file
 from joyedit.command.references import open_references
 from joyedit.command.results import write_image
 from joyedit.command.rewrite import rewritten
@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("joyedit")
 
 WINDOW = 1024  # edits among which those of one size are looked for
-# What no picture is to blame for, where files are read.
+# What no picture is to blame for, where files are read; and what is the fault of one result, where they are
+# written: its name, or (None) what its format cannot hold.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+OF_THE_RESULT = {None, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
 
 class Plan(NamedTuple):
@@ -64,10 +66,11 @@ class Errors:
     def __init__(self, plan: Plan):
         self.path = plan.out / f"errors-{plan.shard.index}.jsonl"
         self.work, self.count = plan.work, 0
-        for old in [self.path, *(remains(plan, "errors-*.jsonl") if plan.shard.index == 0 else [])]:
+        for old in [self.path, *(remains(plan) if plan.shard.index == 0 else [])]:
             old.unlink(missing_ok=True)  # what failed is tried again
 
     def add(self, job: Job, file: str | None, message: str) -> None:
+        file = None if file is None else shown_file(file)
         said = {"file": file, "line": self.work.line_of(job), "output": job.output, "message": message}
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(said) + "\n")
@@ -75,9 +78,10 @@ class Errors:
         self.count += 1
 
 
-def remains(plan: Plan, pattern: str) -> list[Path]:
-    """What shards have left that there are no more, of another division of the same batch."""
-    found = ((path, path.name.split(".jsonl")[0].rpartition("-")[2]) for path in plan.out.glob(pattern))
+def remains(plan: Plan) -> list[Path]:
+    """Errors of shards that there are no more, of another division of the same batch. What these have left is
+    this one's to do or another's, and noted again where it fails."""
+    found = ((path, path.stem.rpartition("-")[2]) for path in plan.out.glob("errors-*.jsonl"))
     return [path for path, index in found if index.isdecimal() and int(index) >= plan.shard.count]
 
 
@@ -109,16 +113,15 @@ class Desk:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.making = plan.out / f".making-{plan.shard.index}"
         self.last: tuple[str, Photo] | None = None
         self.open = contextlib.ExitStack()
 
     def __enter__(self) -> "Desk":
-        for old in [self.making, *(remains(self.plan, ".making-*") if self.plan.shard.index == 0 else [])]:
-            shutil.rmtree(old, ignore_errors=True)  # of one that was killed
-        self.open.callback(shutil.rmtree, self.making, ignore_errors=True)
-        self.reading = self.open.enter_context(ThreadPoolExecutor(1))
+        self.making = self.open.enter_context(workplace(self.plan.out)) / "made"
         self.writing = self.open.enter_context(ThreadPoolExecutor(1))
+        self.reading = ThreadPoolExecutor(1)
+        # At Ctrl-C what is made is still written, and nothing more read.
+        self.open.callback(self.reading.shutdown, cancel_futures=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -173,16 +176,22 @@ class Desk:
             self.last = file, read_photo(file)
         return self.last[1]
 
-    def write(self, job: Job, image: Any, record: dict[str, Any] | None, profile: bytes | None) -> Path:
+    def write(
+        self, one: Picture, image: Any, record: dict[str, Any] | None, profile: bytes | None
+    ) -> Path | Failed:
         """In a thread of its own. The file appears whole."""
-        path = self.plan.out / job.output
+        path = self.plan.out / one.job.output
         temporary = self.making / f"result{path.suffix}"
         try:
             self.making.mkdir(parents=True, exist_ok=True)
             write_image(image, path, temporary, record, profile)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary, path)
+        except ValueError as error:  # a format that has no pictures of that size
+            return Failed.of(one.job, one.file, error)
         except OSError as error:
+            if error.errno in OF_THE_RESULT:
+                return Failed.of(one.job, one.file, error)
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise OSError(error.errno or errno.EIO, f"{reason}: {path} cannot be written") from error
         return path
@@ -219,16 +228,19 @@ class Run:
 
     def results(self) -> Iterator[Path | None]:
         """The files that are written, each when it is; None for an edit that failed."""
-        waiting: deque[Future[Path]] = deque()
+        waiting: deque[Future[Path | Failed]] = deque()
         for made in self.made():
             if made is None:
                 yield None
             elif self.desk is not None:
                 waiting.append(self.desk.writing.submit(self.desk.write, *made))
             while len(waiting) > self.size:
-                yield waiting.popleft().result()
+                yield self.written(waiting.popleft().result())
         while waiting:
-            yield waiting.popleft().result()
+            yield self.written(waiting.popleft().result())
+
+    def written(self, one: Path | Failed) -> Path | None:
+        return self.failed(one) if isinstance(one, Failed) else one
 
     def made(self) -> Iterator[tuple[Any, ...] | None]:
         """What to write of each edit, or None."""
@@ -311,7 +323,7 @@ class Run:
         for (one, call), image in zip(those, images, strict=True):
             record = record_of(one.args, self.system, self.pipe, call, one.photo, one.args.seed, image)
             profile = None if one.photo is None else one.photo.profile
-            yield one.job, image, record, profile
+            yield one, image, record, profile
 
 
 def shape_of(own: argparse.Namespace | ValueError) -> tuple[float, int]:
@@ -319,7 +331,10 @@ def shape_of(own: argparse.Namespace | ValueError) -> tuple[float, int]:
     from joyedit.media.decoding import size_in_header
 
     file = None if isinstance(own, ValueError) or not own.photos else own.photos[0]
-    size = None if file is None or is_url(file) else size_in_header(expanded(file))
+    try:
+        size = None if file is None or is_url(file) else size_in_header(expanded(file))
+    except ValueError:  # the home of nobody, which is said where the photograph is read
+        size = None
     return (0.0, 0) if size is None else (size[0] / size[1], size[0])
 
 

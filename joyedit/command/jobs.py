@@ -11,10 +11,11 @@ import difflib
 import functools
 import hashlib
 import os
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from joyedit.checkpoints.json_files import parse_json
@@ -22,7 +23,7 @@ from joyedit.checkpoints.plain_text import shown
 from joyedit.checkpoints.replacing import PREFIX
 from joyedit.command import places, spatial
 from joyedit.command.arguments import blank, contradiction
-from joyedit.command.batch_record import RECORD
+from joyedit.command.batch_record import RECORD, is_of_batch
 from joyedit.command.calls import origin_options
 from joyedit.command.make import fill_from, refuse_foreign, system_named
 from joyedit.command.parsing import PHOTO_SUFFIXES
@@ -31,7 +32,7 @@ from joyedit.command.recorded import REPEATED, fits, without
 from joyedit.command.results import LONGEST_NAME, OUTPUT_SUFFIXES, shortened
 from joyedit.command.rewrite import RECORDED
 from joyedit.command.systems import SYSTEMS, System
-from joyedit.media.download import is_url
+from joyedit.media.download import url_scheme
 
 if TYPE_CHECKING:
     from joyedit.pipelines.made_for import MadeFor
@@ -88,7 +89,7 @@ class Photographs:
     @functools.cached_property
     def facts(self) -> dict[str, str]:
         """What tells this batch from one of other photographs."""
-        return {"photographs": str(self.folder.resolve()).encode("utf-8", "backslashreplace").decode()}
+        return {"photographs": str(self.folder.resolve())}
 
     def outputs(self) -> Iterator[str]:
         return (job.output for job in self.jobs(range(len(self))))
@@ -105,8 +106,9 @@ class Photographs:
         return str(path.with_name(named(stem, f"-edit-{seed}.png")))
 
     def args_of(self, job: Job) -> argparse.Namespace:
-        own = copy.copy(self.args)
-        own.photos, own.seed = [str(self.folder / self.names[job.place])], job.seed
+        own, file = copy.copy(self.args), str(self.folder / self.names[job.place])
+        # A file of this folder, whose name is no person's home.
+        own.photos, own.seed = [os.path.abspath(file) if file.startswith("~") else file], job.seed
         return own
 
     def line_of(self, job: Job) -> None:
@@ -115,19 +117,26 @@ class Photographs:
 
 def pictures_in(folder: Path, out: Path) -> list[str]:
     """What is named like a picture there, relative to the folder and in order. Hidden files and folders are
-    passed over, and results: `out`, and folders of other batches."""
+    passed over, and results: `out`, and folders of other batches. A folder that is linked is looked into
+    once, and not at all where it lies in this one anyway."""
+    root = os.path.realpath(folder)
+    seen = {root, os.path.realpath(out)}
 
     def fail(error: OSError) -> None:
         raise error
 
     def is_looked_into(path: str) -> bool:
-        own = os.path.abspath(path) != os.path.abspath(out)
-        return own and not os.path.lexists(os.path.join(path, RECORD))
+        real = os.path.realpath(path)
+        again = real in seen or (os.path.islink(path) and PurePath(real).is_relative_to(root))
+        if again or os.path.lexists(os.path.join(path, RECORD)):
+            return False
+        seen.add(real)
+        return True
 
     names = []
-    for place, folders, files in os.walk(folder, onerror=fail):
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = [
-            name for name in folders if name[0] != "." and is_looked_into(os.path.join(place, name))
+            name for name in sorted(folders) if name[0] != "." and is_looked_into(os.path.join(place, name))
         ]
         pictures = [
             name for name in files if name[0] != "." and PurePath(name).suffix.lower() in PHOTO_SUFFIXES
@@ -157,7 +166,7 @@ class Lines:
         self.names: list[str] = []
         self.reader: Reader | None = None
         faults: list[str] = []
-        seen: dict[str, int] = {}
+        taken = Taken()
         digest = hashlib.sha256()
         with path.open("rb") as file:
             number, start = 0, 0
@@ -168,10 +177,8 @@ class Lines:
                     raise Faulty([*faults, f"line {number} has more than {LONGEST_LINE:,} bytes"])
                 if line.strip():
                     wrong, output = self.checked(line, number)
-                    if output is not None and (before := seen.setdefault(output, number)) != number:
-                        wrong.append(
-                            f"output {shown(output, 80)} is that of line {before}: each needs its own"
-                        )
+                    if output is not None and (clash := taken.by_another(output, number)):
+                        wrong.append(clash)
                     faults += [f"line {number}: {one}" for one in wrong]
                     self.starts.append(start)
                     self.numbers.append(number)
@@ -213,8 +220,13 @@ class Lines:
         with self.path.open("rb") as file:
             file.seek(self.starts[job.place])
             line = file.readline(LONGEST_LINE)
-        own, _ = self.reader.told(fields_of(line, f"line {self.line_of(job)}"))
-        return own
+        where = f"line {self.line_of(job)}"
+        fields = fields_of(line, where)
+        if not self.reader.faults(fields):
+            own, output = self.reader.told(fields)
+            if output == job.output:
+                return own
+        raise ValueError(f"{where} of {self.path} has changed since it was looked at")
 
     def line_of(self, job: Job) -> int:
         return self.numbers[job.place]
@@ -226,13 +238,43 @@ class Lines:
         except ValueError as error:
             return [str(error)], None
         if self.reader is None:
-            self.reader = Reader(self.path.parent, self.args, self.seed, fields)
+            first = meant_by(fields, self.args)
+            if wrong := without_model(first):
+                return [wrong], None
+            self.reader = Reader(self.path.parent, self.args, self.seed, first)
         if wrong := self.reader.faults(fields):
             return wrong, None
         try:
             return [], self.reader.told(fields)[1]
         except ValueError as error:
             return [str(error)], None
+
+
+class Taken:
+    """Names of results, and lines that have them. Where upper and lower case are one, or letters with accents
+    may be spelt in two ways, such names are one file."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[int, str]] = {}
+        self.folders: dict[str, int] = {}
+
+    def by_another(self, output: str, number: int) -> str | None:
+        """What is wrong with the name for that line, after those before it."""
+        path = PurePosixPath(unicodedata.normalize("NFC", output).casefold())
+        folders = [str(folder) for folder in path.parents[:-1]]
+        before, name = self.files.setdefault(str(path), (number, output))
+        said = f"output {shown(output, 80)}"
+        if name != output:
+            return f"{said} is that of line {before} but for the case of letters: each needs its own"
+        if before != number:
+            return f"{said} is that of line {before}: each needs its own"
+        if str(path) in self.folders:
+            return f"{said} is a folder in the output of line {self.folders[str(path)]}"
+        for folder in folders:
+            if folder in self.files:
+                return f"{said} has the output of line {self.files[folder][0]} as a folder"
+            self.folders.setdefault(folder, number)
+        return None
 
 
 def fields_of(line: bytes, where: str) -> dict[str, Any]:
@@ -246,20 +288,41 @@ def fields_of(line: bytes, where: str) -> dict[str, Any]:
     return fields
 
 
-class Reader:
-    """From the fields of a line to the arguments of its edit. fields: of the first line, which says the model
-    where nothing else does. folder: which the files that lines name are relative to."""
+def meant_by(fields: Mapping[str, Any], args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with those fields that tell which system is meant, whether they are sound or not."""
+    first = copy.copy(args)
+    for name in {name for system in SYSTEMS for name in system.texts} & {*fields}:
+        setattr(first, name, str(fields[name]))
+    first.photos = [""] if "photo" in fields else None
+    if not args.references and wrong_reference(fields.get("reference")) is None:
+        first.references = listed(fields["reference"])
+    return first
 
-    def __init__(self, folder: Path, args: argparse.Namespace, seed: int, fields: Mapping[str, Any]):
+
+def without_model(args: argparse.Namespace) -> str | None:
+    """What is wrong where no model is named, and none ships for what is meant."""
+    meant = next(system for system in SYSTEMS if system.is_meant(args))
+    return None if args.model is not None or meant.model else meant.contradiction(args)
+
+
+def wrong_reference(value: Any) -> str | None:
+    files = listed(value)
+    sound = bool(files) and all(isinstance(one, str) and one and "\0" not in one for one in files)
+    return None if sound else f"reference is {shown(value, 40)}, not a path or a list of paths"
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+class Reader:
+    """From the fields of a line to the arguments of its edit. first: those of the first line, as far as they
+    say which model is meant. folder: which the files that lines name are relative to."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace, seed: int, first: argparse.Namespace):
         from joyedit.loading.layouts import read_made_for
 
         self.folder, self.args, self.seed = folder, args, seed
-        texts = {name for system in SYSTEMS for name in system.texts}
-        first = copy.copy(args)
-        vars(first).update({name: value for name, value in fields.items() if name in texts})
-        first.references = args.references or fields.get("reference")
-        if wrong := contradiction(first):  # of references without a model
-            raise ValueError(wrong)
         self.system = system_named(first)
         args.model = first.model
         self.made_for = read_made_for(args.model, **origin_options(args))
@@ -288,9 +351,8 @@ class Reader:
             return f"{shown(name, 40)} is no field{hint}: there are {', '.join(sorted(self.known))}"
         if name == "output":
             return wrong_output(value)
-        if name == "reference" and isinstance(value, list):
-            sound = bool(value) and all(isinstance(one, str) and one for one in value)
-            return None if sound else "reference is a path or a list of paths"
+        if name == "reference":
+            return wrong_reference(value)
         if name in FILES:
             sound = isinstance(value, str) and bool(value) and "\0" not in value
             return None if sound else f"{name} is {shown(value, 40)}, not the path of a file"
@@ -321,10 +383,7 @@ class Reader:
         if "mask" in fields:
             own.mask = self.placed(fields["mask"])
         if "reference" in fields:
-            several = fields["reference"]
-            own.references = [
-                self.placed(one) for one in ([several] if isinstance(several, str) else several)
-            ]
+            own.references = [self.placed(one) for one in listed(fields["reference"])]
         self.refuse(own)
         fill_from(self.made_for, own, self.system)
         if "output" in fields:
@@ -347,7 +406,7 @@ class Reader:
 
     def placed(self, file: str) -> str:
         """A file that a line names, from here."""
-        return file if is_url(file) or file.startswith("~") else str(self.folder / file)
+        return file if url_scheme(file) or file.startswith("~") else str(self.folder / file)
 
 
 def wrong_output(value: Any) -> str | None:
@@ -356,11 +415,13 @@ def wrong_output(value: Any) -> str | None:
     if not isinstance(value, str) or not value or "\0" in value:
         return f"output is {shown(value, 40)}, not {inside}"
     path = PurePosixPath(value)
-    if path.is_absolute() or ".." in path.parts or PurePath(value).is_absolute() or "\\" in value:
+    if path.is_absolute() or ".." in path.parts or PureWindowsPath(value).drive or "\\" in value:
         return f"output {shown(value, 80)} leaves --out: it must be {inside}"
     if path.suffix.lower() not in OUTPUT_SUFFIXES:
         return f"output {shown(value, 80)} does not end in {', '.join(OUTPUT_SUFFIXES)}"
-    if any(part.startswith(PREFIX) for part in path.parts):
+    if is_of_batch(path.parts[0]):
+        return f"output {shown(value, 80)}: {RECORD} and errors-N.jsonl are files of the batch"
+    if any(part.casefold().startswith(PREFIX) for part in path.parts):
         return f"output {shown(value, 80)}: names that begin with {PREFIX} are for what is not whole yet"
     try:
         longest = max(len(os.fsencode(part)) for part in path.parts)

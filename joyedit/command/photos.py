@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from joyedit.checkpoints.places import expanded
 from joyedit.checkpoints.plain_text import hides, shown, visible
-from joyedit.media.download import is_url, shown_url
+from joyedit.media.download import is_url, shown_url, url_scheme
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Resampling
@@ -81,6 +81,11 @@ def photo_name(source: str) -> str:
         return Path(source).name
     path = shown_url(source).partition("://")[2].partition("/")[2]
     return "".join("_" if hides(letter) else letter for letter in PurePath(unquote(path)).name) or "photo"
+
+
+def shown_file(source: str) -> str:
+    """The path, or the URL without what may hold a key."""
+    return shown_url(source) if url_scheme(source) else source
 
 
 def resized(image: "Image", size: tuple[int, int], resample: "Resampling", own: tuple[int, int]) -> "Image":

@@ -105,8 +105,9 @@ def one_or_several(values: Sequence[Any] | None) -> Any:
     return values[0] if values is not None and len(values) == 1 else values
 
 
-def fill_from_image(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
-    """Take over what `args.config_from` records, where the command line says nothing itself.
+def fill_from_image(args: argparse.Namespace, photos: Sequence[Photo] | None) -> None:
+    """Take over what `args.config_from` records, where the command line says nothing itself. photos: None
+    for those of a batch, which nobody takes for the recorded one.
 
     Raises ValueError for a file without such a record, or with one that is damaged.
     """
@@ -118,9 +119,11 @@ def fill_from_image(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
     before = recorded.get("input", {})
     if not isinstance(before, dict):
         raise ValueError(f"{args.config_from}: the recorded input is damaged: {shown(before)}")
-    if any(before.get("sha256") != digest for digest in [one.facts["sha256"] for one in photos] or [None]):
-        name = visible(str(before.get("name", "none")), 80)
-        log.warning("%s was made from another photograph (%s): expect another result", args.config_from, name)
+    digests = [one.facts["sha256"] for one in photos or ()] or [None]
+    if any(before.get("sha256") != digest for digest in digests):
+        if photos is not None:
+            name, said_of = visible(str(before.get("name", "none")), 80), args.config_from
+            log.warning("%s was made from another photograph (%s): expect another result", said_of, name)
         # The shape of the photograph at hand decides, and its mask is another.
         kinds = without(kinds, ("height", "width", "mask"))
     for name, kind in kinds.items():

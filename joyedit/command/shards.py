@@ -6,8 +6,10 @@ Each scheduler tells its processes in the environment who they are:
 - Kubernetes, of an indexed job: JOB_COMPLETION_INDEX of JOB_COMPLETIONS, which the manifest sets;
 - torchrun: RANK of WORLD_SIZE.
 
-Two of them at once, an array whose tasks are torchruns, divide the parts of the first once more. What is half
-there or fits nothing is refused: a process that took itself for the only one would do everything.
+Two of them at once, an array whose tasks are torchruns, divide the parts of the first once more; so do the
+processes of a torchrun that is given a part. What is half there or fits nothing is refused: a process that
+took itself for the only one would do everything. So are several tasks of one SLURM step that are not one
+torchrun, for all would do the same.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from joyedit.checkpoints.plain_text import shown
 
 MOST = 10**6  # shards
 ARRAY = ("ID", "MIN", "STEP", "COUNT")
+RANKS = ("RANK", "WORLD_SIZE")
 
 
 class Shard(NamedTuple):
@@ -52,22 +55,28 @@ def shard(text: str) -> Shard:
     return Shard(index, count)
 
 
-def of_environment(environment: Mapping[str, str], torchrun: bool = True) -> Shard:
+def of_environment(
+    environment: Mapping[str, str], torchrun: bool = True, given: Shard | None = None
+) -> Shard:
     """What the schedulers say; the only part where there is none. torchrun: False where its processes compute
-    each edit together. Raises ValueError naming the variable that is wrong or missing."""
-    found = slurm(environment).divided(kubernetes(environment))
+    each edit together. given: said by the user, in the place of SLURM and Kubernetes. Raises ValueError
+    naming the variable that is wrong or missing."""
+    found = given or slurm(environment).divided(kubernetes(environment))
     return found.divided(ranks(environment)) if torchrun else found
 
 
 def slurm(environment: Mapping[str, str]) -> Shard:
     names = [f"SLURM_ARRAY_TASK_{name}" for name in ARRAY]
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and not one_torchrun(environment):
+        remedy = '--shard "$SLURM_PROCID/$SLURM_NTASKS"'
+        if names[0] in environment:
+            remedy = "a --shard for each, or let each be a task of the array"
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS is {shown(tasks, 40)}, and several tasks of one step would do the same: "
+            f"start them as one torchrun, or tell them apart by {remedy}"
+        )
     if names[0] not in environment:
-        tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-        if tasks != "1":
-            raise ValueError(
-                f"SLURM_STEP_NUM_TASKS is {shown(tasks, 40)} and there is no array: several tasks of one "
-                'step are told apart by --shard "$SLURM_PROCID/$SLURM_NTASKS"'
-            )
         return Shard()
     number, first, step, count = (whole(environment, name, names[0]) for name in names)
     if step < 1 or (number - first) % step:
@@ -75,6 +84,12 @@ def slurm(environment: Mapping[str, str]) -> Shard:
             f"{names[0]} {number} is no whole number of steps of {step} above {first}: give --shard"
         )
     return placed((number - first) // step, count, f"{names[0]} {number}, from {first} in steps of {step}")
+
+
+def one_torchrun(environment: Mapping[str, str]) -> bool:
+    """Whether the tasks of a SLURM step are nodes of one torchrun, whose ranks tell them apart; not so where
+    each task has started one for itself."""
+    return RANKS[0] in environment and environment.get("GROUP_WORLD_SIZE") != "1"
 
 
 def kubernetes(environment: Mapping[str, str]) -> Shard:
@@ -86,11 +101,10 @@ def kubernetes(environment: Mapping[str, str]) -> Shard:
 
 
 def ranks(environment: Mapping[str, str]) -> Shard:
-    names = ("RANK", "WORLD_SIZE")
-    if not any(name in environment for name in names):
+    if not any(name in environment for name in RANKS):
         return Shard()
-    first = next(name for name in names if name in environment)
-    index, count = (whole(environment, name, first) for name in names)
+    first = next(name for name in RANKS if name in environment)
+    index, count = (whole(environment, name, first) for name in RANKS)
     return placed(index, count, f"RANK {index}")
 
 

@@ -1,8 +1,10 @@
-"""`joyedit batch`: what it makes of a folder and of lines, what it passes over, refuses and survives.
+"""`joyedit batch`: what it makes of a folder, what it passes over, refuses and survives. Lines have tests of
+their own (`test_batch_lines.py`).
 
 The networks are left out here: an edit returns the photograph. What they make is in `test_batch_runs.py`.
 """
 
+import contextlib
 import errno
 import importlib
 import json
@@ -16,70 +18,80 @@ import pytest
 from PIL import Image
 from torch.distributed import HashStore
 
-import joyedit
 from joyedit.command import batch as planning
 from joyedit.command import batch_record, cli
 from joyedit.command import batch_run as many
 from joyedit.command.arguments import parse
 from joyedit.command.instruction import Instruction
-from joyedit.loading import layouts
 from joyedit.media import images
-from joyedit.pipelines import rewriting_server
+from joyedit.pipelines import reuse, rewriting_server
 from tests.answering import answering, rewritten
+from tests.command.batches import GOOD, SEED, SIZES, calls, desk, errors, files, lines, pipe
 
-SIZES = {"a.png": (96, 72), "b.jpg": (72, 96), "c.webp": (96, 96), "d.png": (96, 72)}
-SHARDS = ("SLURM_ARRAY_TASK_ID", "SLURM_STEP_NUM_TASKS", "JOB_COMPLETION_INDEX", "RANK", "WORLD_SIZE")
-SEED = ("--seed", 7)
 OTHERS = ("edit", "generate", "ask", "estimate", "train", "demo", "convert", "verify", "info")
 
-
-@pytest.fixture(scope="module")
-def pipe():
-    return joyedit.load("tiny-joyimage", device="cpu")
-
-
-@pytest.fixture
-def desk(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in SHARDS:
-        monkeypatch.delenv(name, raising=False)
-    Path("photos").mkdir()
-    for name, size in SIZES.items():
-        Image.new("RGB", size, "green").save(f"photos/{name}")
-    return tmp_path
-
-
-@pytest.fixture
-def calls(desk, pipe, monkeypatch):
-    """The calls of edits, each with its seed."""
-    made = []
-
-    def run(system, pipe, call, seeds, args):
-        made.append((call, *seeds))
-        return [{"output": call.get("image", Image.new("RGB", (32, 32)))} for _ in seeds]
-
-    monkeypatch.setattr(Instruction, "run", run)
-    monkeypatch.setattr(layouts, "load", lambda *_, **__: pipe)
-    monkeypatch.setattr(many, "warn_of_the_unknown", lambda *_: None)
-    return made
-
-
-def files(folder="out"):
-    found = (path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
-    return sorted(found)
-
-
-def lines(*fields, name="jobs.jsonl"):
-    text = "\n".join(one if isinstance(one, str) else json.dumps(one) for one in fields)
-    Path(name).write_text(text + "\n", encoding="utf-8")
-    return name
-
-
-def errors(name="errors-0.jsonl"):
-    return [json.loads(line) for line in Path("out", name).read_text().splitlines()]
+__all__ = ["calls", "desk", "pipe"]  # fixtures
 
 
 # --------------------------------------------------------------------------------------------------- a folder
+def test_a_name_is_no_person_s_home(run, calls):
+    os.chdir("photos")
+    Path("a.png").rename("~nobody-of-that-name.png")
+    assert run("batch", ".", "x", "--out", "../out", *SEED)[0] == 0
+    assert "~nobody-of-that-name-edit-7.png" in files("../out")
+
+
+def test_what_is_linked_is_looked_into_once(run, calls):
+    Path("else/deep").mkdir(parents=True)
+    Image.new("RGB", (96, 96)).save("else/deep/e.png")
+    for name, target in (("one", "../else"), ("two", "../else/deep"), ("three", "."), ("up", "..")):
+        Path("photos", name).symlink_to(target)
+    assert run("batch", "photos", "x", "--out", "out", *SEED)[0] == 0
+    names = ["a", "b", "c", "d", "two/e"]
+    assert files() == sorted(["batch.json", *(f"{name}-edit-7.png" for name in names)])
+
+
+def test_only_the_edits_are_timed(run, calls, monkeypatch):
+    clock = [0.0]
+    load, edit = planning.open_pipeline, Instruction.run
+
+    def spend(seconds, function):
+        return lambda *args: [clock.__setitem__(0, clock[0] + seconds), function(*args)][1]
+
+    monkeypatch.setattr(planning.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(planning, "open_pipeline", spend(1000, load))
+    monkeypatch.setattr(Instruction, "run", spend(3, edit))
+    assert "4 made, 3.00 s each" in run("batch", "photos", "x", "--out", "out")[2]
+
+
+def test_a_text_that_is_no_utf_8_is_recorded(run, calls):
+    strange = os.fsdecode(b"red \xff")
+    assert run("batch", "photos", "x", "--negative-prompt", strange, "--out", "out")[0] == 0
+    assert json.loads(Path("out/batch.json").read_bytes())["settings"]["negative_prompt"] == strange
+    assert run("batch", "photos", "x", "--negative-prompt", strange, "--out", "out")[:2] == (0, "")
+
+
+def test_the_record_of_another_batch_may_go_where_there_is_no_result(run, calls, monkeypatch):
+    Path("out").mkdir()
+    batch_record.claim(Path("out"), 7, {"settings": {"prompt": "Make it rde"}})
+    Path("out/errors-0.jsonl").touch()
+    status, _, err = run("batch", "photos", "Make it red", "--out", "out")
+    assert status == 2 and "or delete out/batch.json, beside which there is no result" in err
+    Path("out/dogs").mkdir()
+    assert "or delete" not in run("batch", "photos", "Make it red", "--out", "out")[2]
+
+
+def test_settings_of_an_image_are_taken_over_without_a_warning(run, calls):
+    assert run("edit", "photos/a.png", "Make it red", "--steps", 5, "-o", "one.png", *SEED)[0] == 0
+    calls.clear()
+    status, _, err = run("batch", "photos", "--config-from", "one.png", "--out", "out")
+    assert status == 0 and "another photograph" not in err
+    assert {(call["prompt"], call["num_inference_steps"], seed) for call, seed in calls} == {
+        ("Make it red", 5, 7)
+    }
+    assert all("height" not in call for call, _ in calls)
+
+
 def test_pictures_of_a_folder_and_nothing_else(run, calls):
     for name in ("photos/more/e.PNG", "photos/.hidden/f.png", "photos/older/g.png", "photos/more/b.jpg"):
         Path(name).parent.mkdir(exist_ok=True)
@@ -266,151 +278,40 @@ def test_an_environment_that_fits_nothing_is_refused(run, calls, monkeypatch):
 def test_what_shards_left_that_are_no_more_is_cleared_away(run, calls):
     Path("photos/b.jpg").write_bytes(b"no picture")
     assert run("batch", "photos", "x", "--out", "out", "--shard", "1/3")[0] == 1
-    Path("out/.making-2").mkdir()  # as a process leaves it that is killed
+    Path("out/.joyedit-2/made").mkdir(parents=True)  # as a process leaves it that is killed
     assert errors("errors-1.jsonl")
     assert run("batch", "photos", "x", "--out", "out", "--shard", "0/2")[0] == 1
-    assert Path("out/errors-1.jsonl").exists() and not Path("out/.making-2").exists()
+    assert Path("out/errors-1.jsonl").exists() and not Path("out/.joyedit-2").exists()
     assert run("batch", "photos", "x", "--out", "out")[0] == 1
     assert [path.name for path in Path("out").glob("errors*")] == ["errors-0.jsonl"]
 
 
-# ------------------------------------------------------------------------------------------------------ lines
-def test_lines_say_what_to_make(run, calls):
-    Path("sets").mkdir()
-    Image.new("L", (96, 72), 255).save("photos/mask.png")
-    name = lines(
-        {"photo": "../photos/a.png", "output": "red/a.png", "prompt": "Make it red", "seed": 3},
-        {"photo": "../photos/a.png", "mask": "../photos/mask.png", "num_inference_steps": 9},
-        "",
-        {"prompt": "A lighthouse", "output": "made.jpg", "height": 64, "width": 96},
-        {"photo": "../photos/d.png", "output": "d.png", "camera": "yaw=30"},
-        name="sets/jobs.jsonl",
-    )
-    status, out, _ = run("batch", name, "Make it blue", "--out", "out", *SEED)
-    assert status == 0
-    assert sorted(out.split()) == ["out/a-edit-7.png", "out/d.png", "out/made.jpg", "out/red/a.png"]
-    said = {call["prompt"]: (call, seed) for call, seed in calls}
-    assert {prompt[:12] for prompt in said} == {"Make it red", "Make it blue", "A lighthouse", "Move the cam"}
-    assert said["Make it red"][1] == 3 and said["Make it red"][0]["num_inference_steps"] == 2
-    assert said["Make it blue"][0]["num_inference_steps"] == 9 and "mask" in said["Make it blue"][0]
-    assert "image" not in said["A lighthouse"][0] and said["A lighthouse"][0]["width"] == 96
-    assert json.loads(Path("out/batch.json").read_text())["settings"]["prompt"] == "Make it blue"
-    assert run("batch", name, "Make it blue", "--out", "out")[:2] == (0, "")
+def test_a_process_of_the_same_part_does_not_touch_what_another_is_making(run, calls, monkeypatch):
+    """The whole other run goes by while this one has written, but not yet moved, its first result."""
+    write, begun = many.write_image, []
+
+    def written(image, path, temporary, record, profile):
+        write(image, path, temporary, record, profile)
+        if not begun:
+            begun.append(Path(temporary).read_bytes())
+            for words in (["--shard", "1/2"], []):
+                assert cli.main(["batch", "photos", "x", "--out", "out", "-q", *words]) == 0
+            assert Path(temporary).read_bytes() == begun[0]
+
+    monkeypatch.setattr(many, "write_image", written)
+    monkeypatch.setattr(reuse, "reused", contextlib.nullcontext)  # one pipeline is here for all runs
+    assert run("batch", "photos", "x", "--out", "out", "--shard", "1/2", *SEED)[0] == 0
+    assert begun and files() == ["a-edit-7.png", "b-edit-7.png", "batch.json", "c-edit-7.png", "d-edit-7.png"]
+    for name in SIZES:
+        assert Image.open(f"out/{name[0]}-edit-7.png").size == SIZES[name]
+        assert images.read_metadata(f"out/{name[0]}-edit-7.png")["input"]["name"] == name
 
 
-def test_a_line_is_recorded_as_by_edit(run, calls):
-    name = lines({"photo": "photos/a.png", "output": "o.png", "prompt": "Make it red", "seed": 5})
-    assert run("batch", name, "--out", "out")[0] == 0
-    assert run("edit", "photos/a.png", "Make it red", "--seed", 5, "-o", "one.png")[0] == 0
-    assert Path("out/o.png").read_bytes() == Path("one.png").read_bytes()
-
-
-def test_a_line_whose_photograph_is_not_there_is_noted(run, calls):
-    name = lines(
-        {"photo": "no.png", "prompt": "x", "output": "n.png"}, {"photo": "photos/a.png", "prompt": "x"}
-    )
-    status, out, _ = run("batch", name, "--out", "out", *SEED)
-    assert (status, out) == (1, "out/a-edit-7.png\n")
-    (error,) = errors()
-    assert (error["line"], error["file"], error["output"]) == (1, "no.png", "n.png")
-    assert "does not exist" in error["message"]
-
-
-GOOD = {"photo": "photos/a.png", "prompt": "x"}
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", "not valid JSON"),
-        ("[1]", "is a list, not a JSON object"),
-        ({**GOOD, "promt": "x"}, "'promt' is no field (did you mean prompt?)"),
-        ({**GOOD, "input": {}}, "'input' is no field"),
-        ({**GOOD, "seed": -1}, "seed: -1 is not within 0"),
-        ({**GOOD, "seed": 1.5}, "seed is 1.5, not a whole number"),
-        ({**GOOD, "prompt": 7}, "prompt is 7, not a text"),
-        ({**GOOD, "prompt": " "}, "the instruction is empty"),
-        ({**GOOD, "num_inference_steps": True}, "num_inference_steps is True, not a whole number"),
-        ({**GOOD, "num_inference_steps": 0}, "num_inference_steps: 0 is not within 1"),
-        ('{"photo": "photos/a.png", "prompt": "x", "guidance_scale": NaN}', "guidance_scale is nan"),
-        ({**GOOD, "match_colors": "yes"}, "match_colors is 'yes', not true or false"),
-        ({**GOOD, "height": 64}, "height and width go together"),
-        ({**GOOD, "height": 65, "width": 64}, "height: 65 is not a multiple of 16"),
-        ({**GOOD, "size": "big"}, "--size 'big': wanted input or WIDTHxHEIGHT"),
-        ({**GOOD, "lora": "l.safetensors"}, "lora is one for all lines: give --lora"),
-        ({**GOOD, "model": "tiny-diffedit"}, "model is one for all lines: give --model"),
-        ({**GOOD, "target_prompt": "y"}, "target_prompt is not for tiny-joyimage, which takes prompt"),
-        ({**GOOD, "reference": "photos/b.jpg"}, "tiny-joyimage takes one picture: --reference"),
-        ({**GOOD, "reference": []}, "reference is a path or a list of paths"),
-        ({**GOOD, "photo": 1}, "photo is 1, not the path of a file"),
-        ({**GOOD, "move": "the cup"}, "--move and --box go together"),
-        ({"photo": "photos/a.png"}, "tiny-joyimage edits by instruction"),
-        ({"prompt": "x", "mask": "photos/a.png"}, "--mask is for a photograph"),
-        ({**GOOD, "output": "../a.png"}, "output '../a.png' leaves --out"),
-        ({**GOOD, "output": "/tmp/a.png"}, "output '/tmp/a.png' leaves --out"),
-        ({**GOOD, "output": "a.gif"}, "output 'a.gif' does not end in .png"),
-        ({**GOOD, "output": ""}, "output is '', not a path inside --out"),
-        ({**GOOD, "output": ".joyedit-1/a.png"}, "names that begin with .joyedit-"),
-        ({**GOOD, "output": f"{'a' * 252}.png"}, "more than 255 bytes"),
-    ],
-)  # fmt: skip
-def test_a_line_that_is_wrong_is_refused_before_any_work(run, desk, no_work, line, words):
-    status, out, err = run("batch", lines({**GOOD, "output": "first.png"}, line), "--out", "out")
-    assert (status, out) == (2, "") and err.splitlines()[-1].startswith("line 2: ") and words in err
-    assert not Path("out").exists()
-
-
-def test_all_that_is_wrong_is_told(run, desk, no_work):
-    name = lines(
-        {**GOOD, "output": "o.png"},
-        {**GOOD, "output": "./o.png"},
-        "",
-        {"photo": 1, "promt": "x"},
-        b"\xff\xfe".decode("latin-1"),
-        {**GOOD, "output": "o.png"},
-    )
-    Path(name).write_bytes(Path(name).read_bytes().replace(b"\xc3\xbf\xc3\xbe", b"\xff\xfe"))
-    status, _, err = run("batch", name, "--out", "out")
-    told = err.splitlines()
-    assert status == 2 and [line.partition(":")[0] for line in told[:-1]] == [
-        "line 2", "line 4", "line 4", "line 5", "line 6",
-    ]  # fmt: skip
-    assert "output 'o.png' is that of line 1" in told[0] and "not text in UTF-8" in told[3]
-    assert told[-1].startswith("5 faults: nothing is edited")
-
-
-def test_names_that_follow_from_lines_must_differ_too(run, desk, no_work):
-    status, _, err = run("batch", lines(GOOD, {**GOOD, "prompt": "y"}), "--out", "out", *SEED)
-    assert status == 2 and "line 2: output 'a-edit-7.png' is that of line 1" in err
-
-
-def test_other_lines_are_another_batch(run, calls):
-    assert run("batch", lines(GOOD), "--out", "out")[0] == 0
-    status, _, err = run("batch", lines({**GOOD, "prompt": "y"}), "--out", "out")
-    assert status == 2 and "out holds another batch (jobs is" in err
-
-
-def test_nothing_to_do_is_refused(run, desk, no_work):
-    Path("empty").mkdir()
-    assert "holds no picture" in run("batch", "empty", "x", "--out", "out")[2]
-    status, _, err = run("batch", lines("", ""), "--out", "out")
-    assert status == 2 and "holds no line" in err
-
-
-def test_the_first_line_says_which_model(run, desk, monkeypatch):
-    opened = []
-    monkeypatch.setattr(layouts, "load", lambda name, **_: [opened.append(name), 1 / 0])
-    captions = {"photo": "photos/a.png", "source_prompt": "a", "target_prompt": "b", "inpaint_strength": 0.5}
-    with pytest.raises(ZeroDivisionError):
-        run("batch", lines(captions), "--out", "out")
-    wrong = {**captions, "inpaint_strength": 1.5, "output": "b.png"}
-    assert (
-        "inpaint_strength: 1.5 is not within 0 and 1" in run("batch", lines(captions, wrong), "--out", "o")[2]
-    )
-    assert "prompt is not for tiny-diffedit" in run("batch", lines(captions, GOOD), "--out", "o")[2]
-    alone = ("batch", lines({"prompt": "x"}), "--out", "o", "--model", "tiny-chronoedit")
-    assert "line 1: tiny-chronoedit edits photographs here" in run(*alone)[2]
-    assert opened == ["tiny-diffedit"]
+def test_a_part_is_divided_by_ranks(run, calls, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out, err = run("batch", "photos", "x", "--out", "out", "--shard", "0/2", *SEED)
+    assert (status, out) == (0, "out/b-edit-7.png\n") and "part 1/4\n" in err
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -430,11 +331,15 @@ def test_the_first_line_says_which_model(run, desk, monkeypatch):
         (["photos", "x", "--out", "out", "--video", "v.mp4"], "--video is about one result"),
         (["photos", "x", "--out", "out", "-o", "o.png"], "unrecognized arguments: -o"),
         (["photos", "x", "--out", "out", "--rewrite", "some/model"], "--rewrite local or --rewrite URL"),
-        (["photos/a.png", "x", "--out", "out", "--num-images", "2"], "a line makes one picture"),
+        (["jobs.jsonl", "x", "--out", "out", "--num-images", "2"], "a line makes one picture"),
+        (["photos/a.png", "x", "--out", "out"], "is one picture, no file with jobs: joyedit edit has it"),
+        (["pipe", "x", "--out", "out"], "is neither a folder nor a file"),
         (["photos", "x", "--out", "out", "--source", "y"], "not both"),
     ],
 )
 def test_words_that_are_wrong(desk, no_work, capsys, words, said):
+    os.mkfifo("pipe")
+    lines(GOOD)
     with pytest.raises(SystemExit) as ended:
         cli.main(["batch", *words])
     assert ended.value.code == 2 and said in capsys.readouterr().err and not Path("out").exists()
@@ -466,6 +371,65 @@ def test_those_of_one_size_go_together(run, calls, monkeypatch):
     assert together == [[(72, 96)] * 2, [(96, 96), (96, 72)], [(96, 72)] * 2, [(96, 72)] * 2]
     assert [call["image"].size for call, _ in calls] == [(72, 96)] * 2  # what went wrong together
     assert len(files()) == 9
+
+
+def test_with_quirks_each_goes_alone(run, calls, monkeypatch):
+    """They draw from the global generator."""
+    monkeypatch.setattr(Instruction, "run_together", lambda *_: 1 / 0)
+    status, _, err = run("batch", "photos", "x", "--out", "out", "--batch-size", 2, "--reference-quirks")
+    assert status == 0 and len(calls) == 4 and "each is edited alone" in err
+
+
+def test_the_next_is_read_and_the_last_is_written_while_one_is_computed(run, calls, monkeypatch):
+    """Each waits for the other thread, which would never come if one followed the other."""
+    read, edit, write = many.read_photo, Instruction.run, many.write_image
+    opened = [threading.Event() for _ in range(5)]
+    computing, written = [threading.Event() for _ in range(5)], [threading.Event() for _ in range(5)]
+    number = {"read": 0, "edit": 0, "write": 0}
+
+    def next_of(kind):
+        number[kind] += 1
+        return number[kind] - 1
+
+    def read_photo(file):
+        photo = read(file)
+        opened[next_of("read")].set()
+        return photo
+
+    def compute(*args):
+        own = next_of("edit")
+        computing[own].set()
+        assert own == 3 or opened[own + 1].wait(20)
+        assert own == 0 or written[own - 1].wait(20)
+        return edit(*args)
+
+    def write_image(*args):
+        own = next_of("write")
+        assert own == 3 or computing[own + 1].wait(20)
+        write(*args)
+        written[own].set()
+
+    monkeypatch.setattr(many, "read_photo", read_photo)
+    monkeypatch.setattr(Instruction, "run", compute)
+    monkeypatch.setattr(many, "write_image", write_image)
+    assert run("batch", "photos", "x", "--out", "out")[0] == 0 and number == dict.fromkeys(number, 4)
+
+
+def test_what_is_not_begun_is_not_read_after_the_end(run, calls, monkeypatch):
+    read, opened, ended = many.read_photo, [], threading.Event()
+
+    def read_photo(file):
+        opened.append(file)
+        assert len(opened) == 1 or ended.wait(20)
+        return read(file)
+
+    def end(*_):
+        threading.Timer(0.2, ended.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(many, "read_photo", read_photo)
+    monkeypatch.setattr(many.Run, "called", end)
+    assert run("batch", "photos", "x", "--out", "out", "--batch-size", 3)[0] == 130 and len(opened) == 2
 
 
 def test_lines_with_settings_of_their_own_go_alone(run, calls, monkeypatch):

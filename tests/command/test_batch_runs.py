@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from benchmarks.random_checkpoint import write_random_checkpoint
+from joyedit import AutoencoderKLWan
 from tests.command.test_parallel import commanded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +56,13 @@ def joyedit(*words):
 
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
+
+
+def finished(processes):
+    for process in processes:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        yield out.split()
 
 
 def test_two_shards_one_broken_file_and_one_that_is_killed(desk, run):
@@ -148,6 +158,65 @@ def test_lines_together_with_masks_and_words_of_their_own(desk, run):
         assert abs(pixels(f"one/{number}.png") - pixels(f"three/{number}.png")).max() <= 1
 
 
+def test_lines_with_references(desk, run, tmp_path_factory):
+    """One as a text, several as a list, beside a photograph and alone."""
+    model = tmp_path_factory.mktemp("model") / "plus"
+    write_random_checkpoint(model, seed=4, dtype=torch.float32, plus=True)
+    draw(3)
+    each = [
+        {"photo": "photos/00.png", "reference": "photos/01.png", "prompt": "Combine them"},
+        {"photo": "photos/00.png", "reference": ["photos/02.png", "photos/01.png"], "prompt": "Combine them"},
+        {"reference": "photos/02.png", "prompt": "Make it red", "height": 32, "width": 48},
+    ]
+    named = [{**one, "output": f"{number}.png"} for number, one in enumerate(each)]
+    Path("jobs.jsonl").write_text("\n".join(map(json.dumps, named)))
+    words = ("--model", model, *QUICK)
+    assert run("batch", "jobs.jsonl", "--out", "out", *words)[0] == 0
+    for number, one in enumerate(each):
+        references = one["reference"] if isinstance(one["reference"], list) else [one["reference"]]
+        own = [word for name in references for word in ("--reference", name)]
+        own += [] if "photo" in one else ["--height", 32, "--width", 48]
+        start = ["edit", one["photo"]] if "photo" in one else ["generate"]
+        assert run(*start, one["prompt"], *own, *words, "-o", f"{number}.png")[0] == 0
+        assert Path(f"{number}.png").read_bytes() == Path(f"out/{number}.png").read_bytes()
+
+
+def test_a_photograph_of_two_lines_is_encoded_once(desk, run, monkeypatch):
+    draw(1)
+    each = [{"photo": "photos/00.png", "prompt": f"Make it {word}"} for word in ("red", "blue")]
+    named = [{**one, "output": f"{number}.png"} for number, one in enumerate(each)]
+    Path("jobs.jsonl").write_text("\n".join(map(json.dumps, named)))
+    encode, encoded = AutoencoderKLWan.encode, []
+
+    def counting(vae, *args, **options):
+        encoded.append(args)
+        return encode(vae, *args, **options)
+
+    monkeypatch.setattr(AutoencoderKLWan, "encode", counting)
+    assert run("batch", "jobs.jsonl", "--out", "out", *QUICK)[0] == 0
+    together = len(encoded)
+    assert run("edit", "photos/00.png", "Make it blue", "-o", "one.png", *QUICK)[0] == 0
+    # To see whether the small model knows such pictures, and for the edits.
+    assert together == len(encoded) - together == 2
+    assert Path("out/1.png").read_bytes() == Path("one.png").read_bytes()
+
+
+def test_two_processes_of_one_part(desk, run):
+    """Both end well, whoever of them makes which."""
+    draw(4)
+    words = ("batch", "photos", "Make it red", "--out", "out", *QUICK)
+    for out in finished([joyedit(*words), joyedit(*words)]):
+        assert {*out} <= {f"out/{number:02}-edit-7.png" for number in range(4)}
+    assert {path.name for path in Path("out").iterdir()} == {
+        "batch.json", *(f"{number:02}-edit-7.png" for number in range(4)),
+    }  # fmt: skip
+    for number in range(4):
+        assert (
+            run("edit", f"photos/{number:02}.png", "Make it red", "-o", "one.png", "--force", *QUICK)[0] == 0
+        )
+        assert Path("one.png").read_bytes() == Path(f"out/{number:02}-edit-7.png").read_bytes()
+
+
 def test_several_processes_make_each_together(desk, run, workers):
     """The second one has no photographs: it is told them, and writes nothing."""
     Path("0").mkdir()
@@ -169,13 +238,6 @@ def test_several_processes_make_each_together(desk, run, workers):
     assert [one[:2] for one in again] == [(1, ""), (0, "")]
 
 
-def finished(processes):
-    for process in processes:
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        yield out.split()
-
-
 def test_tasks_of_a_slurm_array(desk):
     draw(3)
     python = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -193,6 +255,11 @@ def test_pods_of_an_indexed_job(desk):
     (variable,) = container["env"]
     assert variable == {"name": "JOB_COMPLETIONS", "value": str(job["spec"]["completions"])}
     assert job["spec"]["completionMode"] == "Indexed" and container["command"][0] == "python"
+    # One broken picture ends its own index, after its tries, and no other; a drained node ends none.
+    assert job["spec"]["backoffLimitPerIndex"] == 3 and "backoffLimit" not in job["spec"]
+    assert job["spec"]["podFailurePolicy"]["rules"][0] == {
+        "action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}],
+    }  # fmt: skip
     local = {"/data/photos": "photos", "/data/results": "out", "/data/model": "tiny-joyimage"}
     words = [local.get(word, word) for word in container["args"]]
     command = (sys.executable, *container["command"][1:], *words, *QUICK)
@@ -204,17 +271,35 @@ def test_pods_of_an_indexed_job(desk):
 def test_what_ray_maps(desk, run):
     draw(2)
     Path("photos/broken.png").write_bytes(b"no picture")
+    Path("photos/more").mkdir()
+    for name in ("photos/00.jpg", "photos/more/00.png", "photos/.hidden.png"):
+        Path(name).write_bytes(Path("photos/00.png").read_bytes())
     spec = importlib.util.spec_from_file_location("ray_data", ROOT / "examples" / "ray_data.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    editor = module.Editor("tiny-joyimage", "Make it red", "out", seed=7, steps=1)
-    paths = np.array([f"photos/{name}.png" for name in ("00", "01", "broken")])
-    rows = editor({"path": paths})
-    assert rows["path"] == paths.tolist() and rows["error"][:2] == ["", ""]
-    assert rows["output"] == [f"out/{name}-edit-7.png" for name in ("00", "01", "broken")]
+    settings = {"model": "tiny-joyimage", "instruction": "Make it red", "steps": 1}
+    found = module.rows_of(Path("photos"), Path("out"), 7, settings)
+    names = {
+        "00.jpg": "00-jpg",
+        "00.png": "00-png",
+        "01.png": "01",
+        "broken.png": "broken",
+        "more/00.png": "more/00",
+    }
+    assert {one["path"]: one["output"] for one in found} == {
+        f"photos/{name}": f"out/{stem}-edit-7.png" for name, stem in names.items()
+    }
+    for seed, changed in ((7, {**settings, "instruction": "Make it blue"}), (8, settings)):
+        with pytest.raises(ValueError, match="out holds another batch"):
+            module.rows_of(Path("photos"), Path("out"), seed, changed)
+    editor = module.Editor(**settings, seed=7)
+    rows = editor({name: np.array([one[name] for one in found[1:]]) for name in ("path", "output")})
+    assert rows["path"] == [one["path"] for one in found[1:]]
+    assert rows["output"] == [one["output"] for one in found[1:]]
+    assert rows["error"][:2] == ["", ""] and rows["error"][3] == ""
     assert "is not in an image format" in rows["error"][2] and not Path(rows["output"][2]).exists()
     assert run("edit", "photos/01.png", "Make it red", "-o", "one.png", *QUICK)[0] == 0
     assert (pixels("one.png") == pixels("out/01-edit-7.png")).all()
-    before = Path("out/00-edit-7.png").stat().st_mtime_ns
-    assert editor({"path": paths[:1]})["error"] == [""]
-    assert Path("out/00-edit-7.png").stat().st_mtime_ns == before
+    before = Path("out/01-edit-7.png").stat().st_mtime_ns
+    again = {name: np.array([found[2][name]]) for name in ("path", "output")}
+    assert editor(again)["error"] == [""] and Path("out/01-edit-7.png").stat().st_mtime_ns == before

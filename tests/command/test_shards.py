@@ -24,6 +24,9 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2"}
         ({"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1)),
         ({**ARRAY, **TORCHRUN}, (5, 8)),
         ({**INDEXED, **TORCHRUN}, (5, 10)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "RANK": "5", "WORLD_SIZE": "8"}, (5, 8)),
+        ({"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "2", **ARRAY, **TORCHRUN}, (5, 8)),
+        ({"SLURM_STEP_NUM_TASKS": "1", **ARRAY}, (2, 4)),
     ],
 )
 def test_schedulers_say_which(environment, wanted):
@@ -32,6 +35,14 @@ def test_schedulers_say_which(environment, wanted):
 
 def test_ranks_that_compute_together_are_no_parts():
     assert of_environment({**ARRAY, **TORCHRUN}, torchrun=False) == (2, 4)
+    assert of_environment({"SLURM_STEP_NUM_TASKS": "2", **TORCHRUN}, torchrun=False) == (0, 1)
+
+
+def test_a_part_that_is_given_stands_for_that_of_the_scheduler_and_is_divided_by_ranks():
+    given = Shard(1, 3)
+    assert of_environment({**ARRAY, "SLURM_STEP_NUM_TASKS": "2"}, given=given) == (1, 3)
+    assert of_environment({**INDEXED, **TORCHRUN}, given=given) == (3, 6)
+    assert of_environment(TORCHRUN, torchrun=False, given=given) == (1, 3)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 7, 40])
@@ -53,7 +64,9 @@ def test_parts_make_the_whole(number, count):
         ({**ARRAY, "SLURM_ARRAY_TASK_ID": "6"}, "no whole number of steps of 2 above 3"),
         ({**ARRAY, "SLURM_ARRAY_TASK_STEP": "0"}, "no whole number of steps"),
         ({"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_ID is set, and SLURM_ARRAY_TASK_MIN is not"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS is '4' and there is no array"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS is '4', and several tasks of one step"),
+        ({"SLURM_STEP_NUM_TASKS": "2", **ARRAY}, "SLURM_STEP_NUM_TASKS is '2', and several tasks"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "1", **TORCHRUN}, "as one torchrun"),
         ({"RANK": "1"}, "RANK is set, and WORLD_SIZE is not"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, and RANK is not"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 is not one of 2 parts"),
