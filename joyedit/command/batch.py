@@ -170,7 +170,7 @@ def shard_of(args: argparse.Namespace) -> Shard:
         apart = several.size(args) == 1
         if apart and started().several:
             args.device = str(device_of(args.device or "auto"))
-        return of_environment(os.environ, torchrun=apart, given=args.shard)
+        return args.shard or of_environment(os.environ, torchrun=apart)
     except ValueError as error:
         raise Faulty([str(error)]) from None
 

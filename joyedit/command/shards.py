@@ -6,10 +6,9 @@ Each scheduler tells its processes in the environment who they are:
 - Kubernetes, of an indexed job: JOB_COMPLETION_INDEX of JOB_COMPLETIONS, which the manifest sets;
 - torchrun: RANK of WORLD_SIZE.
 
-Two of them at once, an array whose tasks are torchruns, divide the parts of the first once more; so do the
-processes of a torchrun that is given a part. What is half there or fits nothing is refused: a process that
-took itself for the only one would do everything. So are several tasks of one SLURM step that are not one
-torchrun, for all would do the same.
+Two of them at once, an array whose tasks are torchruns, divide the parts of the first once more. What is half
+there or fits nothing is refused: a process that took itself for the only one would do everything. So are
+several tasks of one SLURM step that are not one torchrun, for all would do the same.
 """
 
 import argparse
@@ -55,13 +54,10 @@ def shard(text: str) -> Shard:
     return Shard(index, count)
 
 
-def of_environment(
-    environment: Mapping[str, str], torchrun: bool = True, given: Shard | None = None
-) -> Shard:
+def of_environment(environment: Mapping[str, str], torchrun: bool = True) -> Shard:
     """What the schedulers say; the only part where there is none. torchrun: False where its processes compute
-    each edit together. given: said by the user, in the place of SLURM and Kubernetes. Raises ValueError
-    naming the variable that is wrong or missing."""
-    found = given or slurm(environment).divided(kubernetes(environment))
+    each edit together. Raises ValueError naming the variable that is wrong or missing."""
+    found = slurm(environment).divided(kubernetes(environment))
     return found.divided(ranks(environment)) if torchrun else found
 
 

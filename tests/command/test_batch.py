@@ -307,11 +307,15 @@ def test_a_process_of_the_same_part_does_not_touch_what_another_is_making(run, c
         assert images.read_metadata(f"out/{name[0]}-edit-7.png")["input"]["name"] == name
 
 
-def test_a_part_is_divided_by_ranks(run, calls, monkeypatch):
+def test_a_part_that_is_given_wins_over_ranks(run, calls, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, out, err = run("batch", "photos", "x", "--out", "out", "--shard", "0/2", *SEED)
-    assert (status, out) == (0, "out/b-edit-7.png\n") and "part 1/4\n" in err
+    assert (status, out.split()) == (0, ["out/a-edit-7.png", "out/b-edit-7.png"]) and "part 0/2\n" in err
+    assert run("batch", "photos", "x", "--out", "out", *SEED)[1].split() == [
+        "out/c-edit-7.png",
+        "out/d-edit-7.png",
+    ]
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from joyedit.command.batch import shard_of
 from joyedit.command.shards import Shard, of_environment, shard
 
 ARRAY = {f"SLURM_ARRAY_TASK_{name}": value for name, value in zip(
@@ -38,11 +39,15 @@ def test_ranks_that_compute_together_are_no_parts():
     assert of_environment({"SLURM_STEP_NUM_TASKS": "2", **TORCHRUN}, torchrun=False) == (0, 1)
 
 
-def test_a_part_that_is_given_stands_for_that_of_the_scheduler_and_is_divided_by_ranks():
-    given = Shard(1, 3)
-    assert of_environment({**ARRAY, "SLURM_STEP_NUM_TASKS": "2"}, given=given) == (1, 3)
-    assert of_environment({**INDEXED, **TORCHRUN}, given=given) == (3, 6)
-    assert of_environment(TORCHRUN, torchrun=False, given=given) == (1, 3)
+@pytest.mark.parametrize("environment", [ARRAY, INDEXED, TORCHRUN, {"JOB_COMPLETION_INDEX": "1"}])
+def test_a_part_that_is_given_wins(environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = argparse.Namespace(shard=Shard(1, 3), parallel=None, device="cpu")
+    assert shard_of(args) == (1, 3)
+    args.shard = None
+    if len(environment) > 1:
+        assert shard_of(args) == of_environment(environment) != (1, 3)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 7, 40])
