@@ -163,8 +163,10 @@ def test_guidance_that_others_turn_off(who, run, no_work, monkeypatch):
 def test_heads_are_counted_before_weights_are_read(model, run, no_work, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(several, "joined", lambda args: contextlib.nullcontext(ALONE))
-    status, out, err = run("edit", "photo.png", BLUE, "-m", model, "--parallel", "sequence=4")
-    assert (status, out) == (1, "") and "does not divide the 6 heads of attention: 1, 2, 3, 6 do" in err
+    words = ("-m", model, "--parallel", "sequence=4")
+    for command in (["edit", "photo.png", BLUE], ["batch", ".", BLUE, "--out", "out"]):
+        status, out, err = run(*command, *words)
+        assert (status, out) == (1, "") and "does not divide the 6 heads of attention: 1, 2, 3, 6 do" in err
 
 
 def test_more_processes_than_gpus(two, monkeypatch):
