@@ -286,6 +286,7 @@ def test_options_that_the_pages_name_exist(capsys):
     others = {
         "--help",
         "--nproc-per-node",
+        "--nnodes",
         "--array",
         "--workers",
         "--gpus",
