@@ -2,8 +2,7 @@
 
 First everything is looked at that can be (`jobs.py`), and the folder of the results taken
 (`batch_record.py`). Then the part of this process (`shards.py`) is done, but for what is there already:
-results appear whole, so a file at a result's name is one. `batch_run.py` does
-it.
+results appear whole, so a file at a result's name is one. `batch_run.py` does it.
 """
 
 import argparse
@@ -127,7 +126,6 @@ def let_others_finish(failed: bool) -> None:
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-# ------------------------------------------------------------------------------------------------ before work
 def planned(args: argparse.Namespace) -> Plan:
     shard = shard_of(args)
     args.command = "edit"

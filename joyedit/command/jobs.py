@@ -41,13 +41,12 @@ LONGEST_LINE = 2**20  # bytes
 FILES = ("photo", "reference", "mask")
 # What a result records of the pipeline, which is one for all lines, and the options that say it.
 OF_ALL: Mapping[str, str] = {
-    **{
-        name: f"--{name.replace('_', '-')}" for name in ("model", "revision", "variant", "lora", "lora_scale")
-    },
-    **{name: f"--{name.replace('_', '-')}" for name in ("fuse_lora", "dtype", "device", "prediction_type")},
-    **{name: f"--{name.replace('_', '-')}" for name in ("reference_quirks", "basesize", "preset")},
-    "parts": "--part",
-}
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        *("model", "revision", "variant", "lora", "lora_scale", "fuse_lora", "dtype", "device"),
+        *("prediction_type", "reference_quirks", "basesize", "preset"),
+    )
+} | {"parts": "--part"}
 WORDS = {str: "a text", int: "a whole number", (int, float): "a number", bool: "true or false"}
 
 
